@@ -1,0 +1,60 @@
+# make tutorial       environment, install, tutorial 01 on real data
+# make test           environment, install, lint, types, all tests on TensorFlow
+# make test-backends  the core tests on JAX and on PyTorch, each in an environment of its own
+# make bench          benchmarks (nothing else should be running)
+# Environments are made when they are missing, or older than pyproject.toml, and only then.
+
+PYTHON ?= python3
+PIP_FLAGS := --quiet --disable-pip-version-check --no-input
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export TF_ENABLE_ONEDNN_OPTS ?= 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: tutorial test test-backends test-jax test-torch lint bench clean
+.DELETE_ON_ERROR:
+
+.venv/installed: pyproject.toml
+	@echo "Making the environment .venv (once; a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keras_norm needs Python >= 3.11; received: " + sys.version.split()[0] + ". Choose another with: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+	@.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@
+
+# --no-deps: the core group stands in for the dependencies, without TensorFlow.
+.venv-%/installed: pyproject.toml
+	@echo "Making the environment .venv-$* (once; a minute or two)"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+	@.venv-$*/bin/python -m pip install $(PIP_FLAGS) $(BACKEND_PACKAGE) --group core
+	@.venv-$*/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
+	@touch $@
+.venv-jax/installed: BACKEND_PACKAGE = jax
+.venv-torch/installed: BACKEND_PACKAGE = torch==2.13.0
+
+tutorial: .venv/installed
+	@KERAS_BACKEND=tensorflow .venv/bin/python tutorials/01_batchnorm.py --out results/01_batchnorm $(ARGS)
+
+lint: .venv/installed
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --check --quiet . || { echo "Formatting differs: run .venv/bin/ruff format"; exit 1; }
+	@.venv/bin/mypy --no-error-summary
+	@echo "lint, format and types: no findings"
+
+test: lint
+	@KERAS_BACKEND=tensorflow .venv/bin/python -m pytest $(ARGS)
+
+test-backends: test-jax test-torch
+
+test-jax: .venv-jax/installed
+	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu .venv-jax/bin/python -m pytest -m core $(ARGS)
+
+test-torch: .venv-torch/installed
+	@KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -m core $(ARGS)
+
+bench: .venv/installed
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py $(ARGS)
+
+clean:
+	rm -rf .venv .venv-jax .venv-torch build *.egg-info
