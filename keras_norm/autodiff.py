@@ -1,0 +1,160 @@
+"""Attach a hand-derived backward pass to a function, on TensorFlow, JAX and PyTorch.
+
+The mathematics of this package is written as pairs of pure functions: a forward pass that
+returns its outputs and what the backward pass needs of it (the residuals), and a backward
+pass that turns the gradients of the outputs into the gradients of the inputs. `custom_vjp`
+joins such a pair into one differentiable function on the backend that Keras runs on.
+
+`keras.ops.custom_gradient` is not used: it takes one output only on PyTorch, hides every
+error of the forward pass there, and its gradient cannot be differentiated again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+__all__ = ["custom_vjp"]
+
+Array = Any
+Forward = Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]]
+Backward = Callable[[tuple[Array, ...], tuple[Array, ...]], Sequence[Array | None]]
+
+
+def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> tuple[Array, ...]:
+    """Calls `forward` on the inputs, and lets `backward` be its gradient.
+
+    Second derivatives work: the backward pass is differentiated like any other code, with
+    the residuals as functions of the inputs. (On PyTorch they are computed a second time
+    for it, and only then.) Forward-mode differentiation is not defined; JAX refuses it with
+    a `TypeError`.
+
+    Args:
+        forward: `forward(*inputs) -> (outputs, residuals)`, two tuples of arrays. It must
+            reach every array that it uses through its inputs, none through a closure.
+        backward: `backward(residuals, upstream) -> gradients`; `upstream` has one array for
+            every output (zeros for an output that was not used); the result has one entry
+            for every input, `None` where the input is a constant. They are cast to the
+            dtypes of the inputs.
+        *inputs: arrays, or `None` for an input that was left out; both functions see it so.
+
+    Returns:
+        The outputs of `forward`, a tuple of arrays.
+
+    Raises:
+        ValueError: if Keras runs on a backend other than the three.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras import ops
+        >>> def forward(x):
+        ...     return (x * x,), (x,)
+        >>> def backward(residuals, upstream):
+        ...     return (2 * residuals[0] * upstream[0],)
+        >>> (y,) = custom_vjp(forward, backward, ops.convert_to_tensor([3.0]))
+        >>> float(y[0])
+        9.0
+    """
+    arrays = [ops.convert_to_tensor(x) for x in inputs if x is not None]
+    dtypes = [x.dtype for x in arrays]
+
+    def forward_of_given(*given: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        remaining = iter(given)
+        return forward(*(None if x is None else next(remaining) for x in inputs))
+
+    def backward_of_given(residuals: Any, upstream: Any) -> list[Array | None]:
+        gradients = backward(residuals, upstream)
+        given = [g for g, x in zip(gradients, inputs, strict=True) if x is not None]
+        return [
+            None if g is None else ops.cast(g, dtype)
+            for g, dtype in zip(given, dtypes, strict=True)
+        ]
+
+    return _implementation()(forward_of_given, backward_of_given, *arrays)
+
+
+def _implementation() -> Callable[..., tuple[Array, ...]]:
+    backend = keras.backend.backend()
+    if backend not in _IMPLEMENTATIONS:
+        raise ValueError(
+            "A hand-derived gradient needs one of the backends "
+            f"{', '.join(sorted(_IMPLEMENTATIONS))}. Received: KERAS_BACKEND={backend!r}. "
+            "Set the environment variable KERAS_BACKEND before Keras is imported."
+        )
+    return _IMPLEMENTATIONS[backend]
+
+
+def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def function(*arrays: Array) -> tuple[Any, Any]:
+        outputs, residuals = forward(*arrays)
+
+        def gradient(*upstream: Array) -> Sequence[Array | None]:
+            return backward(residuals, upstream)
+
+        return outputs, gradient
+
+    return tuple(function(*inputs))
+
+
+def _jax(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
+    import jax
+
+    @jax.custom_vjp
+    def function(*arrays: Array) -> tuple[Array, ...]:
+        return forward(*arrays)[0]
+
+    def function_forward(*arrays: Array) -> tuple[Any, Any]:
+        return forward(*arrays)
+
+    def function_backward(residuals: Any, upstream: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(
+            _jax_zero(x) if gradient is None else gradient
+            for gradient, x in zip(backward(residuals, upstream), inputs, strict=True)
+        )
+
+    function.defvjp(function_forward, function_backward)
+    return function(*inputs)
+
+
+def _jax_zero(x: Array) -> Array:
+    """The zero gradient of a constant: JAX wants one of a special dtype for integers."""
+    import jax
+    import numpy as np
+
+    if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+        return jax.numpy.zeros(x.shape, x.dtype)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
+    import torch
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arrays: Array) -> tuple[Array, ...]:
+            outputs, residuals = forward(*arrays)
+            ctx.inputs = len(arrays)
+            ctx.save_for_backward(*arrays, *residuals)
+            return tuple(outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Array) -> tuple[Array | None, ...]:
+            arrays, residuals = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+            if torch.is_grad_enabled():
+                # The gradient will itself be differentiated: saved residuals are constants
+                # for autograd, recomputed ones are functions of the inputs.
+                residuals = forward(*arrays)[1]
+            return tuple(backward(residuals, upstream))
+
+    return tuple(Function.apply(*inputs))
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, ...]]] = {
+    "tensorflow": _tensorflow,
+    "jax": _jax,
+    "torch": _torch,
+}
