@@ -5,7 +5,7 @@
 # Environments are made when they are missing, or older than pyproject.toml, and only then.
 
 PYTHON ?= python3
-PIP_FLAGS := --quiet --disable-pip-version-check --no-input
+PIP_FLAGS := -qq --disable-pip-version-check --no-input
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1

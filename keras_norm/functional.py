@@ -440,7 +440,8 @@ def normalize(
     check_epsilon(epsilon)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
-        x, mean, variance, gamma, beta = arrays
+        x: Array = arrays[0]
+        mean, variance, gamma, beta = arrays[1:]
         layout, dtype = _Layout.of(x, axis), compute_dtype(x)
         mean, variance = ops.cast(mean, dtype), ops.cast(variance, dtype)
         y, inv_std = _normalize(ops.cast(x, dtype), mean, variance, gamma, beta, layout, epsilon)

@@ -145,6 +145,7 @@ class BatchNormalization(keras.layers.Layer):
         self.beta = None
 
     def build(self, input_shape: Sequence[int | None]) -> None:
+        """Creates the variables, of the shape of the channels."""
         axes = functional.canonical_axes(self.axis, len(input_shape))
         shape = tuple(input_shape[a] for a in axes)
         if None in shape:
@@ -163,7 +164,7 @@ class BatchNormalization(keras.layers.Layer):
             ndim=len(input_shape), axes={a: input_shape[a] for a in axes}
         )
 
-    def _add_channel_weight(self, name: str, shape: tuple[int, ...], trainable: bool) -> Any:
+    def _add_channel_weight(self, name: str, shape: tuple[int | None, ...], trainable: bool) -> Any:
         # autocast=False: under a mixed policy the float32 values themselves are used.
         return self.add_weight(
             name=name,
@@ -176,10 +177,12 @@ class BatchNormalization(keras.layers.Layer):
         )
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The inputs' shape."""
         functional.canonical_axes(self.axis, len(input_shape))
         return tuple(input_shape)
 
     def call(self, inputs: Array, training: bool | None = None, mask: Array | None = None) -> Array:
+        """Normalizes; see the class."""
         x = ops.cast(inputs, self.compute_dtype)
         parameters = {"gamma": self.gamma, "beta": self.beta}
         if not (training and self.trainable):
@@ -203,6 +206,7 @@ class BatchNormalization(keras.layers.Layer):
         variable.assign(variable * self.momentum + value * (1 - self.momentum))
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as Keras serializes them."""
         config = {
             "axis": self.axis,
             "momentum": self.momentum,

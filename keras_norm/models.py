@@ -1,0 +1,315 @@
+"""Models with one `normalization=` argument everywhere.
+
+Every net is a stack of the same block,
+
+    linear -> normalization -> activation -> dropout     (placement="before", the default)
+    linear -> activation -> normalization -> dropout     (placement="after")
+
+where linear is a convolution or a dense layer. Models are functional Keras models with named
+layers ("conv1", "conv1_norm", "conv1_activation", ...) that end in logits.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_norm.layers import BatchNormalization
+
+__all__ = ["MLP", "NORMALIZATIONS", "LeNet", "make_normalization"]
+
+Normalization = str | None | Callable[..., keras.layers.Layer]
+Normalizations = Normalization | Sequence[Normalization] | Mapping[str, Normalization]
+
+NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
+    "batch": BatchNormalization,
+}
+"""The names that `normalization=` understands, beside classes and factories."""
+
+
+def make_normalization(normalization: Normalization, name: str) -> keras.layers.Layer | None:
+    """One fresh normalization layer.
+
+    Args:
+        normalization: a name of `NORMALIZATIONS`; a layer class; a factory, called with
+            `name=name` if it takes that and with nothing otherwise
+            (`functools.partial(BatchNormalization, momentum=0.9)`); or None for no layer.
+        name: the layer's name.
+
+    Returns:
+        A new `keras.layers.Layer`, or None.
+
+    Raises:
+        ValueError: for an unknown name, or a factory that does not return a layer. A layer
+            instance is refused too: its weights would be shared between positions.
+
+    Example:
+        >>> make_normalization("batch", name="norm").name
+        'norm'
+    """
+    if normalization is None:
+        return None
+    if isinstance(normalization, str):
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"A normalization's name must be one of {sorted(NORMALIZATIONS)}. Received: "
+                f"normalization={normalization!r}. A layer class, a factory or None will do too."
+            )
+        normalization = NORMALIZATIONS[normalization]
+    if isinstance(normalization, keras.layers.Layer) or not callable(normalization):
+        raise ValueError(
+            "`normalization` must be a name, a layer class, a factory or None: every position "
+            f"gets a layer of its own. Received: normalization={normalization!r}. Pass the "
+            "class, or functools.partial(class, ...) with its arguments."
+        )
+    named = _takes_name(normalization)
+    layer = normalization(name=name) if named else normalization()
+    if not isinstance(layer, keras.layers.Layer):
+        raise ValueError(
+            "A normalization factory must return a Keras layer. Received: "
+            f"{normalization!r} returned {layer!r}."
+        )
+    return layer
+
+
+def _takes_name(factory: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == "name" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _per_position(
+    normalization: Normalizations, positions: Sequence[str]
+) -> dict[str, Normalization]:
+    """The normalization of every position, whichever way it was given."""
+    if isinstance(normalization, Mapping):
+        unknown = sorted(set(normalization) - set(positions))
+        if unknown:
+            raise ValueError(
+                f"`normalization` as a mapping may name the positions {list(positions)}. "
+                f"Received: unknown positions {unknown}. What is not named gets none."
+            )
+        return {p: normalization.get(p) for p in positions}
+    if isinstance(normalization, Sequence) and not isinstance(normalization, str):
+        if len(normalization) != len(positions):
+            raise ValueError(
+                f"`normalization` as a list must have one entry for each of {list(positions)}. "
+                f"Received: {len(normalization)} entries, {normalization!r}. Use None for a "
+                "position without normalization."
+            )
+        return dict(zip(positions, normalization, strict=True))
+    return dict.fromkeys(positions, normalization)
+
+
+class _Blocks(NamedTuple):
+    """What the blocks of one model have in common."""
+
+    normalization: dict[str, Normalization]
+    activation: Any
+    placement: str
+    dropout: float
+    options: dict[str, Any]  # of every linear layer: bias, initializer, regularizer
+
+    @classmethod
+    def of(
+        cls,
+        normalization: Normalizations,
+        positions: Sequence[str],
+        *,
+        activation: Any,
+        placement: str,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> "_Blocks":
+        if placement not in ("before", "after"):
+            raise ValueError(
+                "`placement` says where the normalization stands, 'before' or 'after' the "
+                f"activation. Received: placement={placement!r}."
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(
+                "`dropout` is the fraction of activations set to zero and must lie in [0, 1). "
+                f"Received: dropout={dropout!r}. (A keep probability p is dropout=1-p.)"
+            )
+        return cls(_per_position(normalization, positions), activation, placement, dropout, options)
+
+    def dense(self, x: Any, name: str, units: int) -> Any:
+        return self._finish(keras.layers.Dense(units, name=name, **self.options)(x), name)
+
+    def conv(self, x: Any, name: str, filters: int, size: int, **options: Any) -> Any:
+        layer = keras.layers.Conv2D(filters, size, name=name, **self.options, **options)
+        return self._finish(layer(x), name)
+
+    def _finish(self, x: Any, name: str) -> Any:
+        norm = make_normalization(self.normalization[name], f"{name}_norm")
+        activation = keras.layers.Activation(self.activation, name=f"{name}_activation")
+        steps = [norm, activation] if self.placement == "before" else [activation, norm]
+        if self.dropout:
+            steps.append(keras.layers.Dropout(self.dropout, name=f"{name}_dropout"))
+        for step in steps:
+            x = x if step is None else step(x)
+        return x
+
+
+def _check_classes(classes: int) -> None:
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise ValueError(
+            "`classes` is the number of outputs and must be an integer >= 1. "
+            f"Received: classes={classes!r}."
+        )
+
+
+def LeNet(  # noqa: N802
+    normalization: Normalizations = "batch",
+    *,
+    activation: Any = "sigmoid",
+    placement: str = "before",
+    padding: str = "valid",
+    dropout: float = 0.0,
+    use_bias: bool = True,
+    kernel_initializer: Any = "glorot_uniform",
+    input_shape: Sequence[int] = (28, 28, 1),
+    classes: int = 10,
+    name: str = "lenet",
+) -> keras.Model:
+    """LeNet-5 as it is taught today: two convolutions, three dense layers.
+
+        conv 5x5x6 -> average pool 2 -> conv 5x5x16 -> average pool 2 -> dense 120 -> dense 84
+        -> dense (classes)
+
+    Normalization and activation follow each of the first four, "conv1", "conv2", "dense1" and
+    "dense2". The first has padding 2 in the classic net (`padding="same"`), and none in the
+    variant with batch normalization of the book (the default).
+
+    Args:
+        normalization: "batch", None, a layer class or a factory, for all positions; or a list of
+            four, or a mapping such as `{"conv1": "batch"}`. Default: "batch".
+        activation: any Keras activation. Default: "sigmoid".
+        placement: "before" or "after" the activation. Default: "before".
+        padding: of the first convolution, "valid" or "same". Default: "valid".
+        dropout: fraction of activations set to zero after each block, in [0, 1). Default: 0.
+        use_bias: whether the four layers before a normalization have a bias (the last layer
+            always has one). Default: True.
+        kernel_initializer: Keras initializer. Default: "glorot_uniform".
+        input_shape: (H, W, C), without the batch; at least 16 x 16 with valid padding. Default:
+            (28, 28, 1).
+        classes: number of outputs. Default: 10.
+        name: of the model. Default: "lenet".
+
+    Returns:
+        A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
+
+    Raises:
+        ValueError: for an unknown normalization or placement, images that are too small, and
+            every other argument out of its range.
+
+    Example:
+        >>> model = LeNet("batch", activation="relu")
+        >>> model.count_params(), model.output_shape
+        (45330, (None, 10))
+
+    Reference:
+        LeCun, Bottou, Bengio and Haffner, 1998, Gradient-based learning applied to document
+        recognition; in this form Zhang, Lipton, Li and Smola, Dive into Deep Learning, chapters
+        on LeNet and batch normalization.
+    """
+    _check_classes(classes)
+    shape = tuple(input_shape)
+    least = {"valid": 16, "same": 12}.get(padding)
+    if least is None:
+        raise ValueError(f"`padding` must be 'valid' or 'same'. Received: padding={padding!r}.")
+    if len(shape) != 3 or min(shape[:2]) < least:
+        raise ValueError(
+            f"LeNet with padding={padding!r} needs images (H, W, C) of at least {least} x {least}. "
+            f"Received: input_shape={shape}. Resize the images first."
+        )
+    blocks = _Blocks.of(
+        normalization,
+        ("conv1", "conv2", "dense1", "dense2"),
+        activation=activation,
+        placement=placement,
+        dropout=dropout,
+        use_bias=use_bias,
+        kernel_initializer=kernel_initializer,
+    )
+    inputs = keras.Input(shape, name="images")
+    x = blocks.conv(inputs, "conv1", 6, 5, padding=padding)  # -> (N, 24, 24, 6)
+    x = keras.layers.AveragePooling2D(2, name="pool1")(x)  # -> (N, 12, 12, 6)
+    x = blocks.conv(x, "conv2", 16, 5)  # -> (N, 8, 8, 16)
+    x = keras.layers.AveragePooling2D(2, name="pool2")(x)  # -> (N, 4, 4, 16)
+    x = keras.layers.Flatten(name="flatten")(x)  # -> (N, 256)
+    x = blocks.dense(x, "dense1", 120)
+    x = blocks.dense(x, "dense2", 84)
+    logits = keras.layers.Dense(classes, kernel_initializer=kernel_initializer, name="logits")(x)
+    return keras.Model(inputs, logits, name=name)
+
+
+def MLP(  # noqa: N802
+    hidden: Sequence[int] = (50, 50),
+    normalization: Normalizations = "batch",
+    *,
+    activation: Any = "relu",
+    placement: str = "before",
+    dropout: float = 0.0,
+    use_bias: bool = True,
+    kernel_initializer: Any = "he_normal",
+    kernel_regularizer: Any = None,
+    input_shape: Sequence[int] = (32, 32, 3),
+    classes: int = 10,
+    name: str = "mlp",
+) -> keras.Model:
+    """A multilayer perceptron: dense blocks "dense1", "dense2", ..., then logits.
+
+    Args:
+        hidden: widths of the hidden layers, each >= 1. Default: (50, 50).
+        normalization: as in `LeNet`, one position for each hidden layer. Default: "batch".
+        activation: any Keras activation. Default: "relu".
+        placement: "before" or "after" the activation. Default: "before".
+        dropout: fraction of activations set to zero after each block, in [0, 1). Default: 0.
+        use_bias: whether the hidden layers have a bias. Default: True.
+        kernel_initializer: Keras initializer of every kernel; for a given standard deviation
+            `keras.initializers.RandomNormal(stddev=...)`. Default: "he_normal".
+        kernel_regularizer: Keras regularizer of every kernel. (Keras's L2(l) adds l sum w^2 to
+            the loss.) Default: none.
+        input_shape: shape of one example; flattened. Default: (32, 32, 3).
+        classes: number of outputs. Default: 10.
+        name: of the model. Default: "mlp".
+
+    Returns:
+        A functional `keras.Model` from (N, *input_shape) to logits (N, classes).
+
+    Raises:
+        ValueError: for widths below 1 and every other argument out of its range.
+
+    Example:
+        >>> MLP((50, 30), normalization=None, input_shape=(20,)).count_params()
+        2890
+    """
+    _check_classes(classes)
+    if any(not isinstance(units, int) or units < 1 for units in hidden):
+        raise ValueError(
+            f"`hidden` must list the widths of the hidden layers, integers >= 1. Received: "
+            f"hidden={hidden!r}."
+        )
+    kernel = {
+        "kernel_initializer": kernel_initializer,
+        "kernel_regularizer": kernel_regularizer,
+    }
+    blocks = _Blocks.of(
+        normalization,
+        [f"dense{i}" for i in range(1, len(hidden) + 1)],
+        activation=activation,
+        placement=placement,
+        dropout=dropout,
+        use_bias=use_bias,
+        **kernel,
+    )
+    inputs = keras.Input(tuple(input_shape), name="inputs")
+    x = keras.layers.Flatten(name="flatten")(inputs)  # (N, H, W, C) -> (N, H W C)
+    for i, units in enumerate(hidden, start=1):
+        x = blocks.dense(x, f"dense{i}", units)
+    logits = keras.layers.Dense(classes, name="logits", **kernel)(x)
+    return keras.Model(inputs, logits, name=name)
