@@ -97,7 +97,8 @@ def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[A
 
         return outputs, gradient
 
-    return tuple(function(*inputs))
+    # Read the variables out here: `tf.custom_gradient` would want gradients for those it sees.
+    return tuple(function(*(tf.convert_to_tensor(x) for x in inputs)))
 
 
 def _jax(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
