@@ -48,8 +48,18 @@ __all__ = [
     "batch_normalization_backward",
     "batch_normalization_backward_by_graph",
     "batch_normalization_forward",
+    "dropout",
+    "dropout_backward",
+    "dropout_forward",
+    "dropout_mask",
+    "group_normalization",
+    "instance_normalization",
+    "layer_normalization",
+    "layer_normalization_backward",
+    "layer_normalization_forward",
     "moments",
     "normalize",
+    "rms_normalization",
 ]
 
 Array = Any
@@ -82,8 +92,19 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 
 def compute_dtype(x: Array) -> str:
-    """The dtype in which statistics are accumulated: that of x, and at least float32."""
-    return str(keras.backend.result_type(x.dtype, "float32"))
+    """The dtype in which statistics are accumulated: that of x, and at least float32.
+
+    Raises:
+        ValueError: if x is not of a floating dtype.
+    """
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(
+            "What is normalized must be of a floating dtype. "
+            f"Received: x.dtype={dtype}. Cast it first, for example to float32."
+        )
+    # Not by `keras.backend.result_type`: on JAX and PyTorch it makes float32 of float64.
+    return "float64" if dtype == "float64" else "float32"
 
 
 class _Layout(NamedTuple):
@@ -147,7 +168,8 @@ def _moments(x: Array, layout: _Layout, weights: Array | None) -> tuple[Array, A
     centered = x - layout.expand(first)
     rest = mean_of(centered)  # what rounding left over: of the order of eps * |mean|
     mean = first + rest  # (B1)
-    variance = ops.maximum(mean_of(centered * centered) - rest * rest, 0)  # (B2)
+    # relu, for it can round below 0. (On PyTorch, keras.ops.maximum makes float32 of float64.)
+    variance = ops.relu(mean_of(centered * centered) - rest * rest)  # (B2)
     return mean, variance
 
 
@@ -458,3 +480,629 @@ def normalize(
 
     (y,) = custom_vjp(forward, backward, x, mean, variance, gamma, beta)
     return y
+
+
+# Normalization within each example: layer, RMS, group and instance normalization ---------------
+
+
+class _Scheme(NamedTuple):
+    """What one of these normalizations consists of: where it reduces, what it subtracts."""
+
+    reduced: tuple[int, ...]  # axes over which an example's statistics are taken
+    parameters: tuple[int, ...]  # axes that gamma and beta lie along
+    about_mean: bool = True  # statistics: the mean and the variance about it, or the mean square
+    subtracts_mean: bool = True  # numerator: x - mean, or x
+
+    def expand(self, v: Array, x: Array) -> Array:
+        """A parameter as an array that broadcasts against x: (1, 1, 1, C) for images."""
+        shape, dtype = ops.shape(x), compute_dtype(x)
+        sizes = [shape[a] if a in self.parameters else 1 for a in range(len(shape))]
+        return ops.reshape(ops.cast(v, dtype), sizes)
+
+    def mean(self, x: Array) -> Array:
+        return ops.mean(x, axis=self.reduced, keepdims=True)
+
+    def elements(self, x: Array, dtype: str) -> Any:
+        """D, the number of elements that each statistic is taken of."""
+        shape = ops.shape(x)
+        n = math.prod(shape[a] for a in self.reduced)
+        return max(n, 1) if isinstance(n, int) else ops.cast(n, dtype)
+
+
+def _sum(x: Array, axes: Sequence[int]) -> Array:
+    # PyTorch would take no axes for all axes.
+    return ops.sum(x, axis=tuple(axes), keepdims=True) if axes else x
+
+
+def _standardize(
+    x: Array, gamma: Array | None, beta: Array | None, scheme: _Scheme, epsilon: float
+) -> Array:
+    """The forward and the backward half as one differentiable function."""
+    check_epsilon(epsilon)
+
+    def forward(*arrays: Array | None) -> tuple[Any, Any]:
+        return _standardize_forward(*arrays, scheme=scheme, epsilon=epsilon)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        return _standardize_backward(*upstream, *residuals, scheme=scheme)
+
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y
+
+
+def _moments_within(x: Array, scheme: _Scheme) -> tuple[Array | None, Array | None, Array]:
+    """An example's mean, in two parts, and its variance; (..., 1) on the reduced axes.
+
+    The second part of the mean is what rounding the first one lost. x - mean - rest is thereby
+    as exact as x itself, however large the mean.
+    """
+    if not scheme.about_mean:
+        return None, None, scheme.mean(x * x)  # (R1)
+    mean = scheme.mean(x)
+    centered = x - mean
+    rest = scheme.mean(centered)  # (L1) is mean + rest
+    variance = scheme.mean(centered * centered) - rest * rest  # (L2)
+    return mean, rest, ops.where(variance < 0, ops.zeros_like(variance), variance)
+
+
+def _deviation(x: Array, mean: Array | None, rest: Array | None) -> Array:
+    return x if mean is None else (x - mean) - rest
+
+
+def _standardize_forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    scheme: _Scheme,
+    epsilon: float,
+) -> tuple[tuple[Array], tuple[Array | None, ...]]:
+    """(L1) to (L5); of the size of x nothing but x itself is kept for the backward pass."""
+    x_ = ops.cast(x, compute_dtype(x))
+    mean, rest, variance = _moments_within(x_, scheme)
+    inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
+    numerator = _deviation(x_, mean, rest) if scheme.subtracts_mean else x_
+    scale = inv_std if gamma is None else inv_std * scheme.expand(gamma, x)
+    y = numerator * scale  # (L4) (R3)
+    y = y if beta is None else y + scheme.expand(beta, x)  # (L5) (R4)
+    return (ops.cast(y, x.dtype),), (x, mean, rest, inv_std, gamma)
+
+
+def _standardize_backward(
+    dy: Array,
+    x: Array,
+    mean: Array | None,
+    rest: Array | None,
+    inv_std: Array,
+    gamma: Array | None,
+    *,
+    scheme: _Scheme,
+) -> tuple[Array, Array, Array]:
+    """dx, dgamma, dbeta: (L6) to (L9), (R5) and (R6)."""
+    dtype = inv_std.dtype
+    x_, dy = ops.cast(x, dtype), ops.cast(dy, dtype)
+    deviation = _deviation(x_, mean, rest) * inv_std  # its mean square is 1, but for epsilon
+    x_hat = deviation if scheme.subtracts_mean or mean is None else x_ * inv_std
+
+    # What both an example's statistics and the parameters sum over is summed once for both.
+    axes = range(len(x.shape))
+    shared = [a for a in scheme.reduced if a not in scheme.parameters]
+    sum_dy, sum_dy_x_hat = _sum(dy, shared), _sum(dy * x_hat, shared)
+
+    shape = [ops.shape(x)[a] for a in scheme.parameters]
+    others = [a for a in axes if a not in scheme.parameters and a not in shared]
+    dbeta = ops.reshape(_sum(sum_dy, others), shape)  # (L6)
+    dgamma = ops.reshape(_sum(sum_dy_x_hat, others), shape)  # (L7) (R5)
+
+    g = ops.ones_like(inv_std) if gamma is None else scheme.expand(gamma, x)  # (L8)
+    rows = [a for a in scheme.reduced if a not in shared]
+    d = scheme.elements(x, dtype)
+    dx = (g * inv_std) * dy - deviation * (inv_std * _sum(g * sum_dy_x_hat, rows) / d)  # (R6)
+    if scheme.subtracts_mean:
+        dx = dx - inv_std * _sum(g * sum_dy, rows) / d  # (L9)
+    return dx, dgamma, dbeta
+
+
+def layer_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    rms_scaling: bool = False,
+) -> Array:
+    """Normalizes every example by its own mean and variance.
+
+    For each example, with the D elements that lie on `axis`:
+
+        (L1) mean     = sum x / D
+        (L2) variance = sum (x - mean)^2 / D
+        (L3) inv_std  = 1 / sqrt(variance + epsilon)
+        (L4) x_hat    = (x - mean) inv_std
+        (L5) y        = gamma x_hat + beta
+
+    and backward, where the sums of (L6) and (L7) run over the examples, the means of (L9) over
+    the D elements of each:
+
+        (L6) dbeta    = sum dy
+        (L7) dgamma   = sum dy x_hat
+        (L8) dx_hat   = gamma dy
+        (L9) dx       = inv_std (dx_hat - mean(dx_hat) - x_hat mean(dx_hat x_hat))
+
+    It is batch normalization with the two roles of the axes exchanged, but for gamma and beta,
+    which stay with the features. What (L9) takes away from dx_hat is its part along 1 and its
+    part along x_hat: the two directions in which x can move without changing y.
+
+    Args:
+        x: array of any rank >= 1, of a floating dtype; (N, D) or (N, T, D), for example.
+        gamma: scale, of the shape of the normalized axes, (D,). Default: none, a factor of 1.
+        beta: offset, likewise. Default: none, 0.
+        axis: the axis, or axes, over which the statistics are taken, and along which gamma and
+            beta lie. Default: the last.
+        epsilon: added to the variance, under the square root; >= 0. Default: 1e-3, as in Keras.
+        rms_scaling: the numerator of (L4) is x instead of x - mean, an old option of Keras. It
+            is no RMS normalization: for that see `rms_normalization`. Default: False.
+
+    Returns:
+        y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
+
+    Raises:
+        ValueError: for an axis that x does not have, or a negative epsilon.
+
+    Numerics:
+        Accumulated in float32, or float64 if x is float64, in two passes, with a mean kept in
+        two parts: a mean of 1000 beside a variance of 1 costs no digit. A constant example has
+        variance 0, so that y is beta (with epsilon = 0 it is not defined, NaN). Gradients are
+        within 1e-9 of numerical ones in float64, as ||a - b|| / (||a|| + ||b||).
+
+    Example:
+        >>> y = layer_normalization(np.array([[1.0, 3.0], [10.0, 50.0]], "float32"), epsilon=0.0)
+        >>> np.round(np.asarray(y), 5).tolist()
+        [[-1.0, 1.0], [-1.0, 1.0]]
+
+    Reference:
+        Ba, Kiros and Hinton, 2016, Layer Normalization, section 3; the backward pass derived
+        here.
+    """
+    x = ops.convert_to_tensor(x)
+    scheme = _layer_scheme(x, axis)._replace(subtracts_mean=not rms_scaling)
+    return _standardize(x, gamma, beta, scheme, epsilon)
+
+
+def _layer_scheme(x: Array, axis: Axis) -> _Scheme:
+    axes = canonical_axes(axis, len(x.shape))
+    return _Scheme(reduced=axes, parameters=axes)
+
+
+def layer_normalization_forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+) -> tuple[tuple[Array], tuple[Array | None, ...]]:
+    """The forward half of `layer_normalization`.
+
+    Args: as `layer_normalization`.
+
+    Returns:
+        (y,) and the residuals (x, mean, rest, inv_std, gamma). The mean of an example is
+        mean + rest, where rest is what rounding lost; with the normalized axes kept as 1.
+    """
+    return _standardize_forward(x, gamma, beta, scheme=_layer_scheme(x, axis), epsilon=epsilon)
+
+
+def layer_normalization_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rest: Array,
+    inv_std: Array,
+    gamma: Array | None = None,
+    *,
+    axis: Axis = -1,
+) -> tuple[Array, Array, Array]:
+    """The backward half of `layer_normalization`.
+
+    Args:
+        dy: gradient of the loss with respect to y, of its shape.
+        x, mean, rest, inv_std, gamma: the residuals of the forward half.
+        axis: as there.
+
+    Returns:
+        (dx, dgamma, dbeta): dx of the shape of x, the others (D,), all in the compute dtype.
+    """
+    scheme = _layer_scheme(x, axis)
+    return _standardize_backward(dy, x, mean, rest, inv_std, gamma, scheme=scheme)
+
+
+def rms_normalization(
+    x: Array, gamma: Array | None = None, *, axis: Axis = -1, epsilon: float = 1e-6
+) -> Array:
+    """Divides every example by its root mean square.
+
+    For each example, with the D elements that lie on `axis`:
+
+        (R1) mean_square = sum x^2 / D
+        (R2) inv_rms     = 1 / sqrt(mean_square + epsilon)
+        (R3) x_hat       = x inv_rms
+        (R4) y           = gamma x_hat
+
+    and backward, summed over the examples in (R5), the mean over the D elements of each in (R6):
+
+        (R5) dgamma      = sum dy x_hat
+        (R6) dx          = inv_rms (gamma dy - x_hat mean(gamma dy x_hat))
+
+    Layer normalization without the mean: invariant to the scale of x, not to a shift.
+
+    Args:
+        x: array of any rank >= 1, of a floating dtype; (N, T, D), for example.
+        gamma: scale, of the shape of the normalized axes, (D,). Default: none, a factor of 1.
+        axis: the axis, or axes, over which the mean square is taken. Default: the last.
+        epsilon: added to the mean square, under the square root; >= 0. Default: 1e-6, as in
+            Keras.
+
+    Returns:
+        y, of the shape and dtype of x; differentiable in x and gamma, and again.
+
+    Raises:
+        ValueError: for an axis that x does not have, or a negative epsilon.
+
+    Numerics:
+        The mean square is accumulated in float32 (for which |x| must stay below 1e19), or
+        float64 if x is float64. Gradients as in `layer_normalization`.
+
+    Example:
+        >>> y = rms_normalization(np.array([[3.0, -3.0]], "float32"), epsilon=0.0)
+        >>> np.round(np.asarray(y), 5).tolist()
+        [[1.0, -1.0]]
+
+    Reference:
+        Zhang and Sennrich, 2019, Root Mean Square Layer Normalization, section 4; the backward
+        pass derived here.
+    """
+    x = ops.convert_to_tensor(x)
+    scheme = _layer_scheme(x, axis)._replace(about_mean=False, subtracts_mean=False)
+    return _standardize(x, gamma, None, scheme, epsilon)
+
+
+def check_groups(groups: int | None) -> None:
+    """Refuses what is no number of groups.
+
+    Raises:
+        ValueError: for anything but an integer >= 1, -1 or None.
+    """
+    if groups is not None and (not isinstance(groups, int) or (groups < 1 and groups != -1)):
+        raise ValueError(
+            "The argument `groups` is a number of groups, an integer >= 1, or -1 for one group "
+            f"for each channel. Received: groups={groups!r}. groups=None stands for the greatest "
+            "common divisor of 32 and the number of channels."
+        )
+
+
+def number_of_groups(groups: int | None, channels: int) -> int:
+    """How many groups `groups` asks for: -1 is one for each channel, None is gcd(32, channels).
+
+    Raises:
+        ValueError: for groups that are no number of groups, or do not divide the channels.
+
+    Example:
+        >>> number_of_groups(None, 48), number_of_groups(-1, 48), number_of_groups(4, 48)
+        (16, 48, 4)
+    """
+    check_groups(groups)
+    if groups is None:
+        return math.gcd(32, channels)
+    groups = channels if groups == -1 else groups
+    if groups > channels:
+        raise ValueError(
+            "The groups share the channels out, so the number of groups cannot be more than the "
+            f"number of channels. Received: groups={groups}, channels={channels}. Use a divisor "
+            "of it, or groups=None for the greatest common divisor with 32."
+        )
+    if channels % groups:
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        raise ValueError(
+            "All groups have the same size, channels // groups, and together they have to hold "
+            "every channel: groups * (channels // groups) must be a multiple of the number of "
+            f"channels. Received: groups={groups}, channels={channels}. Use one of {divisors}, "
+            "or groups=None for the greatest common divisor with 32."
+        )
+    return groups
+
+
+def known_sizes(shape: Sequence[int | None], axes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of some axes.
+
+    Raises:
+        ValueError: if one of them is unknown.
+
+    Example:
+        >>> known_sizes((None, 28, 28, 6), (3,))
+        (6,)
+    """
+    sizes = tuple(n for n in (shape[a] for a in axes) if n is not None)
+    if len(sizes) < len(axes):
+        raise ValueError(
+            f"Every axis of {list(axes)} of the input tensor should have a defined dimension but "
+            f"the layer received an input with shape {tuple(shape)}. gamma and beta lie along "
+            "them: give the model an Input with their sizes."
+        )
+    return sizes
+
+
+def _channel_axis(axis: int, ndim: int) -> int:
+    """The one axis of the channels, which cannot be that of the examples."""
+    axes = canonical_axes(axis, ndim)
+    if len(axes) > 1 or axes[0] == 0:
+        raise ValueError(
+            "`axis` must be the one axis of the channels, and not axis 0, that of the examples. "
+            f"Received: axis={axis!r} for an input of {ndim} dimensions. For images with channels "
+            "last use axis=-1, with channels first axis=1."
+        )
+    return axes[0]
+
+
+def group_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    groups: int | None = 32,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+) -> Array:
+    """Normalizes groups of channels of every example by their own mean and variance.
+
+    The channels, of one example, are shared out in order into G groups of C / G:
+
+        (GN1) x: (N, H, W, C) -> (N, H, W, G, C / G)
+        (GN2) x_hat = (L1) to (L4) over H, W and C / G, for each example and group
+        (GN3) y     = gamma x_hat + beta, one gamma and beta for each channel
+
+    and backward, where the mean over a group is that over its D = H W C / G elements:
+
+        (GN4) dbeta = sum dy, dgamma = sum dy x_hat, over N, H, W
+        (GN5) dx    = inv_std (gamma dy - mean(gamma dy) - x_hat mean(gamma dy x_hat))
+
+    Args:
+        x: array of any rank >= 2, of a floating dtype; (N, C), (N, T, C), (N, H, W, C), ...
+        gamma, beta: scale and offset of each channel, (C,). Default: none.
+        groups: G, an integer >= 1 that divides C; -1 for C groups (instance normalization);
+            None for gcd(32, C), which suits any C. Default: 32.
+        axis: the axis of the channels, not 0. Default: the last.
+        epsilon: added to the variance, under the square root; >= 0. Default: 1e-3, as in Keras.
+
+    Returns:
+        y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
+
+    Raises:
+        ValueError: for groups that do not divide the channels, channels of unknown number, an
+            axis that x does not have or that is 0, or a negative epsilon.
+
+    Numerics:
+        As `layer_normalization`.
+
+    Example:
+        >>> x = np.array([[1.0, 3.0, 10.0, 50.0]], "float32")
+        >>> np.round(np.asarray(group_normalization(x, groups=2, epsilon=0.0)), 5).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+
+    Reference:
+        Wu and He, 2018, Group Normalization, section 3; the backward pass derived here.
+    """
+    x = ops.convert_to_tensor(x)
+    channel, shape = _channel_axis(axis, len(x.shape)), list(ops.shape(x))
+    (channels,) = known_sizes(x.shape, (channel,))
+    g = number_of_groups(groups, channels)
+    sizes = [g, channels // g]  # (GN1)
+    split = [*shape[:channel], *sizes, *shape[channel + 1 :]]
+    reduced = tuple(a for a in range(1, len(split)) if a != channel)
+    scheme = _Scheme(reduced=reduced, parameters=(channel, channel + 1))
+    gamma, beta = (None if v is None else ops.reshape(v, sizes) for v in (gamma, beta))
+    y = _standardize(ops.reshape(x, split), gamma, beta, scheme, epsilon)  # (GN2) to (GN5)
+    return ops.reshape(y, shape)
+
+
+def instance_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+) -> Array:
+    """Normalizes every channel of every example by its own mean and variance.
+
+    For each example n and channel c, over the D = H W positions:
+
+        (I1) mean     = sum x / D;  variance = sum (x - mean)^2 / D
+        (I2) y        = gamma_c (x - mean) / sqrt(variance + epsilon) + beta_c
+
+    and backward, with s = sum dy and t = sum dy x_hat over the positions of one (n, c):
+
+        (I3) dbeta_c  = sum s,  dgamma_c = sum t, over the examples
+        (I4) dx       = gamma_c inv_std (dy - s / D - x_hat t / D)
+
+    Group normalization with one channel in each group.
+
+    Args:
+        x: array of any rank >= 3, of a floating dtype; (N, T, C), (N, H, W, C), ...
+        gamma, beta: scale and offset of each channel, (C,). Default: none.
+        axis: the axis of the channels, not 0. Default: the last.
+        epsilon: added to the variance, under the square root; >= 0. Default: 1e-3.
+
+    Returns:
+        y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
+
+    Raises:
+        ValueError: for an x without spatial axes, an axis that x does not have or that is 0, or a
+            negative epsilon.
+
+    Numerics:
+        As `layer_normalization`.
+
+    Example:
+        >>> x = np.array([[[1.0, 10.0], [3.0, 50.0]]], "float32")  # (N=1, T=2, C=2)
+        >>> np.round(np.asarray(instance_normalization(x, epsilon=0.0)), 5).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
+
+    Reference:
+        Ulyanov, Vedaldi and Lempitsky, 2016, Instance Normalization: The Missing Ingredient for
+        Fast Stylization, section 2; the backward pass derived here.
+    """
+    x = ops.convert_to_tensor(x)
+    ndim = len(x.shape)
+    check_spatial(ndim)
+    channel = _channel_axis(axis, ndim)
+    reduced = tuple(a for a in range(1, ndim) if a != channel)
+    return _standardize(x, gamma, beta, _Scheme(reduced, (channel,)), epsilon)
+
+
+def check_spatial(ndim: int) -> None:
+    """Refuses inputs without an axis between examples and channels.
+
+    Raises:
+        ValueError: for less than 3 dimensions.
+    """
+    if ndim < 3:
+        raise ValueError(
+            "Instance normalization takes its statistics over the positions of each channel, so "
+            f"the input needs one or more axes for them. Received: an input of {ndim} dimensions. "
+            "After a dense layer use layer normalization."
+        )
+
+
+# Dropout ---------------------------------------------------------------------------------------
+
+
+def check_rate(rate: float) -> None:
+    """Refuses a rate that is no fraction.
+
+    Raises:
+        ValueError: for a rate outside [0, 1].
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(
+            "Invalid value received for argument `rate`. Expected a float value between 0 and 1. "
+            f"Received: rate={rate!r}. It is the fraction that is set to zero: for a keep "
+            "probability p use rate=1-p."
+        )
+
+
+def dropout_mask(shape: Sequence[Any], rate: float, seed: Any = None) -> Array:
+    """Draws which elements stay, equations (D1) and (D2) of `dropout`.
+
+    Args:
+        shape: of the mask.
+        rate: probability of False, in [0, 1].
+        seed: int, or a `keras.random.SeedGenerator`, which moves on with every draw. Default:
+            Keras's global generator (see `keras.utils.set_random_seed`).
+
+    Returns:
+        Array of booleans. It is drawn in float32, whatever the dtype of the model.
+
+    Raises:
+        ValueError: for a rate outside [0, 1].
+
+    Example:
+        >>> mask = dropout_mask((1000, 10), rate=0.25, seed=0)
+        >>> bool(abs(np.asarray(mask).mean() - 0.75) < 0.02)
+        True
+    """
+    check_rate(rate)
+    return keras.random.uniform(shape, dtype="float32", seed=seed) >= rate  # (D2)
+
+
+def dropout(x: Array, mask: Array, rate: float) -> Array:
+    """Sets what is masked to zero, and scales the rest up by 1 / (1 - rate): inverted dropout.
+
+        (D1) keep = 1 - rate
+        (D2) mask = u >= rate, with u uniform in [0, 1), so that P(mask) = keep
+        (D3) y    = x / keep where mask, 0 elsewhere
+        (D4) dx   = dy / keep where mask, 0 elsewhere
+
+    For every x the expectation of y is keep (x / keep) = x: because the scaling is done in
+    training, inference takes the units as they are, y = x. (Without it, inference would have to
+    multiply every output by keep.) The variance of y is x^2 rate / keep. Courses often speak of
+    the keep probability p instead of Keras's rate: p = keep.
+
+    Args:
+        x: array of any shape, of a floating dtype.
+        mask: booleans of a shape that broadcasts to that of x, see `dropout_mask`. They are
+            constants: no gradient flows into them.
+        rate: that the mask was drawn with, in [0, 1]. With rate 1 all of y is 0.
+
+    Returns:
+        y, of the shape and dtype of x; differentiable in x.
+
+    Raises:
+        ValueError: for a rate outside [0, 1], an x of integers, or a mask that does not broadcast
+            to x.
+
+    Numerics:
+        Scaled in at least float32, then rounded to the dtype of x: in bfloat16, 1 / keep itself
+        would be off by up to 0.4 percent. What is masked is exactly 0, even where x is infinite.
+
+    Example:
+        >>> mask = np.array([True, False, True, False])
+        >>> np.asarray(dropout(np.array([1.0, 2.0, 3.0, 4.0], "float32"), mask, 0.5)).tolist()
+        [2.0, 0.0, 6.0, 0.0]
+
+    Reference:
+        Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, 2014, Dropout, section 10
+        for the scaling in training.
+    """
+    check_rate(rate)
+    x, mask = ops.convert_to_tensor(x), ops.convert_to_tensor(mask)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        raise ValueError(
+            "Dropout scales by 1 / (1 - rate), so x must be of a floating dtype. Received: "
+            f"x.dtype={x.dtype}. Cast it first, or drop out after the embedding."
+        )
+    check_mask_shape(tuple(mask.shape), tuple(x.shape))
+
+    def forward(x: Array, mask: Array) -> tuple[Any, Any]:
+        return dropout_forward(x, mask, rate=rate)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, None]:
+        return dropout_backward(*upstream, *residuals, rate=rate), None
+
+    (y,) = custom_vjp(forward, backward, x, mask)
+    return y
+
+
+def check_mask_shape(mask: Sequence[int | None], shape: Sequence[int | None]) -> None:
+    """Refuses the shape of a mask that does not broadcast to `shape`; None fits everything.
+
+    Raises:
+        ValueError: for too many dimensions, or one that is neither 1 nor that of x.
+
+    Example:
+        >>> check_mask_shape((None, 1, 10), (32, 5, 10))
+    """
+    pairs = zip(reversed(mask), reversed(shape), strict=False)
+    fits = all(m in (1, None, n) or n is None for m, n in pairs)
+    if len(mask) > len(shape) or not fits:
+        raise ValueError(
+            "The mask of a dropout (`noise_shape`) must broadcast to the input: each of its sizes "
+            f"is 1 or that of the input. Received: shape {tuple(mask)} for an input of shape "
+            f"{tuple(shape)}. A 1 shares the mask along an axis; None stands for the input's size."
+        )
+
+
+def dropout_forward(x: Array, mask: Array, *, rate: float) -> tuple[tuple[Array], tuple[Array]]:
+    """The forward half of `dropout`: (y,) and the residuals, the mask alone."""
+    return (_drop(x, mask, rate),), (mask,)  # (D3)
+
+
+def dropout_backward(dy: Array, mask: Array, *, rate: float) -> Array:
+    """The backward half of `dropout`: dx, of the shape and dtype of dy."""
+    return _drop(dy, mask, rate)  # (D4)
+
+
+def _drop(x: Array, mask: Array, rate: float) -> Array:
+    scaled = ops.cast(x, compute_dtype(x)) * (1 / (1 - rate) if rate < 1 else 0.0)
+    return ops.cast(ops.where(mask, scaled, ops.zeros_like(scaled)), x.dtype)
