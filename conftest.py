@@ -1,0 +1,34 @@
+"""What every test and doctest needs, on every backend."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_ENABLE_X64", "1")  # the gradient checks are in float64
+os.environ.setdefault("MPLBACKEND", "agg")
+
+from keras_norm import quiet
+
+quiet.start()
+
+import keras
+import numpy as np
+import pytest
+
+# Modules whose doctests need more than the core's dependencies.
+NOT_CORE = {"plotting", "tuning", "cli"}
+
+
+def pytest_collection_modifyitems(items):
+    """Doctests belong to the core tests, but for those of `NOT_CORE`."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.path.stem not in NOT_CORE:
+            item.add_marker("core")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds(doctest_namespace):
+    """Each test starts from the same state, in whatever order they run."""
+    doctest_namespace["np"] = np
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session()
