@@ -833,7 +833,7 @@ def known_sizes(shape: Sequence[int | None], axes: Sequence[int]) -> tuple[int, 
     return sizes
 
 
-def _channel_axis(axis: int, ndim: int) -> int:
+def channel_axis(axis: int, ndim: int) -> int:
     """The one axis of the channels, which cannot be that of the examples."""
     axes = canonical_axes(axis, ndim)
     if len(axes) > 1 or axes[0] == 0:
@@ -894,7 +894,7 @@ def group_normalization(
         Wu and He, 2018, Group Normalization, section 3; the backward pass derived here.
     """
     x = ops.convert_to_tensor(x)
-    channel, shape = _channel_axis(axis, len(x.shape)), list(ops.shape(x))
+    channel, shape = channel_axis(axis, len(x.shape)), list(ops.shape(x))
     (channels,) = known_sizes(x.shape, (channel,))
     g = number_of_groups(groups, channels)
     sizes = [g, channels // g]  # (GN1)
@@ -956,7 +956,7 @@ def instance_normalization(
     x = ops.convert_to_tensor(x)
     ndim = len(x.shape)
     check_spatial(ndim)
-    channel = _channel_axis(axis, ndim)
+    channel = channel_axis(axis, ndim)
     reduced = tuple(a for a in range(1, ndim) if a != channel)
     return _standardize(x, gamma, beta, _Scheme(reduced, (channel,)), epsilon)
 
