@@ -9,13 +9,20 @@ where linear is a convolution or a dense layer. Models are functional Keras mode
 layers ("conv1", "conv1_norm", "conv1_activation", ...) that end in logits.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 
-from keras_norm.layers import BatchNormalization
+from keras_norm.layers import (
+    BatchNormalization,
+    GroupNormalization,
+    InstanceNormalization,
+    LayerNormalization,
+    RMSNormalization,
+)
 
 __all__ = ["MLP", "NORMALIZATIONS", "LeNet", "make_normalization"]
 
@@ -24,6 +31,10 @@ Normalizations = Normalization | Sequence[Normalization] | Mapping[str, Normaliz
 
 NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
     "batch": BatchNormalization,
+    "group": functools.partial(GroupNormalization, groups=None),  # gcd(32, channels) groups
+    "instance": InstanceNormalization,  # after convolutions only
+    "layer": LayerNormalization,
+    "rms": RMSNormalization,
 }
 """The names that `normalization=` understands, beside classes and factories."""
 
