@@ -1,0 +1,1026 @@
+"""The house's plots: drawn from `Results`, or from a saved results.csv alone.
+
+Every function returns the Matplotlib figure. With `path` it is also written, whole or not at all,
+at 150 dots per inch, and closed; without, it stays open for `matplotlib.pyplot.show()`.
+
+The same in all plots: colours that colour-blind readers can tell apart (petroff10), each with a
+marker of its own; a setting keeps its colour in all plots of a study of up to ten settings; means
+are thick, single seeds faint; the legend names the band and the number of seeds; what others
+published is dashed, with its source in the legend. Matplotlib is imported when a plot is drawn.
+
+Arguments with the same meaning everywhere:
+    source: `Results`, or the path of results.json, results.csv or their folder.
+    names: Settings to draw, in this order; default all.
+    published: Figures of others, name -> metric -> figure or (figure, source), or a list of these,
+        as in `Results.table`. One whose name is drawn gets the colour of that setting.
+    labels: Metric, setting name, key or value -> text to show instead. Default: underscores become
+        blanks, and accuracies and seconds get their unit.
+    title: Title above the plot; default none.
+    path: File to write, .png, .pdf or .svg; default none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_norm.experiments import (
+    Floats,
+    Published,
+    Results,
+    Run,
+    _Figure,
+    _published,
+    replace_file,
+)
+from keras_norm.experiments import _text as _plain_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "bars",
+    "heatmap",
+    "image_grid",
+    "learning_curves",
+    "lines",
+    "matrix",
+    "paired_differences",
+    "style",
+    "sweep",
+]
+
+Source = Results | str | os.PathLike[str]
+Labels = Mapping[str, str]
+PathLike = str | os.PathLike[str] | None
+
+_MARKERS = "os^DvPX*<p"
+_DASHES = [(0, (6, 3)), (0, (3, 2)), (0, (8, 2, 2, 2)), (0, (2, 1))]
+_BAND = "mean, band: ± 1 standard deviation over n seeds"
+_GREY = "#444444"
+
+
+# ---------------------------------------------------------------------------- house style
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The house's Matplotlib settings, for the length of a `with` block.
+
+    Example:
+        >>> from matplotlib import pyplot
+        >>> from keras_norm.plotting import style
+        >>> with style():
+        ...     figure, axes = pyplot.subplots()
+        >>> figure.get_dpi(), axes.spines["top"].get_visible()
+        (100.0, False)
+        >>> pyplot.close(figure)
+    """
+    import matplotlib
+    from cycler import cycler
+
+    colors = matplotlib.color_sequences["petroff10"]
+    settings = {
+        "axes.prop_cycle": cycler(color=colors) + cycler(marker=list(_MARKERS)),
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.labelsize": 10,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 11,
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 100,
+        "figure.titlesize": 12,
+        "font.size": 10,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "image.cmap": "cividis",
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "legend.title_fontsize": 8.5,
+        "lines.linewidth": 1.7,
+        "lines.markersize": 4.5,
+        "savefig.dpi": 150,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _finish(figure: Figure, path: PathLike, title: str | None) -> Figure:
+    """Give the figure its title, write it, close it."""
+    from matplotlib import pyplot
+
+    if title:
+        figure.suptitle(title)
+    if path is not None:
+        try:
+            with replace_file(_checked(path)) as temporary:
+                figure.savefig(temporary)
+        finally:
+            pyplot.close(figure)
+    return figure
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"A plot is a .png, .pdf or .svg file. Received: path={str(path)!r}")
+    return Path(path)
+
+
+def _results(source: Source, names: Iterable[str] | None = None) -> tuple[Results, list[str]]:
+    """The results, and the names to draw."""
+    results = source if isinstance(source, Results) else Results.load(source)
+    if not results.runs:
+        raise ValueError("A plot needs at least one run. Received: results without runs.")
+    return results, results.select(None if names is None else list(names)).names
+
+
+def _colors(results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker per name: by its place in the study, as long as those suffice."""
+    order = results.names if len(results.names) <= 10 else list(names)
+    return {name: _look(order.index(name)) for name in names}
+
+
+def _look(index: int) -> dict[str, Any]:
+    import matplotlib
+
+    colors = matplotlib.color_sequences["petroff10"]
+    return {"color": colors[index % 10], "marker": _MARKERS[(index + index // 10) % 10]}
+
+
+def _label(key: Any, labels: Labels | None) -> str:
+    """The text of an axis: a metric or the key of a setting, with its unit."""
+    text = _words(key, labels)
+    given = isinstance(key, str) and key in (labels or {})
+    unit = "fraction" if text.endswith("accuracy") else "s" if text.endswith("seconds") else ""
+    return f"{text} ({unit})" if unit and not given else text
+
+
+def _words(key: Any, labels: Labels | None) -> str:
+    """The text to show for a metric, a key or a value of a setting."""
+    text = _plain_text(key)
+    return (labels or {}).get(text, text.replace("_", " "))
+
+
+def _name(name: str, labels: Labels | None) -> str:
+    return (labels or {}).get(name, name)
+
+
+def _legend(
+    figure: Figure, handles: Sequence[Any], published: Sequence[Any] = (), note: str = ""
+) -> None:
+    """A legend below the plots, with a title that names the band; one of published figures below.
+
+    The figure grows by their height, so that the plots keep theirs.
+    """
+    blocks = [(list(handles), note), (list(published), "")]
+    sizes = [_legend_shape(entries, figure.get_figwidth()) for entries, _ in blocks]
+    heights = [
+        (0.195 * rows + 0.21 * bool(title) + 0.09) if entries else 0.0  # inches
+        for (rows, _), (entries, title) in zip(sizes, blocks, strict=True)
+    ]
+    height = figure.get_figheight() + sum(heights)
+    figure.set_figheight(height)
+    bottom = sum(heights) / height
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, bottom, 1, 1 - bottom))
+    for (entries, title), (_, columns), own in zip(blocks, sizes, heights, strict=True):
+        if entries:
+            figure.legend(
+                handles=entries,
+                title=title or None,
+                ncols=columns,
+                loc="upper center",
+                bbox_to_anchor=(0.5, bottom),
+                borderaxespad=0.1,
+            )
+            bottom -= own / height
+
+
+def _legend_shape(handles: Sequence[Any], width: float) -> tuple[int, int]:
+    """Rows and columns of a legend in a figure `width` inches wide."""
+    if not handles:
+        return 0, 1
+    longest = max(len(handle.get_label()) for handle in handles)
+    rows = math.ceil(len(handles) / max(1, min(4, int(13 * width / (longest + 7)))))
+    return rows, math.ceil(len(handles) / rows)
+
+
+def _handle(label: str, **look: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
+
+
+def _published_lines(
+    panels: Mapping[str, Axes],
+    published: Published | None,
+    looks: Mapping[str, Mapping[str, Any]],
+    labels: Labels | None,
+    vertical: bool = False,
+) -> list[Any]:
+    """A dashed line per published figure in the panel of its metric; their legend entries."""
+    figures = [f for f in _published(published) if f.metric in panels]
+    handles, drawn = [], Counter[str]()
+    for figure in figures:
+        known = figure.name in looks
+        alike = f"{figure.metric} of {figure.name}" if known else "others"  # of one colour
+        color, dashes = looks[figure.name]["color"] if known else _GREY, _DASHES[drawn[alike] % 4]
+        drawn[alike] += 1
+        look: dict[str, Any] = {"color": color, "linestyle": dashes, "linewidth": 1.1}
+        axes = panels[figure.metric]
+        (axes.axvline if vertical else axes.axhline)(figure.value, **look, zorder=1.5)
+        metric = f", {_words(figure.metric, labels)}" if len(panels) > 1 else ""
+        handles.append(_handle(_published_text(figure, metric, labels), **look))
+    return handles
+
+
+def _published_text(figure: _Figure, metric: str, labels: Labels | None) -> str:
+    source = f" ({figure.source})" if figure.source else ""
+    return f"published: {_name(figure.name, labels)}{metric} {figure.value:g}{source}"
+
+
+def _mean_and_band(axes: Axes, x: npt.ArrayLike, values: Floats, look: Mapping[str, Any]) -> None:
+    """Mean over the first axis of `values` (n, len(x)), and ± 1 standard deviation around it."""
+    x = np.asarray(x)
+    mean = values.mean(axis=0)
+    every = max(1, math.ceil(len(x) / 10))  # about ten markers per line
+    axes.plot(x, mean, markevery=every, **look)
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+        axes.fill_between(
+            x, mean - spread, mean + spread, color=look["color"], alpha=0.18, linewidth=0
+        )
+
+
+def _count(runs: Sequence[Run]) -> str:
+    """ "n = 5", or "n = 3, 2 diverged": n are the runs in mean and band."""
+    finished = sum(run.status == "finished" for run in runs)
+    diverged = sum(run.status == "diverged" for run in runs)
+    return f"n = {finished}" + (f", {diverged} diverged" if diverged else "")
+
+
+# ---------------------------------------------------------------------------- plots of results
+
+
+def learning_curves(
+    source: Source,
+    metrics: str | Sequence[str],
+    names: Sequence[str] | None = None,
+    *,
+    published: Published | None = None,
+    labels: Labels | None = None,
+    yscale: str = "linear",
+    share_y: bool | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """Metrics against the epoch: mean over seeds and a band of ± 1 standard deviation.
+
+    A panel per metric, a line per setting. Diverged runs stay out of mean and band: each is a thin
+    line of its own that ends in a cross.
+
+    Args:
+        source: Results, or the path of saved ones.
+        metrics: Metrics of the history.
+        names: Settings to draw; default all.
+        published: Figures of others, drawn as dashed lines.
+        labels: Texts to show instead of names and metrics.
+        yscale: "linear" (default) or "log".
+        share_y: Whether the panels have one y axis; default: if all metrics are accuracies.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: No run has the metric in its history; a name is not there.
+
+    Example:
+        >>> from keras_norm import experiments, plotting
+        >>> runs = [experiments.Run("plain", {}, seed, history={"loss": [2.0, 1.0 + seed]})
+        ...         for seed in range(3)]
+        >>> figure = plotting.learning_curves(experiments.Results(runs), "loss")
+        >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
+        ('epoch', 'loss')
+    """
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    results, names = _results(source, names)
+    for metric in metrics:
+        if not any(metric in run.history for run in results.select(names)):
+            raise ValueError(
+                "A learning curve needs a metric of the history, one of "
+                f"{sorted({m for run in results for m in run.history})}. Received: {metric!r}."
+            )
+    if share_y is None:
+        share_y = all(metric.endswith("accuracy") for metric in metrics)
+    with style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure, panels = _panels(metrics, share_y)
+        looks = _colors(results, names)
+        for metric, axes in panels.items():
+            for name in names:
+                _curves(axes, results, name, metric, looks[name])
+            axes.set(xlabel="epoch", yscale=yscale)
+            axes.set_ylabel(_label(metric, labels))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles = [
+            _handle(
+                f"{_name(n, labels)} ({_count([r for r in results if r.name == n])})", **looks[n]
+            )
+            for n in names
+        ]
+        _legend(figure, handles, _published_lines(panels, published, looks, labels), _BAND)
+        return _finish(figure, path, title)
+
+
+def _panels(metrics: Sequence[str], share_y: bool) -> tuple[Figure, dict[str, Axes]]:
+    from matplotlib import pyplot
+
+    columns = min(len(metrics), 3)
+    rows = math.ceil(len(metrics) / columns)
+    size = (max(4.0 * columns, 6.0), 3.3 * rows + 0.2)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, sharey=share_y, squeeze=False)
+    for unused in grid.flat[len(metrics) :]:
+        unused.remove()
+    return figure, dict(zip(metrics, grid.flat, strict=False))
+
+
+def _curves(axes: Axes, results: Results, name: str, metric: str, look: Mapping[str, Any]) -> None:
+    """One setting in one panel."""
+    epochs, values = results.curves(name, metric)
+    status = {run.seed: run.status for run in results if run.name == name}
+    good = np.array([status[seed] == "finished" for seed in results.seeds(name)], dtype=bool)
+    whole = np.isfinite(values[good]).all(axis=0)  # epochs that all these seeds have
+    if good.any() and whole.any():
+        _mean_and_band(axes, epochs[whole], values[good][:, whole], look)
+    for row in values[~good]:
+        finite = np.isfinite(row)
+        thin = {"color": look["color"], "linewidth": 0.8, "alpha": 0.7, "zorder": 1.8}
+        axes.plot(epochs[finite], row[finite], marker="", **thin)
+        axes.plot(epochs[finite][-1:], row[finite][-1:], marker="x", markersize=6, **thin)
+
+
+def sweep(
+    source: Source,
+    x: str,
+    metric: str,
+    group: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    xscale: str = "log",
+    yscale: str = "linear",
+    published: Published | None = None,
+    labels: Labels | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """A final metric against a numeric setting: a line per group, band, and every seed as a point.
+
+    Diverged runs stay out of mean and band: they are crosses in a strip at the bottom, with their
+    number and that of all runs at this place.
+
+    Args:
+        source: Results, or the path of saved ones.
+        x: Key of a setting with numbers, such as "learning_rate".
+        metric: Metric, as in `Results.values`.
+        group: Key of the setting that tells the lines apart; default None, one line.
+        names: Settings to draw; default all.
+        xscale: "log" (default) or "linear".
+        yscale: "linear" (default) or "log".
+        published: Figures of others, drawn as dashed lines; a name that is the text of a group
+            gives the line the colour of that group.
+        labels: Texts to show instead of keys, values and metrics.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: A setting lacks `x` as a number; two settings fall on the same x and group.
+
+    Example:
+        >>> from keras_norm import experiments, plotting
+        >>> runs = [experiments.Run(f"rate {rate}", {"rate": rate}, seed, final={"accuracy": 0.8})
+        ...         for rate in (0.1, 1.0) for seed in range(2)]
+        >>> figure = plotting.sweep(experiments.Results(runs), "rate", "accuracy")
+        >>> figure.axes[0].get_xscale()
+        'log'
+    """
+    results, names = _results(source, names)
+    groups = _sweep_points(results.select(names), x, metric, group)
+    with style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(6.6, 4.2))
+        looks = {key: _look(i) for i, key in enumerate(groups)}
+        for key, points in groups.items():
+            _sweep_line(axes, points, looks[key])
+        axes.set(xscale=xscale, yscale=yscale, xlabel=_label(x, labels))
+        axes.set_ylabel(_label(metric, labels))
+        handles = [_handle(_words(key, labels), **looks[key]) for key in groups]
+        dashed = _published_lines({metric: axes}, published, looks, labels)
+        _diverged_strip(axes, [(points, looks[key]) for key, points in groups.items()])
+        counts = [len(p.values) for points in groups.values() for p in points if len(p.values)]
+        fewest, most = min(counts, default=0), max(counts, default=0)
+        n = f"{most}" if fewest == most else f"{fewest} to {most}"
+        note = f"{_BAND.replace('n seeds', f'n = {n} seeds')}; faint points: single seeds"
+        _legend(figure, handles, dashed, note)
+        return _finish(figure, path, title)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One place of a sweep: the values of the runs that did not diverge, and how many did."""
+
+    x: float
+    values: Floats
+    total: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean()) if len(self.values) else math.nan
+
+    @property
+    def spread(self) -> float:
+        return float(self.values.std(ddof=1)) if len(self.values) > 1 else 0.0
+
+
+def _sweep_points(
+    results: Results, x: str, metric: str, group: str | None
+) -> dict[str, list[_Point]]:
+    """Group -> points, sorted by x."""
+    places: dict[tuple[str, float], str] = {}
+    groups: dict[str, list[_Point]] = {}
+    for name in results.names:
+        runs = [run for run in results if run.name == name]
+        value = runs[0].setting(x)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(
+                f"A sweep needs settings with a number under {x!r}. Received: {value!r} in "
+                f"setting {name!r}. Choose the settings with names=…."
+            )
+        key = metric if group is None else _plain_text(runs[0].setting(group))
+        if (other := places.setdefault((key, value), name)) != name:
+            raise ValueError(
+                "A point of a sweep must be one setting. Received: "
+                f"{other!r} and {name!r}, both with {x}={value!r} in group {key!r}. "
+                "Choose the settings with names=…, or another group."
+            )
+        finished = results.select(name, status="finished")
+        values = finished.values(name, metric) if finished.runs else np.empty(0)
+        total = len(results.seeds(name))
+        groups.setdefault(key, []).append(_Point(value, values[np.isfinite(values)], total))
+    return {key: sorted(points, key=lambda p: p.x) for key, points in groups.items()}
+
+
+def _sweep_line(axes: Axes, points: Sequence[_Point], look: Mapping[str, Any]) -> None:
+    x = np.array([point.x for point in points])
+    mean = np.array([point.mean for point in points])
+    spread = np.array([point.spread for point in points])
+    axes.plot(x, mean, **look)
+    axes.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.18, linewidth=0)
+    for point in points:
+        at = np.full(len(point.values), point.x)
+        axes.plot(at, point.values, ".", color=look["color"], alpha=0.45, markersize=4, zorder=1.9)
+
+
+def _diverged_strip(axes: Axes, lines: Sequence[tuple[list[_Point], Mapping[str, Any]]]) -> None:
+    """Diverged runs as crosses below the data, a row per group that has any."""
+    from matplotlib.patches import Rectangle
+
+    lost = [([p for p in points if len(p.values) < p.total], look) for points, look in lines]
+    rows = [(points, look) for points, look in lost if points]
+    if not rows:
+        return
+    step = 0.055  # of the height of the axes
+    height = step * (len(rows) + 1)
+    _make_room_below(axes, height)
+    area: dict[str, Any] = {"transform": axes.transAxes, "color": "black", "linewidth": 0}
+    axes.add_artist(Rectangle((0, 0), 1, height, alpha=0.05, **area))
+    small: dict[str, Any] = {"fontsize": 7.5, "va": "center", "color": _GREY}
+    place = axes.get_xaxis_transform()
+    axes.text(0.01, height - step / 2, "diverged of all runs", transform=axes.transAxes, **small)
+    for i, (points, look) in enumerate(rows):
+        y = height - step * (i + 1.4)
+        for p in points:
+            cross = {"color": look["color"], "markersize": 6, "markeredgewidth": 1.6}
+            axes.plot(p.x, y, "x", transform=place, **cross)
+            count = f"{p.total - len(p.values)}/{p.total}"
+            right: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
+            axes.annotate(count, (p.x, y), xycoords=place, **right, **small)
+
+
+def _make_room_below(axes: Axes, share: float) -> None:
+    """Extend the y axis so that its lowest `share` is free of data, and of ticks."""
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    scale = axes.yaxis.get_transform()
+    bottom, top = scale.transform(np.array([low, high]))
+    bottom = top - (top - bottom) / (1 - share)
+    axes.set_ylim(bottom=scale.inverted().transform(np.array([bottom]))[0])
+    axes.set_yticks(ticks)
+
+
+def bars(
+    source: Source,
+    metric: str,
+    names: Sequence[str] | None = None,
+    *,
+    published: Published | None = None,
+    labels: Labels | None = None,
+    from_zero: bool | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """A final metric of each setting: mean ± 1 standard deviation, and every seed as a point.
+
+    Args:
+        source: Results, or the path of saved ones.
+        metric: Metric, as in `Results.values`. Diverged runs are left out and counted.
+        names: Settings to draw, from top to bottom; default all.
+        published: Figures of others: a dashed mark beside the setting of that name, a dashed line
+            through the plot for other names.
+        labels: Texts to show instead of names and the metric.
+        from_zero: True: bars that begin at 0. False: means as dots on an axis that fits the values,
+            so that small differences show. Default: bars if the lowest mean is at most 70% of the
+            highest, else dots.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: A name or the metric is not there.
+
+    Example:
+        >>> from keras_norm import experiments, plotting
+        >>> runs = [experiments.Run(name, {"norm": name}, seed, final={"accuracy": 0.8 + seed / 99})
+        ...         for name in ("batch", "plain") for seed in range(3)]
+        >>> figure = plotting.bars(experiments.Results(runs), "accuracy")
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['batch (n = 3)', 'plain (n = 3)']
+    """
+    results, names = _results(source, names)
+    values = {name: _finished_values(results, name, metric) for name in names}
+    with style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + 0.42 * len(names)))
+        looks = _colors(results, names)
+        means = [float(v.mean()) for v in values.values() if len(v)]
+        if from_zero is None:
+            from_zero = bool(means) and 0 <= min(means) <= 0.7 * max(means)
+        for y, name in enumerate(names):
+            _bar(axes, y, values[name], looks[name], from_zero)
+        counts = [_count([run for run in results if run.name == name]) for name in names]
+        ticks = [f"{_name(n, labels)} ({c})" for n, c in zip(names, counts, strict=True)]
+        axes.set_yticks(range(len(names)), ticks)
+        axes.set_ylim(len(names) - 0.4, -0.7)
+        axes.margins(x=0.1)
+        axes.set_xlabel(_label(metric, labels))
+        axes.grid(visible=False, axis="y")
+        handles = [_handle("single seeds", color=_GREY, marker=".", alpha=0.6, linestyle="")]
+        marks = _published_marks(axes, metric, published, names, looks, labels)
+        _legend(figure, handles, marks, "mean ± 1 standard deviation over n seeds")
+        return _finish(figure, path, title)
+
+
+def _finished_values(results: Results, name: str, metric: str) -> Floats:
+    """Finite values of the runs of a setting that did not diverge; empty if all did."""
+    results.values(name, metric)  # raises if the metric is unknown
+    finished = results.select(name, status="finished")
+    values = finished.values(name, metric) if finished.runs else np.empty(0)
+    return values[np.isfinite(values)]
+
+
+def _bar(axes: Axes, y: int, values: Floats, look: Mapping[str, Any], from_zero: bool) -> None:
+    if not len(values):
+        return
+    mean = values.mean()
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    color = look["color"]
+    if from_zero:
+        axes.barh(y, mean, height=0.6, color=color, alpha=0.45)
+    else:
+        axes.plot(mean, y, marker=look["marker"], color=color, markersize=7)
+    axes.errorbar(mean, y, xerr=spread, color=color, capsize=4, linewidth=1.6, marker="")
+    offsets = np.linspace(0.12, 0.24, len(values)) if len(values) > 1 else [0.18]
+    axes.plot(values, y + np.asarray(offsets), ".", color=_GREY, alpha=0.6, markersize=4)
+    _note(axes, _with_spread(mean, spread), mean, y)
+
+
+def _with_spread(mean: float, spread: float) -> str:
+    """Mean ± spread, to two digits of the spread."""
+    if not spread:
+        return f"{mean:.4g}"
+    places = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{mean:.{places}f} ± {spread:.{places}f}"
+
+
+def _note(axes: Axes, text: str, x: float, y: float) -> None:
+    """A small text above a point, readable on any ground."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    place: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+    axes.annotate(text, (x, y), fontsize=8, color=_GREY, path_effects=halo, **place)
+
+
+def _published_marks(
+    axes: Axes,
+    metric: str,
+    published: Published | None,
+    names: Sequence[str],
+    looks: Mapping[str, Mapping[str, Any]],
+    labels: Labels | None,
+) -> list[Any]:
+    """Published figures of drawn settings as marks beside them, others as lines."""
+    figures = [f for f in _published(published) if f.metric == metric]
+    handles = []
+    for figure in (f for f in figures if f.name in names):
+        y = names.index(figure.name)
+        look = {"color": looks[figure.name]["color"], "linestyle": _DASHES[1], "linewidth": 1.6}
+        axes.plot([figure.value] * 2, [y - 0.42, y + 0.42], marker="", **look)
+        handles.append(_handle(_published_text(figure, "", labels), **look))
+    others = {k: v for k, v in (published or {}).items() if k not in names}
+    return handles + _published_lines({metric: axes}, others, looks, labels, vertical=True)
+
+
+def paired_differences(
+    source: Source,
+    baseline: str,
+    metric: str,
+    names: Sequence[str] | None = None,
+    *,
+    labels: Labels | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """Difference of each setting from a baseline, seed by seed, with its 95% confidence interval.
+
+    Args:
+        source: Results, or the path of saved ones.
+        baseline: Name of the setting that the others are held against.
+        metric: Metric, as in `Results.values`.
+        names: The others, from top to bottom; default all.
+        labels: Texts to show instead of names and the metric.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure. The p beside each interval is that of the paired t-test.
+
+    Raises:
+        ValueError: As `Results.compare`.
+
+    Example:
+        >>> from keras_norm import experiments, plotting
+        >>> runs = [experiments.Run(n, {"n": n}, s, final={"accuracy": a + s * s / 99})
+        ...         for n, a in (("batch", 0.8), ("plain", 0.7)) for s in range(3)]
+        >>> figure = plotting.paired_differences(experiments.Results(runs), "plain", "accuracy")
+        >>> figure.axes[0].get_xlabel()
+        'difference of accuracy (fraction) from plain'
+    """
+    results, names = _results(source, names)
+    names = [name for name in names if name != baseline]
+    tests = [results.compare(name, baseline, metric) for name in names]
+    with style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + 0.45 * len(names)))
+        looks = _colors(results, names)
+        axes.axvline(0, color=_GREY, linewidth=1)
+        for y, (name, test) in enumerate(zip(names, tests, strict=True)):
+            color, marker = looks[name]["color"], looks[name]["marker"]
+            axes.plot([test.low, test.high], [y, y], color=color, marker="|", markersize=8)
+            axes.plot(test.difference, y, color=color, marker=marker, markersize=7)
+            singles = _differences(results, name, baseline, metric)
+            axes.plot(singles, [y + 0.22] * len(singles), ".", color=_GREY, alpha=0.6, markersize=4)
+            text = f"{test.difference:+.3g}, p = {test.p:.2g}, n = {test.n}"
+            _note(axes, text, test.difference, y)
+        axes.set_yticks(range(len(names)), [_name(name, labels) for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.7)
+        axes.margins(x=0.1)
+        axes.set_xlabel(f"difference of {_label(metric, labels)} from {_name(baseline, labels)}")
+        axes.grid(visible=False, axis="y")
+        handle = _handle("single seeds", color=_GREY, marker=".", alpha=0.6, linestyle="")
+        _legend(figure, [handle], note="mean difference and its 95% confidence interval")
+        return _finish(figure, path, title)
+
+
+def _differences(results: Results, a: str, b: str, metric: str) -> list[float]:
+    first, second = (
+        dict(zip(results.seeds(n), results.values(n, metric), strict=True)) for n in (a, b)
+    )
+    return [float(first[seed] - second[seed]) for seed in first.keys() & second.keys()]
+
+
+def heatmap(
+    source: Source,
+    x: str,
+    y: str,
+    metric: str,
+    *,
+    names: Sequence[str] | None = None,
+    labels: Labels | None = None,
+    digits: int = 3,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """Mean of a final metric over two settings, such as every subset of normalized layers.
+
+    Args:
+        source: Results, or the path of saved ones.
+        x: Key of the setting along the columns.
+        y: Key of the setting along the rows.
+        metric: Metric, as in `Results.values`. Diverged runs are left out and counted.
+        names: Settings to draw; default all.
+        labels: Texts to show instead of keys, values and the metric.
+        digits: Decimal places in the cells; default 3.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure. Numbers are in increasing order, other values in the order of the results; a
+        cell without runs is empty.
+
+    Raises:
+        ValueError: Two settings fall into the same cell.
+
+    Example:
+        >>> from keras_norm import experiments, plotting
+        >>> runs = [experiments.Run(f"{a}{b}", {"first": a, "last": b}, 0, final={"accuracy": 0.8})
+        ...         for a in (False, True) for b in (False, True)]
+        >>> figure = plotting.heatmap(experiments.Results(runs), "first", "last", "accuracy")
+        >>> [text.get_text() for text in figure.axes[0].get_xticklabels()]
+        ['false', 'true']
+    """
+    results, names = _results(source, names)
+    cells: dict[tuple[str, str], str] = {}
+    values: dict[str, dict[str, Any]] = {x: {}, y: {}}  # key -> text -> value
+    for name in names:
+        first = next(run for run in results if run.name == name)
+        place = tuple(_plain_text(first.setting(key)) for key in (x, y))
+        for key, text in zip((x, y), place, strict=True):
+            values[key][text] = first.setting(key)
+        if (other := cells.setdefault((place[0], place[1]), name)) != name:
+            raise ValueError(
+                "A cell of a heat map must be one setting. Received: "
+                f"{other!r} and {name!r}, both with {x}={place[0]}, {y}={place[1]}. "
+                "Choose the settings with names=…."
+            )
+    columns, rows = (_in_order(values[key]) for key in (x, y))
+    means, texts = np.full((len(rows), len(columns)), np.nan), {}
+    for (column, row), name in cells.items():
+        at = rows.index(row), columns.index(column)
+        found = _finished_values(results, name, metric)
+        runs = [run for run in results if run.name == name]
+        if len(found):
+            means[at] = found.mean()
+        texts[at] = _cell_text(found, len(runs) - len(found), digits)
+    return matrix(
+        means,
+        rows=[_words(row, labels) for row in rows],
+        columns=[_words(column, labels) for column in columns],
+        xlabel=_label(x, labels),
+        ylabel=_label(y, labels),
+        value=f"{_label(metric, labels)}, mean over seeds",
+        texts=texts,
+        title=title,
+        path=path,
+    )
+
+
+def _in_order(values: Mapping[str, Any]) -> list[str]:
+    numbers = all(isinstance(value, (int, float)) for value in values.values())
+    return sorted(values, key=lambda text: values[text]) if numbers else list(values)
+
+
+def _cell_text(values: Floats, lost: int, digits: int) -> str:
+    lines = [f"{values.mean():.{digits}f}"] if len(values) else []
+    if len(values) > 1:
+        lines.append(f"± {values.std(ddof=1):.{digits}f}")
+    return "\n".join([*lines, f"{lost} diverged"] if lost else lines)
+
+
+# ---------------------------------------------------------------------------- plots of arrays
+
+
+def matrix(
+    values: npt.ArrayLike,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    xlabel: str = "",
+    ylabel: str = "",
+    value: str = "",
+    texts: Mapping[tuple[int, int], str] | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """A matrix of numbers as coloured cells with their text, such as a confusion matrix.
+
+    Args:
+        values: Numbers (rows, columns); NaN leaves a cell empty.
+        rows: Text of each row.
+        columns: Text of each column.
+        xlabel: What the columns are, with unit.
+        ylabel: What the rows are, with unit.
+        value: What the numbers are, with unit.
+        texts: (row, column) -> text of a cell; default the number to three significant digits.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: `values` is not a matrix of that many rows and columns.
+
+    Example:
+        >>> from keras_norm.plotting import matrix
+        >>> figure = matrix([[9, 1], [2, 8]], rows=["cat", "dog"], columns=["cat", "dog"])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['9', '1', '2', '8']
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (len(rows), len(columns)):
+        raise ValueError(
+            "values must have a row per text in `rows` and a column per text in `columns`. "
+            f"Received: values.shape={array.shape}, {len(rows)} rows, {len(columns)} columns."
+        )
+    if texts is None:
+        texts = {at: f"{number:.3g}" for at, number in np.ndenumerate(array) if number == number}
+    with style():
+        from matplotlib import pyplot
+
+        cell = 0.85 if any("\n" in text for text in texts.values()) else 0.6
+        size = (max(2.6 + cell * len(columns), 4.0), max(1.5 + 0.75 * cell * len(rows), 3.0))
+        figure, axes = pyplot.subplots(figsize=size)
+        image = axes.imshow(array, aspect="auto")
+        for (row, column), text in texts.items():
+            red, green, blue, _ = image.cmap(image.norm(array[row, column]))
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 and np.isfinite(array[row, column])
+            color = "white" if dark else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=color)
+        longest = max(map(len, columns), default=0) * len(columns)
+        turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(columns)), columns, **(turned if longest > 60 else {}))
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(visible=False)
+        figure.colorbar(image, ax=axes, label=value)
+        return _finish(figure, path, title)
+
+
+def lines(
+    x: npt.ArrayLike,
+    ys: Mapping[str, npt.ArrayLike],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "linear",
+    yscale: str = "linear",
+    reference: Mapping[str, float] | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """A line plot in the house's style.
+
+    Args:
+        x: Numbers (E,).
+        ys: Name -> numbers (E,), drawn as a line; or (n, E), drawn as mean over the first axis and
+            band of ± 1 standard deviation.
+        xlabel: What x is, with unit.
+        ylabel: What y is, with unit.
+        xscale: "linear" (default) or "log".
+        yscale: "linear" (default) or "log".
+        reference: Text -> height of a dashed line.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: A line does not have one number for each x.
+
+    Example:
+        >>> from keras_norm.plotting import lines
+        >>> figure = lines([1, 2], {"a": [3, 4]}, xlabel="step", ylabel="loss")
+        >>> len(figure.axes[0].lines)
+        1
+    """
+    x = np.asarray(x)
+    arrays = {name: np.atleast_2d(np.asarray(y, dtype=np.float64)) for name, y in ys.items()}
+    for name, array in arrays.items():
+        if array.shape[1:] != x.shape:
+            raise ValueError(
+                "A line needs one number for each x. Received: "
+                f"{name!r} of shape {np.shape(ys[name])} for x of shape {x.shape}."
+            )
+    with style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(6.6, 4.0))
+        handles = []
+        for i, (name, array) in enumerate(arrays.items()):
+            _mean_and_band(axes, x, array, _look(i))
+            n = f" (n = {len(array)})" if len(array) > 1 else ""
+            handles.append(_handle(f"{name}{n}", **_look(i)))
+        for i, (text, height) in enumerate((reference or {}).items()):
+            look = {"color": _GREY, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.1}
+            axes.axhline(height, **look)
+            handles.append(_handle(text, **look))
+        axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        banded = any(len(array) > 1 for array in arrays.values())
+        _legend(figure, handles, note=_BAND if banded else "")
+        return _finish(figure, path, title)
+
+
+def image_grid(
+    images: npt.ArrayLike,
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    title: str | None = None,
+    path: PathLike = None,
+) -> Figure:
+    """Images side by side.
+
+    Args:
+        images: (N, H, W), (N, H, W, 1) or (N, H, W, 3); integers 0 … 255, or floats 0 … 1. Floats
+            beyond that, as of standardized images, are scaled from their common least and greatest
+            value to 0 … 1.
+        titles: Text above each image; default none.
+        columns: Images per row; default up to 8.
+        title: Title; default none.
+        path: File to write; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: The shape is another one, or there is not one title per image.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_norm.plotting import image_grid
+        >>> figure = image_grid(np.zeros((3, 8, 8)), ["a", "b", "c"])
+        >>> [axes.get_title() for axes in figure.axes]
+        ['a', 'b', 'c']
+    """
+    array = _pixels(images)
+    if titles is not None and len(titles) != len(array):
+        raise ValueError(
+            f"There must be one title per image. Received: {len(titles)} for {len(array)} images."
+        )
+    columns = min(len(array), columns or 8)
+    rows = math.ceil(len(array) / columns)
+    with style():
+        from matplotlib import pyplot
+
+        size = (max(1.15 * columns, 2.5), (1.15 + (0.22 if titles is not None else 0)) * rows)
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+        for axes in grid.flat[len(array) :]:
+            axes.remove()
+        for i, (axes, image) in enumerate(zip(grid.flat, array, strict=False)):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_axis_off()
+            if titles is not None:
+                axes.set_title(titles[i], fontsize=8)
+        return _finish(figure, path, title)
+
+
+def _pixels(images: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Images as floats in [0, 1], (N, H, W) or (N, H, W, 3)."""
+    array = np.asarray(images)
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]  # (N, H, W, 1) -> (N, H, W)
+    if not len(array) or not (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 3)):
+        raise ValueError(
+            "images must be (N, H, W), (N, H, W, 1) or (N, H, W, 3) with N ≥ 1. "
+            f"Received: images.shape={np.shape(images)}."
+        )
+    if array.dtype.kind in "iu":
+        return array / 255.0
+    array = array.astype(np.float64)
+    low, high = array.min(), array.max()
+    return (array - low) / (high - low) if low < 0 or high > 1 else array

@@ -1,0 +1,505 @@
+"""Plots: they draw the numbers they are given, from the csv alone, and all can be read."""
+
+# ruff: noqa: E402 -- the other backends' environments hold no Matplotlib
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+matplotlib = pytest.importorskip("matplotlib")
+
+from matplotlib import pyplot
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from keras_norm import plotting
+from keras_norm.experiments import Results, Run
+
+EPOCHS = 6
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds(monkeypatch):
+    """No plot may open a window, and none may change Matplotlib's settings."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plot was shown")
+
+    monkeypatch.setattr(pyplot, "show", refuse)
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before
+    pyplot.close("all")
+
+
+def study(names=("batch", "plain"), seeds=4, diverged=()):
+    """Curves that rise, a little different for each seed; some runs diverge half way."""
+    rng = np.random.default_rng(3)
+    runs = []
+    for i, name in enumerate(names):
+        for seed in range(seeds):
+            accuracy = 0.9 - 0.1 * i - 0.5 ** np.arange(1, EPOCHS + 1) + rng.normal(0, 0.01, EPOCHS)
+            loss = 1 - accuracy
+            lost = (name, seed) in diverged
+            if lost:
+                loss[3:], accuracy[3:] = math.nan, 0.1
+            history = {"loss": loss.tolist(), "test_accuracy": accuracy.tolist()}
+            final = {"test_accuracy": float(accuracy[-1])}
+            settings = {"norm": name, "layers": {"first": i % 2, "last": i // 2}}
+            status = "diverged" if lost else "finished"
+            runs.append(Run(name, settings, seed, status, history=history, final=final))
+    return Results(runs, title="Study")
+
+
+def rates(groups=("batch", None), seeds=3):
+    """A sweep: accuracy against the rate; at the largest rate runs without norm diverge."""
+    rng = np.random.default_rng(4)
+    runs = []
+    for group in groups:
+        for rate in (0.01, 0.1, 1.0):
+            for seed in range(seeds):
+                lost = group is None and rate == 1.0 and seed > 0
+                value = 0.1 if lost else 0.8 + 0.05 * math.log10(rate) + rng.normal(0, 0.01)
+                runs.append(
+                    Run(
+                        f"{group} {rate}",
+                        {"norm": group, "rate": rate},
+                        seed,
+                        "diverged" if lost else "finished",
+                        final={"accuracy": value},
+                    )
+                )
+    return Results(runs)
+
+
+def content(figure):
+    """Everything a figure says: lines, bands, bars, images and texts."""
+    figure.canvas.draw()
+    said = []
+    for axes in figure.axes:
+        said += [axes.get_xlim(), axes.get_ylim(), axes.get_xlabel(), axes.get_ylabel()]
+        said += [(line.get_xydata().tolist(), line.get_color()) for line in axes.lines]
+        said += [path.vertices.tolist() for c in axes.collections for path in c.get_paths()]
+        said += [patch.get_path().vertices.tolist() for patch in axes.patches]
+        said += [image.get_array().tolist() for image in axes.images]
+        said += [text.get_text() for text in axes.texts]
+        said += [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    said += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return repr(said)
+
+
+def legend_texts(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+PLOTS = {
+    "learning_curves": lambda s: plotting.learning_curves(s, ["loss", "test_accuracy"]),
+    "bars": lambda s: plotting.bars(s, "test_accuracy"),
+    "paired_differences": lambda s: plotting.paired_differences(s, "plain", "test_accuracy"),
+    "heatmap": lambda s: plotting.heatmap(s, "layers.first", "layers.last", "test_accuracy"),
+    "sweep": lambda s: plotting.sweep(s, "layers.first", "test_accuracy", "norm", xscale="linear"),
+}
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_is_redrawn_from_the_csv_alone(tmp_path, plot):
+    results = study(("batch", "plain", "layer"), diverged={("layer", 1), ("layer", 3)})
+    results.save(tmp_path)
+    first = content(PLOTS[plot](results))
+    assert len(first) > 500
+    (tmp_path / "results.json").unlink()
+    assert content(PLOTS[plot](tmp_path / "results.csv")) == first
+    assert content(PLOTS[plot](str(tmp_path))) == first
+
+
+# ------------------------------------------------------------------ learning curves
+
+
+def test_learning_curves_draw_mean_and_sample_deviation():
+    results = study()
+    axes = plotting.learning_curves(results, "test_accuracy").axes[0]
+    for i, name in enumerate(results.names):
+        values = np.array([r.history["test_accuracy"] for r in results if r.name == name])
+        np.testing.assert_array_equal(axes.lines[i].get_xdata(), np.arange(1, EPOCHS + 1))
+        np.testing.assert_allclose(axes.lines[i].get_ydata(), values.mean(0), rtol=1e-12)
+        band = axes.collections[i].get_paths()[0].vertices
+        for epoch in range(EPOCHS):
+            heights = band[band[:, 0] == epoch + 1, 1]
+            spread = values[:, epoch].std(ddof=1)
+            assert heights.max() - heights.min() == pytest.approx(2 * spread, rel=1e-9)
+
+
+def test_diverged_runs_stay_out_of_the_mean_and_are_drawn():
+    results = study(diverged={("plain", 0), ("plain", 2)})
+    figure = plotting.learning_curves(results, ["test_accuracy"])
+    axes = figure.axes[0]
+    assert legend_texts(figure) == ["batch (n = 4)", "plain (n = 2, 2 diverged)"]
+    good = [r.history["test_accuracy"] for r in results if r.name == "plain" and r.seed in (1, 3)]
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), np.mean(good, axis=0), rtol=1e-12)
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_xydata().tolist() for line in crosses] == [[[EPOCHS, 0.1]]] * 2
+    loss = plotting.learning_curves(results, ["loss"]).axes[0]
+    crosses = [line for line in loss.lines if line.get_marker() == "x"]
+    assert [line.get_xdata().tolist() for line in crosses] == [[3]] * 2  # the last finite value
+
+
+def test_all_diverged_and_single_seed_and_ragged_epochs():
+    figure = plotting.learning_curves(study(diverged={("plain", s) for s in range(4)}), "loss")
+    assert legend_texts(figure)[1] == "plain (n = 0, 4 diverged)"
+    figure = plotting.learning_curves(study(seeds=1), "loss")
+    assert figure.axes[0].collections[:] == []  # one run has no band
+    runs = [
+        Run("a", {}, 0, history={"loss": [3.0, 2.0, 1.0], "val_loss": [None, 1.0, None]}),
+        Run("a", {}, 1, history={"loss": [5.0, 4.0], "val_loss": [None, 3.0]}),
+    ]
+    figure = plotting.learning_curves(Results(runs), ["loss", "val_loss"])
+    means = [axes.lines[0].get_xydata().tolist() for axes in figure.axes]
+    assert means == [[[1, 4], [2, 3]], [[2, 2]]]  # epochs that all seeds have
+
+
+def test_published_figures_are_dashed_and_named():
+    published = {
+        "plain": {"test_accuracy": (0.824, "a book")},
+        "built in": {"test_accuracy": [(0.761, "a reader"), 0.7], "other": 1.0},
+    }
+    figure = plotting.learning_curves(study(), "test_accuracy", published=published)
+    axes = figure.axes[0]
+    dashed = [line for line in axes.lines if line.is_dashed()]
+    assert [line.get_ydata()[0] for line in dashed] == [0.824, 0.761, 0.7]
+    assert dashed[0].get_color() == axes.lines[1].get_color()  # that of the setting
+    assert dashed[1].get_color() == dashed[2].get_color() == plotting._GREY
+    assert dashed[1]._dash_pattern != dashed[2]._dash_pattern
+    assert legend_texts(figure)[2:] == [
+        "published: plain 0.824 (a book)",
+        "published: built in 0.761 (a reader)",
+        "published: built in 0.7",
+    ]
+
+
+def test_labels_and_units():
+    figure = plotting.learning_curves(
+        study(),
+        ["loss", "test_accuracy"],
+        labels={"loss": "cross-entropy (nats)", "plain": "without"},
+        title="Curves",
+    )
+    assert [a.get_ylabel() for a in figure.axes] == [
+        "cross-entropy (nats)",
+        "test accuracy (fraction)",
+    ]
+    assert {a.get_xlabel() for a in figure.axes} == {"epoch"}
+    assert legend_texts(figure) == ["batch (n = 4)", "without (n = 4)"]
+    assert figure.legends[0].get_title().get_text() == (
+        "mean, band: ± 1 standard deviation over n seeds"
+    )
+    assert figure.get_suptitle() == "Curves"
+
+
+def test_unknown_metric_or_name():
+    with pytest.raises(ValueError, match=r"one of \['loss', 'test_accuracy'\]. Received: 'acc'"):
+        plotting.learning_curves(study(), "acc")
+    with pytest.raises(ValueError, match="Received: name='typo'"):
+        plotting.learning_curves(study(), "loss", ["typo"])
+    with pytest.raises(ValueError, match="at least one run"):
+        plotting.learning_curves(Results(), "loss")
+    assert pyplot.get_fignums() == []
+
+
+# ------------------------------------------------------------------ looks and layout
+
+
+def test_colours_are_petroff10_and_each_has_a_marker():
+    names = [f"setting {i}" for i in range(10)]
+    lines = plotting.learning_curves(study(names), "loss").axes[0].lines
+    colors = [to_hex(line.get_color()) for line in lines]
+    assert colors == [to_hex(c) for c in matplotlib.color_sequences["petroff10"]]
+    assert len({line.get_marker() for line in lines}) == 10
+
+
+def test_a_setting_keeps_its_colour():
+    results = study(("a", "b", "c"))
+    every = plotting.learning_curves(results, "loss").axes[0].lines
+    one = plotting.learning_curves(results, "loss", ["c"]).axes[0].lines
+    assert one[0].get_color() == every[2].get_color()
+    dots = plotting.bars(results, "test_accuracy", ["c", "a"]).axes[0].lines
+    assert dots[0].get_color() == every[2].get_color()
+    many = study([f"setting {i}" for i in range(20)], seeds=2)
+    two = plotting.learning_curves(many, "loss", ["setting 4", "setting 14"]).axes[0].lines
+    assert two[0].get_color() != two[1].get_color()
+
+
+def overlaps(a, b):
+    return a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize("metrics", [["loss"], ["loss", "test_accuracy"], ["loss"] * 4])
+def test_nothing_overlaps_and_nothing_is_cut_off(count, metrics):
+    names = [f"setting number {i}" for i in range(count)]
+    runs = []
+    for run in study(names, seeds=2):
+        history = {f"{metric}_{i}": run.history[metric] for i, metric in enumerate(metrics)}
+        runs.append(Run(run.name, run.settings, run.seed, history=history))
+    source = "a source that takes many words to name"
+    published = {n: {"loss_0": (0.3, source)} for n in (names[0], "someone else's net")}
+    figure = plotting.learning_curves(
+        Results(runs), runs[0].metrics, published=published, title="A title"
+    )
+    figure.canvas.draw()
+    axes = [a.get_tightbbox() for a in figure.axes]
+    blocks = [*axes, *(legend.get_window_extent() for legend in figure.legends)]
+    blocks.append(figure._suptitle.get_window_extent())
+    for i, block in enumerate(blocks):
+        assert block.x0 >= 0
+        assert block.y0 >= 0
+        assert block.x1 <= figure.bbox.x1
+        assert block.y1 <= figure.bbox.y1
+        assert not any(overlaps(block, other) for other in blocks[i + 1 :])
+    heights = {round(a.get_window_extent().height) for a in figure.axes}
+    assert min(heights) > 180  # legends take no room from the plots
+
+
+def test_files(tmp_path):
+    path = tmp_path / "plots" / "curves.png"
+    figure = plotting.learning_curves(study(), "loss", path=path)
+    assert pyplot.get_fignums() == []
+    with Image.open(path) as image:
+        assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        assert image.size == tuple(int(150 * inches) for inches in figure.get_size_inches())
+        assert len(np.unique(np.asarray(image.convert("L")))) > 50  # something is drawn
+    plotting.lines([1, 2], {"a": [1, 2]}, xlabel="x", ylabel="y", path=tmp_path / "plots" / "a.svg")
+    assert (tmp_path / "plots" / "a.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert sorted(os.listdir(path.parent)) == ["a.svg", "curves.png"]
+
+
+def test_a_failed_write_leaves_the_old_plot(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    path.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        plotting.learning_curves(study(), "loss", path=path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["curves.png"]
+    assert pyplot.get_fignums() == []
+    with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg file. Received: path='x.jpg'"):
+        plotting.learning_curves(study(), "loss", path="x.jpg")
+    assert pyplot.get_fignums() == []
+
+
+def test_without_a_path_the_figure_stays_open():
+    figure = plotting.learning_curves(study(), "loss")
+    assert pyplot.get_fignums() == [figure.number]
+
+
+def test_import_is_light():
+    code = "import sys, keras_norm.plotting; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# ------------------------------------------------------------------ sweep
+
+
+def test_sweep_draws_means_bands_and_seeds():
+    results = rates()
+    figure = plotting.sweep(results, "rate", "accuracy", "norm", labels={"none": "no norm"})
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    assert legend_texts(figure) == ["batch", "no norm"]
+    values = [results.values(f"batch {rate}", "accuracy") for rate in (0.01, 0.1, 1.0)]
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [0.01, 0.1, 1.0])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), np.mean(values, axis=1), rtol=1e-12)
+    points = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "."]
+    assert points[:3] == [v.tolist() for v in values]
+    band = axes.collections[0].get_paths()[0].vertices
+    heights = band[band[:, 0] == 0.1, 1]
+    spread = np.std(values[1], ddof=1)
+    assert heights.max() - heights.min() == pytest.approx(2 * spread, rel=1e-9)
+
+
+def test_sweep_counts_diverged_runs_below_the_data():
+    figure = plotting.sweep(rates(), "rate", "accuracy", "norm")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.texts] == ["diverged of all runs", "2/3"]
+    cross = next(line for line in axes.lines if line.get_marker() == "x")
+    assert cross.get_xdata()[0] == 1.0
+    assert cross.get_color() == plotting._look(1)["color"]
+    strip = axes.patches[0].get_window_extent()
+    y_of_cross = cross.get_transform().transform(cross.get_xydata())[0, 1]
+    assert strip.y0 < y_of_cross < strip.y1
+    drawn = [line for line in axes.lines if line.get_marker() != "x"]
+    lowest = min(axes.transData.transform(line.get_xydata())[:, 1].min() for line in drawn)
+    assert lowest > strip.y1
+    assert min(axes.get_yticks()) > axes.get_ylim()[0]
+    alone = next(line for line in axes.lines if line.get_color() == cross.get_color())
+    survivor = rates().values("None 1.0", "accuracy")[0]
+    assert alone.get_ydata()[-1] == survivor
+    assert "over n = 1 to 3 seeds" in figure.legends[0].get_title().get_text()
+
+
+def test_sweep_where_all_diverged_breaks_the_line():
+    runs = [
+        Run(f"{x}", {"x": x}, s, "diverged" if x == 2 else "finished", final={"m": float(x)})
+        for x in (1, 2, 3)
+        for s in range(2)
+    ]
+    figure = plotting.sweep(Results(runs), "x", "m", xscale="linear", yscale="log")
+    figure.canvas.draw()
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [1.0, math.nan, 3.0])
+    assert figure.axes[0].texts[1].get_text() == "2/2"
+
+
+def test_sweep_published_figure_has_the_colour_of_its_group():
+    published = {"none": {"accuracy": (0.9, "a book")}}
+    axes = plotting.sweep(rates(), "rate", "accuracy", "norm", published=published).axes[0]
+    dashed = next(line for line in axes.lines if line.is_dashed())
+    assert dashed.get_color() == plotting._look(1)["color"]
+    assert dashed.get_ydata()[0] == 0.9
+
+
+def test_sweep_refuses_what_it_cannot_place():
+    with pytest.raises(ValueError, match=r"'batch 0.01' and 'None 0.01', both with rate=0.01"):
+        plotting.sweep(rates(), "rate", "accuracy")
+    with pytest.raises(ValueError, match=r"number under 'norm'. Received: 'batch'"):
+        plotting.sweep(rates(), "norm", "accuracy")
+
+
+# ------------------------------------------------------------------ bars, differences, heat maps
+
+
+def test_bars_show_means_deviations_and_seeds():
+    results = study(diverged={("plain", 1)})
+    figure = plotting.bars(
+        results, "test_accuracy", published={"plain": {"test_accuracy": (0.75, "a book")}}
+    )
+    axes = figure.axes[0]
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == ["batch (n = 4)", "plain (n = 3, 1 diverged)"]
+    for y, (name, seeds) in enumerate({"batch": range(4), "plain": (0, 2, 3)}.items()):
+        values = results.select(name, seeds=seeds).values(name, "test_accuracy")
+        lines = [line.get_xydata() for line in axes.lines]
+        assert [[values.mean(), y]] in [xy.tolist() for xy in lines]
+        points = next(xy for xy in lines if len(xy) == len(values) and y < xy[0, 1] < y + 0.3)
+        np.testing.assert_array_equal(points[:, 0], values)
+        segment = axes.collections[y].get_segments()[0]
+        spread = values.std(ddof=1)
+        np.testing.assert_allclose(segment[:, 0], [values.mean() - spread, values.mean() + spread])
+    dashed = next(line for line in axes.lines if line.is_dashed())
+    np.testing.assert_allclose(dashed.get_xydata(), [[0.75, 0.58], [0.75, 1.42]])
+    assert legend_texts(figure) == ["single seeds", "published: plain 0.75 (a book)"]
+
+
+def test_bars_begin_at_zero_only_where_that_shows_something():
+    close = plotting.bars(study(), "test_accuracy").axes[0]
+    assert close.patches[:] == []
+    assert close.get_xlim()[0] > 0.5
+    values = (("a", 1.0), ("b", 5.0))
+    far = Results([Run(n, {"n": n}, s, final={"m": v + s / 9}) for n, v in values for s in (0, 1)])
+    axes = plotting.bars(far, "m").axes[0]
+    assert [round(patch.get_width(), 6) for patch in axes.patches] == [1.055556, 5.055556]
+    assert axes.get_xlim()[0] == 0
+    assert plotting.bars(far, "m", from_zero=False).axes[0].patches[:] == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "text"),
+    [
+        (0.80671, 0.0101, "0.807 ± 0.010"),
+        (0.8, 0.00172, "0.8000 ± 0.0017"),
+        (812.3, 41.9, "812 ± 42"),
+        (0.5, 0.0, "0.5"),
+    ],
+)
+def test_spread_decides_the_digits(mean, spread, text):
+    assert plotting._with_spread(mean, spread) == text
+
+
+def test_paired_differences_show_the_test():
+    results = study(("batch", "plain", "layer"))
+    axes = plotting.paired_differences(results, "plain", "test_accuracy").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["batch", "layer"]
+    for y, name in enumerate(("batch", "layer")):
+        test = results.compare(name, "plain", "test_accuracy")
+        lines = [line.get_xydata().tolist() for line in axes.lines]
+        assert [[test.low, y], [test.high, y]] in lines
+        assert [[test.difference, y]] in lines
+        singles = results.values(name, "test_accuracy") - results.values("plain", "test_accuracy")
+        assert [[x, y + 0.22] for x in singles] in lines
+        assert f"p = {test.p:.2g}, n = 4" in axes.texts[y].get_text()
+
+
+def test_heatmap_puts_every_setting_in_its_cell():
+    results = study(("a", "b", "c", "d"), diverged={("c", s) for s in range(4)} | {("d", 0)})
+    axes = plotting.heatmap(results, "layers.first", "layers.last", "test_accuracy").axes[0]
+    means = axes.images[0].get_array().filled(math.nan)
+    expected = {n: results.select(n, status="finished") for n in "abd"}
+    expected = {n: r.values(n, "test_accuracy").mean() for n, r in expected.items()}
+    np.testing.assert_allclose(means, [[expected["a"], expected["b"]], [math.nan, expected["d"]]])
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts[(0, 1)] == "4 diverged"
+    assert texts[(1, 1)].splitlines()[0] == f"{expected['d']:.3f}"
+    assert texts[(1, 1)].splitlines()[2] == "1 diverged"
+    with pytest.raises(ValueError, match=r"must be one setting. Received: 'a' and 'c', both with"):
+        plotting.heatmap(results, "layers.first", "layers.first", "test_accuracy")
+
+
+# ------------------------------------------------------------------ plots of arrays
+
+
+def test_lines_with_and_without_a_band():
+    x = np.linspace(0, 1, 5)
+    several = np.random.default_rng(0).normal(size=(3, 5))
+    figure = plotting.lines(
+        x, {"one": 2 * x, "three": several}, xlabel="time (s)", ylabel="y", reference={"limit": 1.5}
+    )
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), 2 * x)
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), several.mean(0))
+    assert len(axes.collections) == 1
+    assert axes.lines[2].is_dashed()
+    assert legend_texts(figure) == ["one", "three (n = 3)", "limit"]
+    with pytest.raises(ValueError, match=r"Received: 'a' of shape \(2,\) for x of shape \(5,\)"):
+        plotting.lines(x, {"a": [1, 2]}, xlabel="", ylabel="")
+
+
+def test_matrix_texts_can_be_read_on_their_ground():
+    axes = plotting.matrix([[0.0, 1.0], [math.nan, 0.4]], rows=["a", "b"], columns=["c", "d"]).axes[
+        0
+    ]
+    assert [t.get_text() for t in axes.texts] == ["0", "1", "0.4"]
+    assert [t.get_color() for t in axes.texts] == ["white", "black", "white"]
+    with pytest.raises(ValueError, match=r"values.shape=\(1, 2\), 2 rows, 2 columns"):
+        plotting.matrix([[1, 2]], rows=["a", "b"], columns=["c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "extremes"),
+    [
+        (np.arange(48, dtype=np.uint8).reshape(3, 4, 4), (4, 4), (0, 47 / 255)),
+        (np.linspace(0.2, 0.7, 48).reshape(3, 4, 4, 1), (4, 4), (0.2, 0.7)),
+        (np.linspace(-3, 2, 144).reshape(3, 4, 4, 3), (4, 4, 3), (0, 1)),
+    ],
+)
+def test_image_grid(images, shape, extremes):
+    figure = plotting.image_grid(images, ["a", "b", "c"], columns=2)
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b", "c"]
+    drawn = np.array([axes.images[0].get_array() for axes in figure.axes])
+    assert drawn.shape == (3, *shape)
+    assert (drawn.min(), drawn.max()) == pytest.approx(extremes)
+    assert figure.axes[0].images[0].get_clim() == (0, 1)  # no image is stretched on its own
+
+
+def test_image_grid_refuses():
+    with pytest.raises(ValueError, match=r"images.shape=\(4, 4\)"):
+        plotting.image_grid(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r"one title per image. Received: 1 for 2 images"):
+        plotting.image_grid(np.zeros((2, 4, 4)), ["a"])
