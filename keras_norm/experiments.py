@@ -1313,8 +1313,8 @@ class _Store:
         there = {(entry.name, entry.seed) for entry in self._runs}
         self.tasks = tasks
         self.missing = [task for task in tasks if (task.name, task.seed) not in there]
-        before = (old.title, *map(len, (old.runs, old.superseded)))
-        self._changed = before != (self._title, len(self._runs), len(self._superseded))
+        before, after = ({id(entry) for entry in runs} for runs in (old.runs, self._runs))
+        self._changed = before != after or old.title != self._title
 
     def _load(self) -> Results:
         path = self._folder / "results.json"

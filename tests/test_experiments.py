@@ -322,6 +322,16 @@ def test_changed_settings_never_mix_and_old_runs_are_kept(tmp_path, monkeypatch,
     assert len(Results.load(tmp_path)) == 2
 
 
+def test_going_back_to_old_settings_brings_them_back_into_both_files(tmp_path):
+    first, second = ({"a": {"factor": factor, "epochs": 2}} for factor in (0.5, 0.25))
+    function = Counting()
+    for settings in (first, second, first, second, first):
+        quiet(function, settings, [0], out=tmp_path)
+        for file in ("results.json", "results.csv"):
+            assert [r.settings for r in Results.load(tmp_path / file)] == [settings["a"]]
+    assert len(function.calls) == 2
+
+
 def test_fresh_makes_the_asked_runs_anew_and_leaves_others(tmp_path):
     quiet(train, SETTINGS, [0, 1], out=tmp_path)
 
