@@ -1,0 +1,100 @@
+"""The tutorials as their readers run them: as scripts, in a fresh process, with `--fast`."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jupytext
+import pytest
+
+from keras_norm.experiments import Results
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
+
+
+def run(name, out, *flags, **environment):
+    return subprocess.run(
+        [sys.executable, ROOT / "tutorials" / name, "--out", out, *flags],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow", **environment},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture
+def no_data(tmp_path):
+    """An environment in which neither a data folder nor a network is there."""
+    nowhere = "http://127.0.0.1:9"
+    return {
+        "TFDS_DATA_DIR": "",
+        "HOME": str(tmp_path),
+        "http_proxy": nowhere,
+        "https_proxy": nowhere,
+        "HTTP_PROXY": nowhere,
+        "HTTPS_PROXY": nowhere,
+    }
+
+
+def has_fashion_mnist():
+    folder = os.environ.get("TFDS_DATA_DIR")
+    return bool(folder) and (pathlib.Path(folder) / "fashion_mnist").is_dir()
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_opens_as_a_notebook(path):
+    notebook = jupytext.read(path)
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds.count("markdown") >= 5
+    assert kinds.count("code") >= 5
+    assert notebook.cells[0].source.lstrip().startswith("# ")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, str(path), "exec")
+
+
+def check_tutorial_1(process, out):
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Warning" not in process.stderr
+    for plot in ("learning_curves", "bias", "learning_rates", "statistics"):
+        assert (out / f"{plot}.png").stat().st_size > 10_000
+    assert (out / "results.csv").exists()
+    answers = json.loads((out / "answers.json").read_text())
+    assert len(answers["answers"]) == 2
+    return Results.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_fashion_mnist(), reason="TFDS_DATA_DIR holds no fashion_mnist")
+def test_tutorial_1_on_fashion_mnist(tmp_path):
+    results = check_tutorial_1(run("01_batchnorm.py", tmp_path, "--fast"), tmp_path)
+    with_norm = results.values("batch norm, rate 1", "reestimated_accuracy")
+    assert len(with_norm) == 2
+    assert with_norm.mean() > FLOOR_FASHION_MNIST
+    assert results.values("none, rate 1", "test_accuracy").mean() < with_norm.mean()
+
+
+@pytest.mark.slow
+def test_tutorial_1_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
+    process = run("01_batchnorm.py", tmp_path, "--fast", **no_data)
+    results = check_tutorial_1(process, tmp_path)
+    assert "digits" in process.stderr
+    assert "NOT of Fashion-MNIST" in process.stdout
+    assert results.values("batch norm, rate 1", "reestimated_accuracy").mean() > FLOOR_DIGITS
+
+
+def test_a_typo_in_the_flags_is_an_error(tmp_path):
+    process = run("01_batchnorm.py", tmp_path, "--fats")
+    assert process.returncode == 2
+    assert "--fats" in process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# Well below what the fast runs reach (see the header of the tutorial), far above chance.
+FLOOR_FASHION_MNIST = 0.6
+FLOOR_DIGITS = 0.8
