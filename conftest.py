@@ -30,5 +30,3 @@ def fixed_seeds(doctest_namespace):
     """Each test starts from the same state, in whatever order they run."""
     doctest_namespace["np"] = np
     keras.utils.set_random_seed(0)
-    yield
-    keras.backend.clear_session()

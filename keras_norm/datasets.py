@@ -25,6 +25,7 @@ import difflib
 import importlib.util
 import inspect
 import io
+import logging
 import math
 import numbers
 import os
@@ -1036,7 +1037,8 @@ def _probe(urls: Iterable[str]) -> None:
 def _reading(spec: _Spec, path: Path) -> Iterator[None]:
     """Turn what goes wrong inside a reader into an error that names the file and the way out."""
     try:
-        yield
+        with _without_deprecation_notes():
+            yield
     except (DataUnavailableError, MemoryError):
         raise
     except ImportError as error:
@@ -1047,6 +1049,18 @@ def _reading(spec: _Spec, path: Path) -> Iterator[None]:
             f"another layout. Received: {path}: {type(error).__name__}: {error}. Delete it and "
             "have it downloaded or packed again."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_deprecation_notes() -> Iterator[None]:
+    """tensorflow-datasets 4.9.10 warns of its own use of its own deprecated attributes."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_prepared(spec: _Spec, folder: Path, origin: str) -> _Raw:

@@ -22,7 +22,7 @@ from keras import ops
 from keras_norm import functional
 from keras_norm.autodiff import custom_vjp
 
-__all__ = ["IMPLEMENTATIONS", "batch_normalization", "choose"]
+__all__ = ["IMPLEMENTATIONS", "batch_normalization", "choose", "choose_for"]
 
 Array = Any
 Axis = int | Sequence[int]
@@ -62,6 +62,19 @@ def choose(
     if len(shape) > 2 and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":
         return "fused"
     return "folded" if dtype in ("float32", "float64") else "composed"
+
+
+def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> str:
+    """`choose` for an array: the implementation that `batch_normalization` takes for it.
+
+    Args:
+        x, axis, weights: as in `batch_normalization`.
+
+    Returns:
+        A key of `IMPLEMENTATIONS`.
+    """
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return choose(tuple(x.shape), dtype, axis=axis, weighted=weights is not None)
 
 
 def _on_gpu() -> bool:
@@ -105,7 +118,7 @@ def batch_normalization(
     dtype = keras.backend.standardize_dtype(x.dtype)
     weighted = weights is not None
     if implementation is None:
-        implementation = choose(tuple(x.shape), dtype, axis=axis, weighted=weighted)
+        implementation = choose_for(x, axis=axis, weights=weights)
     _check(implementation, tuple(x.shape), dtype, axis, weighted)
     if implementation == "composed":
         y, mean, variance = functional.batch_normalization(
