@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-__all__ = ["custom_vjp"]
+__all__ = ["custom_vjp", "is_traced", "peek"]
 
 Array = Any
 Forward = Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]]
@@ -72,6 +72,59 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
         ]
 
     return _implementation()(forward_of_given, backward_of_given, *arrays)
+
+
+def is_traced(x: Array) -> bool:
+    """Whether x stands for an array in a function that is being compiled, to run later.
+
+    Not so where Keras only infers shapes, nor on PyTorch.
+
+    Example:
+        >>> is_traced(ops.ones(3))
+        False
+    """
+    backend = keras.backend.backend()
+    if _infers_shapes():
+        return False
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    if backend == "jax":
+        import jax
+
+        return isinstance(x, jax.core.Tracer)
+    return False
+
+
+def _infers_shapes() -> bool:
+    try:
+        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+    except ImportError:
+        return False
+    return bool(in_symbolic_scope())
+
+
+def peek(variable: Any) -> Any:
+    """The present value of a Keras variable as a NumPy array, also while a function is traced.
+
+    Returns:
+        `None` where it cannot be looked at: inside JAX's `jit`, where the value is not known yet.
+
+    Example:
+        >>> peek(keras.Variable([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
+    backend = keras.backend.backend()
+    if _infers_shapes() or variable._value is None:
+        return None
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.init_scope():
+            return ops.convert_to_numpy(variable._value)
+    value = variable.value
+    return None if is_traced(value) else ops.convert_to_numpy(value)
 
 
 def _implementation() -> Callable[..., tuple[Array, ...]]:

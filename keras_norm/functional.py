@@ -30,12 +30,33 @@ those with respect to the first two outputs (zero where the loss does not use th
 sum w (x - mean) = 0. For w = 1 and a loss of y alone it is the formula of the course,
 dx = gamma inv_std / N (N dy - dbeta - x_hat dgamma).
 
+The statistics of parts g of a batch (ghost batches, replicas) with sums of weights W_g become
+those of the whole (Chan, Golub and LeVeque, 1979), never through the mean of squares:
+
+    (B13) W        = sum W_g
+    (B14) mean     = sum W_g mean_g / W
+    (B15) variance = sum W_g (variance_g + (mean_g - mean)^2) / W
+
+The unbiased variance divides by N - 1 in place of N, where N = W^2 / sum w^2 is the number of
+elements for weights of 0 and 1, and fewer when a few of them carry most of the weight:
+
+    (B16) unbiased = variance N / (N - 1)
+
+Batch renormalization corrects the batch's statistics by its own moving averages of the mean and
+of the standard deviation (both held constant in the gradient), clipped where that is asked for:
+
+    (B17) r = clip(sqrt(variance + epsilon) / renorm_stddev, rmin, rmax)
+    (B18) d = clip((mean - renorm_mean) / renorm_stddev, -dmax, dmax)
+    (B19) y = gamma (r x_hat + d) + beta
+
 Reference: Ioffe and Szegedy, 2015, Batch Normalization: Accelerating Deep Network Training
 by Reducing Internal Covariate Shift, section 3, algorithm 1; the backward pass derived here.
+Ioffe, 2017, Batch Renormalization, algorithm 1. Hoffer, Hubara and Soudry, 2017, Train longer,
+generalize better, section 4 (ghost batches).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -52,14 +73,19 @@ __all__ = [
     "dropout_backward",
     "dropout_forward",
     "dropout_mask",
+    "ghost_batch_normalization",
     "group_normalization",
     "instance_normalization",
     "layer_normalization",
     "layer_normalization_backward",
     "layer_normalization_forward",
+    "merge_moments",
     "moments",
     "normalize",
+    "renormalization",
     "rms_normalization",
+    "unbiased_variance",
+    "weight_sums",
 ]
 
 Array = Any
@@ -79,7 +105,7 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         >>> canonical_axes((-1, 1), ndim=4)
         (1, 3)
     """
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
     valid = all(isinstance(a, int) and -ndim <= a < ndim for a in axes)
     canonical = tuple(sorted(a % ndim for a in axes)) if valid and axes else ()
     if not canonical or len(set(canonical)) < len(canonical):
@@ -126,7 +152,11 @@ class _Layout(NamedTuple):
         return ops.reshape(v, shape)
 
     def sum(self, x: Array) -> Array:
-        return ops.sum(x, axis=self.reduced)  # (N, H, W, C) -> (C,)
+        # In two stages, for partial sums round less: in float32, of 262,144 elements, the
+        # variance is off by 1e-6 in place of 7e-5.
+        for axes in (self.reduced[1:], self.reduced[:1]):  # (N, H, W, C) -> (N, C) -> (C,)
+            x = ops.sum(x, axis=axes) if axes else x
+        return x
 
     def share(self, weights: Array | None, dtype: str) -> Array:
         """w / W: the part that each element has in the mean; 0 where nothing has a weight.
@@ -138,7 +168,7 @@ class _Layout(NamedTuple):
             return 1 / max(n, 1) if isinstance(n, int) else 1 / ops.maximum(ops.cast(n, dtype), 1)
         w = ops.cast(weights, dtype)
         total = self.sum(ops.broadcast_to(w, self.shape))
-        return w / self.expand(ops.where(total > 0, total, ops.ones_like(total)))
+        return w / self.expand(_one_where_zero(total))
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -147,6 +177,10 @@ def check_epsilon(epsilon: float) -> None:
             "`epsilon` is added to the variance under a square root and must be >= 0. "
             f"Received: epsilon={epsilon}. The default is 1e-3."
         )
+
+
+def _one_where_zero(x: Array) -> Array:
+    return ops.where(x > 0, x, ops.ones_like(x))
 
 
 def _zero_where_not_finite(x: Array) -> Array:
@@ -220,6 +254,79 @@ def _moments_backward(
     return share * (layout.expand(a) + layout.expand(2 * b) * centered)
 
 
+def weight_sums(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple[Array, Array]:
+    """The sum of the weights of every channel and the sum of their squares.
+
+    Args: as `moments`.
+
+    Returns:
+        (W, sum w^2), each (C,), in the dtype of the statistics; both N without weights.
+
+    Example:
+        >>> w = np.array([[2.0], [1.0]], "float32")
+        >>> total, squares = weight_sums(np.zeros((2, 3), "float32"), weights=w)
+        >>> np.asarray(total).tolist(), np.asarray(squares).tolist()
+        ([3.0, 3.0, 3.0], [5.0, 5.0, 5.0])
+    """
+    layout, dtype = _Layout.of(x, axis), compute_dtype(x)
+    if weights is None:
+        n = ops.cast(math.prod(layout.shape[a] for a in layout.reduced), dtype)
+        n = ops.broadcast_to(n, [layout.shape[a] for a in layout.channels])
+        return n, n
+    w = ops.broadcast_to(ops.cast(weights, dtype), layout.shape)
+    return layout.sum(w), layout.sum(w * w)
+
+
+def merge_moments(
+    mean: Array, variance: Array, weight: Array, total: Callable[[Array], Array]
+) -> tuple[Array, Array, Array]:
+    """The statistics of a whole from those of its parts, (B13) to (B15).
+
+    Args:
+        mean, variance: of the parts, in any layout.
+        weight: the sum of weights of each, in the same layout.
+        total: sums over the parts; called with arrays of that layout, two of them stacked along
+            a new first axis.
+
+    Returns:
+        (mean, variance, weight) of the whole, of the shape that `total` leaves; 0 where there
+        is no weight. Differentiable in the mean and the variance.
+
+    Example:
+        >>> parts = np.array([[0.0], [4.0]]), np.array([[1.0], [1.0]]), np.array([[1.0], [3.0]])
+        >>> mean, variance, weight = merge_moments(*parts, lambda v: ops.sum(v, axis=-2))
+        >>> float(mean[0]), float(variance[0]), float(weight[0])
+        (3.0, 4.0, 4.0)
+    """
+    mean, variance, weight = map(ops.convert_to_tensor, (mean, variance, weight))
+    weight_of_all, weighted = ops.unstack(total(ops.stack([weight, weight * mean])), 2)  # (B13)
+    safe = _one_where_zero(weight_of_all)
+    merged = weighted / safe  # (B14)
+    off = mean - merged
+    spread = total(ops.expand_dims(weight * (variance + off * off), 0))
+    return merged, ops.squeeze(spread, 0) / safe, weight_of_all  # (B15)
+
+
+def unbiased_variance(variance: Array, weight: Array, squares: Array) -> Array:
+    """The variance divided by N - 1 in place of N, equation (B16).
+
+    Args:
+        variance: biased variance, (C,).
+        weight, squares: sum of the weights and of their squares, (C,); see `weight_sums`.
+
+    Returns:
+        (C,); where one element has all the weight, its biased variance of 0.
+
+    Example:
+        >>> float(unbiased_variance(np.array([2.0]), np.array([3.0]), np.array([3.0]))[0])
+        3.0
+    """
+    variance, weight, squares = map(ops.convert_to_tensor, (variance, weight, squares))
+    spare = weight * weight - squares
+    several = spare > 1e-6 * squares  # more than rounding leaves of one element
+    return ops.where(several, variance * (weight * weight / ops.where(several, spare, 1)), variance)
+
+
 # Batch normalization -------------------------------------------------------------------------
 
 
@@ -231,6 +338,8 @@ def batch_normalization(
     axis: Axis = -1,
     epsilon: float = 1e-3,
     weights: Array | None = None,
+    given: tuple[Array, Array] | None = None,
+    use_given: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Normalizes x by the mean and variance of the batch itself, equations (B1) to (B10).
 
@@ -244,6 +353,10 @@ def batch_normalization(
             booleans, of any shape that broadcasts to that of x. Every element is normalized,
             whatever its weight; what has weight 0 may be infinite or NaN. They are constants:
             no gradient flows into them. Default: all count alike.
+        given: a mean and a variance, (C,), constants, to normalize by in place of the batch's
+            where `use_given` is true. Default: none.
+        use_given: scalar boolean, which may be decided when a compiled function runs: both
+            cases are the same sweeps over x. Default: false.
 
     Returns:
         (y, mean, variance): y of the shape and dtype of x; the mean and the biased variance of
@@ -275,9 +388,11 @@ def batch_normalization(
         return batch_normalization_forward(*arrays, axis=axis, epsilon=epsilon)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array | None, ...]:
-        return *batch_normalization_backward(*upstream, *residuals, axis=axis), None
+        constants = None, None, None, None
+        return *batch_normalization_backward(*upstream, *residuals, axis=axis), *constants
 
-    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta, weights)
+    statistics = (None, None, None) if use_given is None else (*(given or ()), use_given)
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta, weights, *statistics)
     return y, mean, variance
 
 
@@ -286,6 +401,9 @@ def batch_normalization_forward(
     gamma: Array | None = None,
     beta: Array | None = None,
     weights: Array | None = None,
+    given_mean: Array | None = None,
+    given_variance: Array | None = None,
+    use_given: Array | None = None,
     *,
     axis: Axis = -1,
     epsilon: float = 1e-3,
@@ -295,14 +413,21 @@ def batch_normalization_forward(
     Args: as `batch_normalization`.
 
     Returns:
-        (y, mean, variance) and the residuals (x, mean, inv_std, gamma, weights): of the size of
-        x nothing but x itself is kept for the backward pass.
+        (y, mean, variance) and the residuals (x, used_mean, inv_std, gamma, weights, gap,
+        use_given): of the size of x nothing but x itself is kept for the backward pass. The gap
+        is the mean that was used less that of the batch; the last two are None without `given`.
     """
     layout = _Layout.of(x, axis)
     x_ = ops.cast(x, compute_dtype(x))
     mean, variance = _moments(x_, layout, weights)  # (B1) (B2)
-    y, inv_std = _normalize(x_, mean, variance, gamma, beta, layout, epsilon)
-    return (ops.cast(y, x.dtype), mean, variance), (x, mean, inv_std, gamma, weights)
+    used_mean, used_variance, gap = mean, variance, None
+    if use_given is not None:
+        used_mean = ops.where(use_given, ops.cast(given_mean, x_.dtype), mean)
+        used_variance = ops.where(use_given, ops.cast(given_variance, x_.dtype), variance)
+        gap = _zero_where_not_finite(used_mean - mean)
+    y, inv_std = _normalize(x_, used_mean, used_variance, gamma, beta, layout, epsilon)
+    residuals = x, used_mean, inv_std, gamma, weights, gap, use_given
+    return (ops.cast(y, x.dtype), mean, variance), residuals
 
 
 def _normalize(
@@ -329,6 +454,8 @@ def batch_normalization_backward(
     inv_std: Array,
     gamma: Array | None = None,
     weights: Array | None = None,
+    gap: Array | None = None,
+    use_given: Array | None = None,
     *,
     axis: Axis = -1,
 ) -> tuple[Array, Array, Array]:
@@ -338,7 +465,7 @@ def batch_normalization_backward(
         dy: gradient of the loss with respect to y, of its shape.
         dmean, dvariance: gradients with respect to the batch's mean and variance, (C,); 0 where
             the loss uses only y.
-        x, mean, inv_std, gamma, weights: the residuals of the forward half.
+        x, mean, inv_std, gamma, weights, gap, use_given: the residuals of the forward half.
         axis: as there.
 
     Returns:
@@ -346,8 +473,15 @@ def batch_normalization_backward(
     """
     layout = _Layout.of(x, axis)
     dx, dgamma, dbeta, scale = _normalize_backward(dy, x, mean, inv_std, gamma, weights, layout)
-    a = dmean - scale * dbeta  # (B8)
-    b = dvariance - scale * inv_std * dgamma / 2  # (B9)
+    to_mean, to_variance = scale * dbeta, scale * inv_std * dgamma / 2
+    if use_given is not None:  # the mean and the variance that y was made with are constants
+        to_mean, to_variance = (
+            ops.where(use_given, ops.zeros_like(v), v) for v in (to_mean, to_variance)
+        )
+    a = dmean - to_mean  # (B8)
+    b = dvariance - to_variance  # (B9)
+    if gap is not None:
+        a = a + 2 * b * gap  # the x - mean of (B10) is that of the batch
     return dx + _moments_backward(x, mean, weights, layout, a, b), dgamma, dbeta  # (B10)
 
 
@@ -426,6 +560,164 @@ def batch_normalization_backward_by_graph(
     return dx, dgamma, dbeta
 
 
+def ghost_batch_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    virtual_batch_size: int,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    weights: Array | None = None,
+    given: tuple[Array, Array] | None = None,
+    use_given: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Normalizes each ghost batch, a run of consecutive examples, by its own statistics.
+
+    The batch of N examples is cut into G = ceil(N / virtual_batch_size) ghost batches of
+    ceil(N / G) examples, the last of which may have fewer; all are computed at once.
+
+    Args:
+        virtual_batch_size: the largest number of examples in a ghost batch, >= 1.
+        x, gamma, beta, axis, epsilon, weights, given, use_given: as in `batch_normalization`;
+            the first axis of x counts the examples and is not among `axis`.
+
+    Returns:
+        (y, mean, variance): y of the shape and dtype of x; the mean and the biased variance of
+        the whole batch, merged from the ghost batches by (B13) to (B15), (C,).
+
+    Raises:
+        ValueError: for a virtual batch size below 1, an `axis` that holds the examples, and
+            what `batch_normalization` refuses.
+
+    Example:
+        >>> x = np.array([[1.0], [3.0], [10.0], [50.0]], "float32")
+        >>> y, mean, variance = ghost_batch_normalization(x, virtual_batch_size=2, epsilon=0.0)
+        >>> np.asarray(y)[:, 0].tolist(), float(mean[0]), float(variance[0])
+        ([-1.0, 1.0, -1.0, 1.0], 16.0, 396.5)
+
+    Reference:
+        Hoffer, Hubara and Soudry, 2017, section 4 (who move the moving statistics once for every
+        ghost batch; here they see the statistics of the batch).
+    """
+    layout = _Layout.of(x, axis)
+    check_virtual_batch_size(virtual_batch_size)
+    if 0 in layout.channels:
+        raise ValueError(
+            "Ghost batches are made of consecutive examples: axis 0 cannot keep statistics of its "
+            f"own. Received: axis={axis!r}, virtual_batch_size={virtual_batch_size}."
+        )
+    cut, valid = _ghost_batches(layout.shape[0], virtual_batch_size, x.dtype)
+    if weights is not None:
+        weights = ops.cast(weights, compute_dtype(x))
+        missing = len(layout.shape) - len(weights.shape)
+        weights = ops.reshape(weights, [1] * missing + list(ops.shape(weights)))
+        weights = weights[None] if weights.shape[0] == 1 else cut(weights)
+    if valid is not None:
+        valid = ops.reshape(valid, list(ops.shape(valid)) + [1] * (len(layout.shape) - 1))
+        weights = valid if weights is None else weights * ops.cast(valid, weights.dtype)
+    parts = cut(x)  # (N, ..., C) -> (G, S, ..., C)
+    groups, ghost_axis = ops.shape(parts)[0], (0, *(a + 1 for a in layout.channels))
+
+    def for_each(v: Array | None) -> Array | None:
+        if v is None:
+            return None
+        v = ops.convert_to_tensor(v)
+        return ops.broadcast_to(v, [groups, *ops.shape(v)])  # (C,) -> (G, C)
+
+    y, mean, variance = batch_normalization(
+        parts,
+        for_each(gamma),
+        for_each(beta),
+        axis=ghost_axis,
+        epsilon=epsilon,
+        weights=weights,
+        given=None if given is None else (for_each(given[0]), for_each(given[1])),
+        use_given=use_given,
+    )
+    weight, _ = weight_sums(parts, axis=ghost_axis, weights=weights)
+    mean, variance, _ = merge_moments(mean, variance, weight, lambda v: ops.sum(v, axis=1))
+    y = ops.reshape(y, [-1, *layout.shape[1:]])  # (G, S, ..., C) -> (G S, ..., C)
+    return y[: layout.shape[0]], mean, variance
+
+
+def check_virtual_batch_size(size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(
+            "`virtual_batch_size` is a number of examples, an integer >= 1. "
+            f"Received: virtual_batch_size={size!r}. Leave it out to normalize the whole batch."
+        )
+
+
+def _ghost_batches(
+    n: Any, virtual_batch_size: int, dtype: Any
+) -> tuple[Callable[[Array], Array], Array | None]:
+    """How to cut n examples, (n, ...) -> (G, S, ...), and which of (G, S) are not padding.
+
+    The latter is None where there is no padding. n is an integer, or a tensor on TensorFlow.
+    """
+    groups = -(-n // virtual_batch_size)
+    groups = max(groups, 1) if isinstance(n, int) else ops.maximum(groups, 1)
+    size = -(-n // groups)
+    padding = groups * size - n
+
+    def cut(v: Array) -> Array:
+        rest = list(ops.shape(v))[1:]
+        if not (isinstance(padding, int) and padding == 0):
+            v = ops.concatenate([v, ops.zeros([padding, *rest], v.dtype)], axis=0)
+        return ops.reshape(v, [groups, size, *rest])
+
+    if isinstance(padding, int) and padding == 0:
+        return cut, None
+    return cut, cut(ops.ones([n], "float32"))
+
+
+def renormalization(
+    mean: Array,
+    variance: Array,
+    renorm_mean: Array,
+    renorm_stddev: Array,
+    *,
+    epsilon: float = 1e-3,
+    rmin: float | None = None,
+    rmax: float | None = None,
+    dmax: float | None = None,
+) -> tuple[Array, Array]:
+    """The correction r and d of batch renormalization, (B17) and (B18).
+
+    Args:
+        mean, variance: of the batch, (C,).
+        renorm_mean, renorm_stddev: moving averages of the mean and of the standard deviation
+            sqrt(variance + epsilon), (C,). The latter counts as sqrt(epsilon) at least.
+        epsilon: as in `batch_normalization`.
+        rmin, rmax, dmax: bounds of r and of |d|. Default: none.
+
+    Returns:
+        (r, d), each (C,), constants for the gradient.
+
+    Example:
+        >>> statistics = [np.array([v]) for v in (3.0, 16.0, 1.0, 2.0)]
+        >>> r, d = renormalization(*statistics, epsilon=0.0, rmax=1.5)
+        >>> float(r[0]), float(d[0])
+        (1.5, 1.0)
+
+    Reference:
+        Ioffe, 2017, Batch Renormalization, algorithm 1.
+    """
+    mean, variance = ops.convert_to_tensor(mean), ops.convert_to_tensor(variance)
+    stddev = _clip(ops.cast(renorm_stddev, mean.dtype), epsilon**0.5, None)
+    r = ops.sqrt(variance + epsilon) / stddev  # (B17)
+    d = (mean - ops.cast(renorm_mean, mean.dtype)) / stddev  # (B18)
+    r = _clip(r, rmin, rmax)
+    d = d if dmax is None else _clip(d, -dmax, dmax)
+    return ops.stop_gradient(r), ops.stop_gradient(d)
+
+
+def _clip(x: Array, low: float | None, high: float | None) -> Array:
+    x = x if low is None else ops.where(x < low, low, x)
+    return x if high is None else ops.where(x > high, high, x)
+
+
 # Normalization by given statistics: inference, and whatever is merged across devices -----------
 
 
@@ -500,7 +792,8 @@ class _Scheme(NamedTuple):
         return ops.reshape(ops.cast(v, dtype), sizes)
 
     def mean(self, x: Array) -> Array:
-        return ops.mean(x, axis=self.reduced, keepdims=True)
+        # Not `ops.mean`, which is in float32 on JAX and PyTorch.
+        return _sum(x, self.reduced) / self.elements(x, x.dtype)
 
     def elements(self, x: Array, dtype: str) -> Any:
         """D, the number of elements that each statistic is taken of."""
@@ -510,8 +803,14 @@ class _Scheme(NamedTuple):
 
 
 def _sum(x: Array, axes: Sequence[int]) -> Array:
-    # PyTorch would take no axes for all axes.
-    return ops.sum(x, axis=tuple(axes), keepdims=True) if axes else x
+    """The sum, with the reduced axes kept as 1.
+
+    In two stages, because partial sums round less: of 512 x 512 x 2 elements in float32, the
+    variance is off by 2e-7, in one stage on TensorFlow by 1.5e-4.
+    """
+    for stage in (axes[1:], axes[:1]):  # PyTorch would take no axes for all axes
+        x = ops.sum(x, axis=tuple(stage), keepdims=True) if stage else x
+    return x
 
 
 def _standardize(

@@ -7,12 +7,13 @@ Import these in place of `keras.layers`' of the same name:
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_norm import functional
+from keras_norm import autodiff, distributed, functional, kernels
+from keras_norm._state import LiveNumbers
 
 __all__ = [
     "BatchNormalization",
@@ -21,6 +22,7 @@ __all__ = [
     "InstanceNormalization",
     "LayerNormalization",
     "RMSNormalization",
+    "SpatialBatchNormalization",
 ]
 
 Array = Any
@@ -60,13 +62,15 @@ class BatchNormalization(keras.layers.Layer):
         (B12)  moving_variance <- momentum moving_variance + (1 - momentum) variance
 
     In inference the moving statistics take the place of the batch's. The gradient is the
-    hand-derived one, (B6) to (B10).
+    hand-derived one, (B6) to (B10). Whatever stands after the `*` below goes beyond
+    `keras.layers.BatchNormalization`; with its defaults the two agree.
 
     Args:
         axis: int, the axis of the channels: -1 for channels last, 1 for images with channels
-            first. Default: -1.
+            first; or a tuple of axes, which together keep their own statistics. Default: -1.
         momentum: float in [0, 1), weight of the old value in the moving statistics (PyTorch's
-            momentum is its complement). Default: 0.99.
+            momentum is its complement); None for the average over all batches so far, each
+            with the same weight. Can be changed at any time. Default: 0.99.
         epsilon: float >= 0, added to the variance. Default: 1e-3 (PyTorch's is 1e-5).
         center: bool, whether there is a beta. Default: True.
         scale: bool, whether there is a gamma. Default: True.
@@ -74,50 +78,106 @@ class BatchNormalization(keras.layers.Layer):
         moving_mean_initializer, moving_variance_initializer: likewise.
         beta_regularizer, gamma_regularizer: Keras regularizers. Default: none.
         beta_constraint, gamma_constraint: Keras constraints. Default: none.
+        renorm: bool, batch renormalization, (B17) to (B19): in training, too, the layer
+            normalizes by moving statistics, up to bounds. Default: False.
+        renorm_clipping: dict of bounds of that correction, with the keys "rmax", "rmin", "dmax";
+            what is missing is not bounded. Default: none.
+        renorm_momentum: float in [0, 1), momentum of those moving statistics. Default: 0.99.
+        synchronized: bool, whether the replicas of a data-parallel step normalize by the
+            statistics of the whole batch, merged by counts, (B13) to (B15): under
+            `tf.distribute`, and under `torch.distributed`. On JAX with `keras.distribution`
+            they always do. Default: False.
+        debiased: bool, whether the moving statistics forget their initial values at the first
+            batch: averages with the weights of (B11), divided by their sum. Default: False.
+        unbiased: bool, whether the moving variance is that of N - 1, (B16). Default: False.
+        virtual_batch_size: int >= 1, the largest number of examples to be normalized together
+            in training (ghost batches; see `functional.ghost_batch_normalization`). The moving
+            statistics are those of the batch. Default: the whole batch.
+        train_parameters: bool, whether gamma and beta are trained. Default: True.
+        update_statistics: bool, whether the moving statistics move in training. Default: True.
+        use_batch_statistics: True to normalize by the batch in inference, too; False to
+            normalize by the moving statistics in training, too; None to follow `training`.
+            Default: None.
+        warn_untouched: bool, whether to warn, once, when inference meets moving statistics that
+            still have their initial values. Default: False, for a model that has just been made
+            is called for many good reasons.
         **kwargs: of every Keras layer: `name`, `dtype`, `trainable`.
 
     Call arguments:
         inputs: array of any rank >= 1; (N, C), (N, H, W, C), ...
         training: bool. True normalizes by the batch and updates the moving statistics, unless
             `trainable` is False: a frozen layer is in inference mode, as in Keras.
-        mask: bool array of shape `inputs.shape[:-1]`, or any that broadcasts to the inputs:
-            what is False does not count in the statistics (it is normalized all the same).
+        mask: bool array: what is False does not count in the statistics (it is normalized all
+            the same). Any shape that broadcasts to the inputs; one of lower rank than the
+            inputs belongs to their first axes: (N,), (N, H, W), as Keras's masks do.
+        sample_weight: array of numbers >= 0 of such a shape: how much every element counts in
+            the statistics. A constant for the gradient. Default: all alike.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
 
     State:
         gamma (C,), beta (C,): trained. moving_mean (C,), moving_variance (C,): updated in every
-        call with `training=True` while the layer is trainable. The order of `get_weights()` is
-        gamma, beta, moving_mean, moving_variance, as in `keras.layers`.
+        call with `training=True` while the layer is trainable; with `renorm` moving_stddev,
+        renorm_mean and renorm_stddev (C,) likewise; with `momentum=None` or `debiased`
+        moving_count (C,), the sum of the weights so far. The order of `get_weights()` is this
+        one, that of `keras.layers` for what exists there. For several axes, C stands for the
+        sizes of those axes, in their order in the inputs.
+
+    Three switches: `train_parameters`, `update_statistics` and `use_batch_statistics` are
+    attributes beside `trainable`, to be read and set at any time; like `momentum`, they act on
+    functions that were compiled before:
+
+        >>> layer = BatchNormalization(momentum=0.9)
+        >>> layer.update_statistics = False
+        >>> _ = layer(np.array([[1.0], [3.0]], "float32"), training=True)
+        >>> float(layer.moving_mean.numpy()[0])
+        0.0
+
+    Without `train_parameters`, gamma and beta are not among `trainable_variables`, and their
+    gradient in training is zero. (An optimizer with momentum or weight decay in a training
+    function compiled before goes on moving them by those, and Keras on JAX refuses such a
+    function: compile the model again, as for `trainable`.) There is one change that cannot
+    take effect, and raises: `use_batch_statistics = True` after inference was compiled without
+    it. `trainable = False` switches off the training of parameters and the updates, and lets
+    the moving statistics normalize unless `use_batch_statistics` is True.
+
+    What is left out: a batch whose statistics are not finite, or in which nothing has weight,
+    leaves all moving statistics as they are and is counted in `skipped_batches`; a channel
+    without weight keeps its own. One element per channel has variance 0: y is beta, no gradient
+    reaches the inputs, and the moving variance moves towards 0.
 
     Raises:
         ValueError: for a momentum outside [0, 1), a negative epsilon, an axis that the inputs do
-            not have, an integer or complex dtype, inputs whose channels are unknown.
+            not have, an integer or complex dtype, inputs whose channels are unknown, a mask or
+            weights that do not broadcast to the inputs, wrong bounds of renormalization, and
+            for a virtual batch size together with `renorm` or `synchronized`.
 
     Example:
         >>> layer = BatchNormalization(momentum=0.9, epsilon=1e-5)
         >>> x = np.array([[1.0, 10.0], [3.0, 50.0]], "float32")
         >>> y = layer(x, training=True)
-        >>> np.round(np.asarray(y), 3).tolist()
+        >>> ops.convert_to_numpy(y).round(3).tolist()
         [[-1.0, -1.0], [1.0, 1.0]]
-        >>> [np.round(v, 3).tolist() for v in layer.get_weights()[2:]]
+        >>> [v.astype(float).round(3).tolist() for v in layer.get_weights()[2:]]
         [[0.2, 3.0], [1.0, 40.9]]
 
     Numerics:
-        Statistics are accumulated, and variables kept, in at least float32; float16 and
+        Statistics are accumulated, and moving statistics kept, in at least float32; float16 and
         bfloat16 inputs give outputs of the same dtype. Agrees with `keras.layers` after 100
-        training steps to 1e-9 in float64 and 1e-4 in float32.
+        training steps to 1e-9 in float64 and 1e-4 in float32. Replicas that are not synchronized
+        keep moving statistics of the whole batch, merged by counts, all the same.
 
     Reference:
         Ioffe and Szegedy, 2015, Batch Normalization, algorithms 1 and 2 (the paper's inference
-        uses the unbiased variance; Keras and this layer the biased one).
+        uses the unbiased variance; Keras and this layer by default the biased one). Ioffe, 2017,
+        Batch Renormalization. Hoffer, Hubara and Soudry, 2017, section 4.
     """
 
     def __init__(
         self,
-        axis: int = -1,
-        momentum: float = 0.99,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -129,14 +189,27 @@ class BatchNormalization(keras.layers.Layer):
         gamma_regularizer: Any = None,
         beta_constraint: Any = None,
         gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, float] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
+        *,
+        debiased: bool = False,
+        unbiased: bool = False,
+        virtual_batch_size: int | None = None,
+        train_parameters: bool = True,
+        update_statistics: bool = True,
+        use_batch_statistics: bool | None = None,
+        warn_untouched: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         _check_dtype(self)
-        _check_fraction("momentum", momentum)
         functional.check_epsilon(epsilon)
+        _check_fraction("renorm_momentum", renorm_momentum)
+        _check_renorm_clipping(renorm, renorm_clipping)
+        _check_virtual_batch_size(virtual_batch_size, renorm, synchronized)
         self.axis = axis
-        self.momentum = momentum
         self.epsilon = epsilon
         self.center = center
         self.scale = scale
@@ -148,9 +221,123 @@ class BatchNormalization(keras.layers.Layer):
         self.gamma_regularizer = regularizers.get(gamma_regularizer)
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
+        self.renorm = renorm
+        self.renorm_clipping = renorm_clipping
+        self.renorm_momentum = renorm_momentum
+        self.synchronized = synchronized
+        self.debiased = debiased
+        self.unbiased = unbiased
+        self.virtual_batch_size = virtual_batch_size
+        self.warn_untouched = warn_untouched
         self.supports_masking = True
-        self.gamma = None
-        self.beta = None
+        self.gamma: Any = None
+        self.beta: Any = None
+        self.moving_mean: Any = None
+        self.moving_variance: Any = None
+        self.moving_count: Any = None
+        self._warned = False
+        self._inference_traced = False  # by moving statistics alone
+        self._batch_in_inference = False  # whether inference may use those of the batch
+        self._live = LiveNumbers(
+            momentum=0.0, rest=1.0, train=1.0, update=1.0, moving_in_training=0.0, moving=1.0
+        )
+        self.momentum = momentum
+        self.train_parameters = train_parameters
+        self.update_statistics = update_statistics
+        self.use_batch_statistics = use_batch_statistics
+
+    # What may be changed after a function was compiled ----------------------------------------
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the old value in the moving statistics; None for the average of all."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if value is not None:
+            _check_fraction("momentum", value)
+        elif self.built and self.moving_count is None:
+            raise ValueError(
+                "The average over all batches needs their count from the beginning. Received: "
+                "momentum=None for a layer that was built without. Pass momentum=None, or "
+                "debiased=True, to the constructor."
+            )
+        number = 1.0 if value is None else float(value)
+        self._live.update(momentum=number, rest=1 - number)
+        self._momentum = value
+        if self.moving_count is not None and value is not None:
+            self.debiased = True  # it goes on from the average that it has
+
+    @property
+    def train_parameters(self) -> bool:
+        """Whether gamma and beta are trained (while the layer is trainable)."""
+        return self._train_parameters
+
+    @train_parameters.setter
+    def train_parameters(self, value: bool) -> None:
+        _check_switch("train_parameters", value, (True, False))
+        self._live.update(train=float(value))
+        self._train_parameters = value
+        self._mark_parameters()
+
+    @property
+    def update_statistics(self) -> bool:
+        """Whether the moving statistics move in training (while the layer is trainable)."""
+        return self._update_statistics
+
+    @update_statistics.setter
+    def update_statistics(self, value: bool) -> None:
+        _check_switch("update_statistics", value, (True, False))
+        self._live.update(update=float(value))
+        self._update_statistics = value
+
+    @property
+    def use_batch_statistics(self) -> bool | None:
+        """Whether the batch's statistics normalize; None where `training` decides."""
+        return self._use_batch_statistics
+
+    @use_batch_statistics.setter
+    def use_batch_statistics(self, value: bool | None) -> None:
+        _check_switch("use_batch_statistics", value, (True, False, None))
+        if value is True and not self._batch_in_inference:
+            if self._inference_traced:
+                raise ValueError(
+                    "Inference was compiled with the moving statistics alone, and the compiled "
+                    "function cannot be changed. Received: use_batch_statistics=True. Make the "
+                    "layer with use_batch_statistics=True, and set it to None until you need it; "
+                    "or set it on a copy of the model (keras.models.clone_model)."
+                )
+            self._batch_in_inference = True
+        self._live.update(moving_in_training=float(value is False), moving=float(value is not True))
+        self._use_batch_statistics = value
+
+    @property
+    def trainable(self) -> bool:
+        """False: neither parameters nor moving statistics change, and training is inference."""
+        return bool(super().trainable)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.Layer.trainable.fset(self, value)
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        for parameter in (self.gamma, self.beta):
+            if parameter is not None:
+                parameter.trainable = self.trainable and self.train_parameters
+
+    @property
+    def skipped_batches(self) -> int:
+        """How many batches left the moving statistics as they were: not finite, or no weight."""
+        return self._live.counted
+
+    @property
+    def variables(self) -> list[Any]:
+        """The weights, and the state that compiled functions read the switches from."""
+        return [*super().variables, *self._live.variables]
+
+    # State ------------------------------------------------------------------------------------
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the variables, of the shape of the channels."""
@@ -162,26 +349,66 @@ class BatchNormalization(keras.layers.Layer):
                 f"Received: input_shape={tuple(input_shape)}, axis={self.axis}. Give the model "
                 "an Input with the number of channels."
             )
-        if self.scale:
-            self.gamma = self._add_channel_weight("gamma", shape, trainable=True)
-        if self.center:
-            self.beta = self._add_channel_weight("beta", shape, trainable=True)
-        self.moving_mean = self._add_channel_weight("moving_mean", shape, trainable=False)
-        self.moving_variance = self._add_channel_weight("moving_variance", shape, trainable=False)
+        if self.virtual_batch_size is not None and 0 in axes:
+            raise ValueError(
+                "Ghost batches are made of consecutive examples: axis 0 cannot keep statistics "
+                f"of its own. Received: axis={self.axis}, "
+                f"virtual_batch_size={self.virtual_batch_size}."
+            )
+        self.gamma = self._add_parameter("gamma", shape) if self.scale else None
+        self.beta = self._add_parameter("beta", shape) if self.center else None
+        mean, variance = self.moving_mean_initializer, self.moving_variance_initializer
+
+        def stddev(shape: Any, dtype: Any = None) -> Array:
+            return ops.sqrt(variance(shape, dtype=dtype))
+
+        self.moving_mean = self._add_statistic("moving_mean", shape, mean)
+        self.moving_variance = self._add_statistic("moving_variance", shape, variance)
+        if self.renorm:
+            self.moving_stddev = self._add_statistic("moving_stddev", shape, stddev)
+            self.renorm_mean = self._add_statistic("renorm_mean", shape, mean)
+            self.renorm_stddev = self._add_statistic("renorm_stddev", shape, stddev)
+        if self.debiased or self.momentum is None:
+            self.moving_count = self._add_statistic("moving_count", shape, "zeros")
+        self._live.build(self._statistics_dtype)
+        self._let_tensorflow_save(self._live.variables)
+        self._mark_parameters()
         self.input_spec = keras.layers.InputSpec(
             ndim=len(input_shape), axes={a: input_shape[a] for a in axes}
         )
 
-    def _add_channel_weight(self, name: str, shape: tuple[int | None, ...], trainable: bool) -> Any:
+    def _let_tensorflow_save(self, variables: Iterable[Any]) -> None:
+        """A SavedModel holds what is an attribute; as Keras variables they would be weights."""
+        if hasattr(self, "_track_trackable"):
+            for variable in variables:
+                if variable._value is not None:
+                    setattr(self, f"_{variable.name}", variable._value)
+
+    @property
+    def _statistics_dtype(self) -> str:
+        return "float64" if self.variable_dtype == "float64" else "float32"
+
+    def _add_parameter(self, name: str, shape: tuple[int | None, ...]) -> Any:
         # autocast=False: under a mixed policy the float32 values themselves are used.
         return self.add_weight(
             name=name,
             shape=shape,
             initializer=getattr(self, f"{name}_initializer"),
-            regularizer=getattr(self, f"{name}_regularizer", None),
-            constraint=getattr(self, f"{name}_constraint", None),
-            trainable=trainable,
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            trainable=True,
             autocast=False,
+        )
+
+    def _add_statistic(self, name: str, shape: tuple[int | None, ...], initializer: Any) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            dtype=self._statistics_dtype,
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",  # they are equal: see _whole_batch
         )
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -189,39 +416,214 @@ class BatchNormalization(keras.layers.Layer):
         functional.canonical_axes(self.axis, len(input_shape))
         return tuple(input_shape)
 
-    def call(self, inputs: Array, training: bool | None = None, mask: Array | None = None) -> Array:
+    # Forward ----------------------------------------------------------------------------------
+
+    def call(
+        self,
+        inputs: Array,
+        training: bool | None = None,
+        mask: Array | None = None,
+        sample_weight: Array | None = None,
+    ) -> Array:
         """Normalizes; see the class."""
         x = ops.cast(inputs, self.compute_dtype)
-        parameters = {"gamma": self.gamma, "beta": self.beta}
-        if not (training and self.trainable):
-            return functional.normalize(
-                x,
-                self.moving_mean,
-                self.moving_variance,
-                **parameters,
-                axis=self.axis,
-                epsilon=self.epsilon,
-            )
-        y, mean, variance = functional.batch_normalization(
-            x, **parameters, axis=self.axis, epsilon=self.epsilon, weights=_weights_of(mask, x)
-        )
-        self._move(self.moving_mean, mean)  # (B11)
-        self._move(self.moving_variance, variance)  # (B12)
+        updates = bool(training and self.trainable)
+        if not (updates or self._batch_in_inference):
+            return self._infer(x)
+        now = self._live.read()
+        weights = _weights_of(mask, sample_weight, x)
+        use_moving = _decided(now["moving_in_training" if updates else "moving"])
+        gamma, beta = (_gated(v, _decided(now["train"])) for v in (self.gamma, self.beta))
+        if self.renorm or (self.synchronized and distributed.replicas() > 1):
+            y, *statistics = self._normalize_in_steps(x, weights, gamma, beta, use_moving, updates)
+        else:
+            y, *statistics = self._normalize_at_once(x, weights, gamma, beta, use_moving, updates)
+        if updates:
+            self._update(_Batch(x, weights, *statistics), now)
         return y
 
-    def _move(self, variable: Any, value: Array) -> None:
+    def _infer(self, x: Array) -> Array:
+        if self.warn_untouched and not self._warned:
+            self._warn_if_untouched()
+        if not self._inference_traced and autodiff.is_traced(x):
+            self._inference_traced = True
+        return functional.normalize(
+            x,
+            self.moving_mean,
+            self.moving_variance,
+            self.gamma,
+            self.beta,
+            axis=self.axis,
+            epsilon=self.epsilon,
+        )
+
+    def _normalize_at_once(
+        self, x: Array, weights: Any, gamma: Any, beta: Any, use_moving: Any, updates: bool
+    ) -> tuple[Array, Array, Array]:
+        """(y, mean, variance) in one differentiable function: the ordinary case."""
+        options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon, "weights": weights}
+        ghost = self.virtual_batch_size is not None and updates
+        if not ghost and kernels.choose_for(x, axis=self.axis, weights=weights) != "composed":
+            return self._normalize_by_kernel(x, gamma, beta, use_moving)
+        if use_moving is not False:
+            options["given"] = self.moving_mean, self.moving_variance
+            options["use_given"] = use_moving
+        if not ghost:
+            return functional.batch_normalization(x, gamma, beta, **options)
+        options["virtual_batch_size"] = self.virtual_batch_size
+        return functional.ghost_batch_normalization(x, gamma, beta, **options)
+
+    def _normalize_by_kernel(
+        self, x: Array, gamma: Any, beta: Any, use_moving: Any
+    ) -> tuple[Array, Array, Array]:
+        """A kernel normalizes by the statistics it takes: the switch chooses between two paths."""
+        where: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
+
+        def by_batch() -> tuple[Array, Array, Array]:
+            return kernels.batch_normalization(x, gamma, beta, **where)
+
+        def by_moving() -> tuple[Array, Array, Array]:
+            moving = self.moving_mean, self.moving_variance
+            y = functional.normalize(x, *moving, gamma, beta, **where)
+            mean, variance = functional.moments(x, axis=self.axis)
+            return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+        if isinstance(use_moving, bool):
+            return by_moving() if use_moving else by_batch()
+        return ops.cond(use_moving, by_moving, by_batch)
+
+    def _normalize_in_steps(
+        self, x: Array, weights: Any, gamma: Any, beta: Any, use_moving: Any, updates: bool
+    ) -> tuple[Array, Array, Array]:
+        """(y, mean, variance) where the statistics are merged or corrected on their way to y."""
+        mean, variance = functional.moments(x, axis=self.axis, weights=weights)
+        if self.synchronized:
+            weight, _ = functional.weight_sums(x, axis=self.axis, weights=weights)
+            mean, variance, _ = functional.merge_moments(
+                mean, variance, weight, distributed.all_sum
+            )
+
+        def unless_moving(v: Array, moving: Any) -> Array:
+            if use_moving is False:
+                return v
+            moving = ops.stop_gradient(ops.cast(ops.convert_to_tensor(moving), v.dtype))
+            return ops.where(use_moving, moving, v)
+
+        if self.renorm and updates:
+            r, d = functional.renormalization(
+                mean,
+                variance,
+                self.renorm_mean,
+                self.renorm_stddev,
+                epsilon=self.epsilon,
+                **(self.renorm_clipping or {}),
+            )
+            r, d = unless_moving(r, ops.ones_like(r)), unless_moving(d, ops.zeros_like(d))
+            # (B19): gamma (r x_hat + d) + beta = (gamma r) x_hat + (gamma d + beta)
+            beta = (d if gamma is None else gamma * d) + (0 if beta is None else beta)
+            gamma = r if gamma is None else gamma * r
+        y = functional.normalize(
+            x,
+            unless_moving(mean, self.moving_mean),
+            unless_moving(variance, self.moving_variance),
+            gamma,
+            beta,
+            axis=self.axis,
+            epsilon=self.epsilon,
+        )
+        return y, mean, variance
+
+    # The moving statistics --------------------------------------------------------------------
+
+    def _update(self, batch: "_Batch", now: dict[str, Array]) -> None:
+        """(B11) and (B12), unless the switch or the batch says no."""
+        update = _decided(now["update"])
+        if update is False:
+            return
+        mean, variance, weight, squares = self._whole_batch(batch)
+        present = True if weight is None else weight > 0  # (C,)
+        sound = ops.logical_and(ops.all(ops.isfinite(mean)), ops.all(ops.isfinite(variance)))
+        sound = sound if weight is None else ops.logical_and(sound, ops.any(present))
+        if update is not True:
+            self._live.count(ops.logical_and(update, ops.logical_not(sound)))
+            moves = ops.logical_and(update, sound)
+        else:
+            self._live.count(ops.logical_not(sound))
+            moves = sound
+        moves = moves if weight is None else ops.logical_and(moves, present)
+        keep, rest = now["momentum"], now["rest"]
+        if self.moving_count is not None:
+            count = self.moving_count * keep + 1
+            rest = 1 / count
+            keep = 1 - rest
+            self._assign(self.moving_count, count, moves)
+        self._move(self.moving_mean, mean, keep, rest, moves)  # (B11)
+        of_population = (
+            functional.unbiased_variance(variance, weight, squares) if self.unbiased else variance
+        )
+        if not self.renorm:
+            self._move(self.moving_variance, of_population, keep, rest, moves)  # (B12)
+            return
+        kept, moved = self.renorm_momentum, 1 - self.renorm_momentum
+        self._move(self.renorm_mean, mean, kept, moved, moves)
+        self._move(self.renorm_stddev, ops.sqrt(variance + self.epsilon), kept, moved, moves)
+        stddev = ops.sqrt(of_population + self.epsilon)
+        stddev = self._move(self.moving_stddev, stddev, keep, rest, moves)
+        self._assign(self.moving_variance, ops.relu(stddev * stddev - self.epsilon), moves)
+
+    def _whole_batch(self, batch: "_Batch") -> tuple[Array, Array, Any, Any]:
+        """Statistics of what all replicas saw, and the sums of weights and of their squares.
+
+        The last two are None where every channel is sure to have elements and nobody asks.
+        """
+        mean, variance = ops.stop_gradient(batch.mean), ops.stop_gradient(batch.variance)
+        several = distributed.replicas() > 1
+        if not (several or self.unbiased or batch.may_lack_weight(self.axis)):
+            return mean, variance, None, None
+        weight, squares = functional.weight_sums(batch.x, axis=self.axis, weights=batch.weights)
+        if several and not self.synchronized:
+            mean, variance, weight = functional.merge_moments(
+                mean, variance, weight, distributed.all_sum
+            )
+            squares = distributed.all_sum(squares)
+        elif several:
+            weight, squares = distributed.all_sum(weight), distributed.all_sum(squares)
+        return mean, variance, weight, squares
+
+    def _move(self, variable: Any, value: Array, keep: Any, rest: Any, moves: Any) -> Array:
+        value = variable * keep + ops.cast(value, variable.dtype) * rest
+        self._assign(variable, value, moves)
+        return value
+
+    def _assign(self, variable: Any, value: Array, moves: Any) -> None:
         value = ops.cast(value, variable.dtype)
-        variable.assign(variable * self.momentum + value * (1 - self.momentum))
+        variable.assign(ops.where(moves, value, ops.convert_to_tensor(variable)))
+
+    def _warn_if_untouched(self) -> None:
+        for variable, initializer in (
+            (self.moving_mean, self.moving_mean_initializer),
+            (self.moving_variance, self.moving_variance_initializer),
+        ):
+            value = autodiff.peek(variable)
+            if value is None:
+                return
+            shape, dtype = tuple(variable.shape), variable.dtype
+            if (value != ops.convert_to_numpy(initializer(shape, dtype=dtype))).any():
+                self._warned = True  # no need to look again
+                return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__} {self.name!r} normalizes by moving statistics that no batch "
+            "has touched: they have their initial values. Train the model, load its weights, or "
+            "call it with training=True.",
+            stacklevel=2,
+        )
+
+    # Configuration ----------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""
-        config = {
-            "axis": self.axis,
-            "momentum": self.momentum,
-            "epsilon": self.epsilon,
-            "center": self.center,
-            "scale": self.scale,
-        }
+        config = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
         for name in ("beta", "gamma", "moving_mean", "moving_variance"):
             key = f"{name}_initializer"
             config[key] = initializers.serialize(getattr(self, key))
@@ -232,15 +634,191 @@ class BatchNormalization(keras.layers.Layer):
         return {**super().get_config(), **config}
 
 
-def _weights_of(mask: Array | None, x: Array) -> Array | None:
-    """A mask as weights that broadcast against x: Keras's masks lack the last axis."""
-    if mask is None:
-        return None
-    mask = ops.convert_to_tensor(mask)
-    return ops.expand_dims(mask, -1) if len(mask.shape) == len(x.shape) - 1 else mask
+_PLAIN_ARGUMENTS = (
+    "axis",
+    "momentum",
+    "epsilon",
+    "center",
+    "scale",
+    "renorm",
+    "renorm_clipping",
+    "renorm_momentum",
+    "synchronized",
+    "debiased",
+    "unbiased",
+    "virtual_batch_size",
+    "train_parameters",
+    "update_statistics",
+    "use_batch_statistics",
+    "warn_untouched",
+)
 
 
-# Normalization within each example: no moving statistics, the same in training and inference -----
+class _Batch(NamedTuple):
+    """What the moving statistics learn from."""
+
+    x: Array
+    weights: Array | None
+    mean: Array
+    variance: Array
+
+    def may_lack_weight(self, axis: Any) -> bool:
+        """Whether a channel may be without any element that counts: masked, or a batch of 0."""
+        channels = functional.canonical_axes(axis, len(self.x.shape))
+        sizes = [n for a, n in enumerate(self.x.shape) if a not in channels]
+        return self.weights is not None or not all(sizes)
+
+
+def _decided(number: Any) -> Any:
+    """A switch as a bool where it is known now, else as a boolean tensor."""
+    return bool(number) if isinstance(number, float) else number > 0.5
+
+
+def _gated(parameter: Any, trained: Any) -> Array | None:
+    """gamma or beta, with a gradient only where the switch says so."""
+    if parameter is None or trained is True:
+        return parameter
+    value = ops.convert_to_tensor(parameter)
+    constant = ops.stop_gradient(value)
+    return constant if trained is False else ops.where(trained, value, constant)
+
+
+def _weights_of(mask: Array | None, sample_weight: Array | None, x: Array) -> Array | None:
+    """Mask and weights as one array of the rank of x that broadcasts against it."""
+    if mask is not None:
+        mask = ops.cast(_aligned("mask", mask, x), "bool")
+    if sample_weight is None:
+        return mask
+    weights = _aligned("sample_weight", sample_weight, x)
+    return weights if mask is None else ops.where(mask, weights, ops.zeros_like(weights))
+
+
+def _aligned(name: str, weights: Array, x: Array) -> Array:
+    """With ones for the axes that it lacks at the end."""
+    weights = ops.convert_to_tensor(weights)
+    shape = [*ops.shape(weights), *[1] * (len(x.shape) - len(weights.shape))]
+    fits = len(shape) == len(x.shape) and all(
+        not isinstance(n, int) or n == 1 or size is None or n == size
+        for n, size in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must broadcast to the inputs, with axes of size 1 or of theirs; if it has "
+            f"fewer axes, they are the first of the inputs'. Received: {name}.shape="
+            f"{tuple(weights.shape)}, inputs.shape={tuple(x.shape)}. Add axes of size 1."
+        )
+    return ops.reshape(weights, shape)
+
+
+def _check_switch(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value is a for a in allowed):
+        raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}.")
+
+
+def _check_renorm_clipping(renorm: bool, clipping: dict[str, float] | None) -> None:
+    bounds = dict(clipping or {}) if renorm else {}
+    names = ("rmax", "rmin", "dmax")
+    if unknown := sorted(set(bounds) - set(names)):
+        raise ValueError(
+            f"Received invalid keys for `renorm_clipping`, whose keys are {names}. Received: "
+            f"renorm_clipping={clipping} with {unknown}."
+        )
+    rmin, rmax, dmax = bounds.get("rmin"), bounds.get("rmax"), bounds.get("dmax")
+    if rmin is not None and rmax is not None and rmax < rmin:
+        raise ValueError(
+            "rmax should be greater than rmin in `renorm_clipping`: they bound the ratio of "
+            f"standard deviations. Received: rmax={rmax}, rmin={rmin}."
+        )
+    if dmax is not None and dmax < 0:
+        raise ValueError(
+            "dmax should be non-negative in `renorm_clipping`: it bounds the size of a shift. "
+            f"Received: dmax={dmax}."
+        )
+
+
+def _check_virtual_batch_size(size: int | None, renorm: bool, synchronized: bool) -> None:
+    if size is None:
+        return
+    functional.check_virtual_batch_size(size)
+    if renorm or synchronized:
+        raise ValueError(
+            "Ghost batches are smaller than the batch on purpose; `synchronized` makes the batch "
+            "larger and `renorm` corrects it to the population. Received: "
+            f"virtual_batch_size={size}, renorm={renorm}, synchronized={synchronized}. Choose one."
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_norm")
+class SpatialBatchNormalization(BatchNormalization):
+    """Batch normalization of images: each channel by its statistics over examples and positions.
+
+    A face of `BatchNormalization` for the layouts of Keras's convolutions. With x of shape
+    (N, H, W, C), and likewise for sequences and volumes, equations (B1) to (B5):
+
+        mean_c = (1 / N H W) sum over n, h, w of x[n, h, w, c]
+
+    so that gamma and beta have C elements, not H W C: a channel is treated alike everywhere, as
+    the convolution before it does.
+
+    Args:
+        data_format: "channels_last" for (N, ..., C), "channels_first" for (N, C, ...). Default:
+            `keras.config.image_data_format()`.
+        **kwargs: every argument of `BatchNormalization` but `axis`.
+
+    Call arguments, Returns, State, Numerics: as `BatchNormalization`.
+
+    Raises:
+        ValueError: for inputs that have not 3, 4 or 5 dimensions, an unknown data format, an
+            `axis`, and what `BatchNormalization` refuses.
+
+    Example:
+        >>> layer = SpatialBatchNormalization("channels_first", epsilon=0.0)
+        >>> x = np.array([[[1.0, 3.0], [10.0, 50.0]]], "float32")  # (1, C, 2)
+        >>> ops.convert_to_numpy(layer(x, training=True)).tolist()
+        [[[-1.0, 1.0], [-1.0, 1.0]]]
+
+    Reference:
+        Ioffe and Szegedy, 2015, section 3.2.
+    """
+
+    def __init__(self, data_format: str | None = None, **kwargs: Any) -> None:
+        if "axis" in kwargs:
+            raise ValueError(
+                "The axis of the channels follows from `data_format`. Received: "
+                f"axis={kwargs['axis']!r}. Pass data_format, or use BatchNormalization."
+            )
+        if data_format not in (None, "channels_last", "channels_first"):
+            raise ValueError(
+                "`data_format` must be 'channels_last' or 'channels_first'. Received: "
+                f"data_format={data_format!r}."
+            )
+        self_format = data_format or keras.config.image_data_format()
+        super().__init__(axis=-1 if self_format == "channels_last" else 1, **kwargs)
+        self.data_format = self_format
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Creates the variables, one element for each channel."""
+        self._check_rank(input_shape)
+        super().build(input_shape)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The inputs' shape."""
+        self._check_rank(input_shape)
+        return super().compute_output_shape(input_shape)
+
+    def _check_rank(self, input_shape: Sequence[int | None]) -> None:
+        if not 3 <= len(input_shape) <= 5:
+            raise ValueError(
+                "Spatial normalization is for sequences, images and volumes with channels, of 3, "
+                f"4 or 5 dimensions. Received: input_shape={tuple(input_shape)}. For (N, C) use "
+                "BatchNormalization."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as Keras serializes them."""
+        config = super().get_config()
+        del config["axis"]
+        return {**config, "data_format": self.data_format}
 
 
 class _WithinExample(keras.layers.Layer):

@@ -1,0 +1,100 @@
+"""Numbers of a layer that may change after a function was traced, and still take effect.
+
+A Python number that a compiled function reads is baked into it. These are kept twice: as Python
+numbers, for everyone who asks, and in a variable, which compiled functions read when they run.
+The variable is state but no weight, as that of a seed generator: it stands in `layer.variables`
+(JAX passes it through its training step), but not in `layer.weights`, and is not saved; the
+numbers are in the layer's configuration. PyTorch runs eagerly, and `torch.compile` watches
+Python numbers by itself: there is no variable there.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+__all__ = ["LiveNumbers"]
+
+Array = Any
+
+
+class LiveNumbers:
+    """Named numbers, read by compiled functions at the time they run; and a counter.
+
+    Args:
+        **values: the names and their first values, floats or booleans.
+    """
+
+    def __init__(self, **values: float) -> None:
+        self._values = dict(values)
+        self._vector: Any = None
+        self._count: Any = None
+
+    def build(self, dtype: str) -> None:
+        """Creates the variables, where the backend needs them."""
+        traced = keras.backend.backend() != "torch"
+        options = {"dtype": dtype, "trainable": False, "autocast": False}
+        options["aggregation"] = "only_first_replica"  # all replicas hold the same
+        self._count = keras.Variable("zeros", shape=(), name="skipped_batches", **options)
+        if traced:
+            # A callable, for variables may be made in a scope that initializes them later.
+            self._vector = keras.Variable(
+                lambda shape, dtype: ops.convert_to_tensor(self._as_array(), dtype),
+                shape=(len(self._values),),
+                name="switches",
+                **options,
+            )
+
+    @property
+    def variables(self) -> list[Any]:
+        """What a stateless step must pass through: nothing on PyTorch, which has none."""
+        return [] if self._vector is None else [self._vector, self._count]
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def update(self, **values: float) -> None:
+        """Changes some of the numbers, for every function, traced or not.
+
+        Raises:
+            ValueError: in the middle of an epoch of `fit` on JAX, whose step holds the state.
+        """
+        if self._vector is not None and _detached(self._vector):
+            raise ValueError(
+                "During an epoch of `fit` on JAX the layer's state is inside the training step, "
+                f"and a change would be lost. Received: {values}. Call model.jax_state_sync() "
+                "first, or make the change between epochs, in `on_epoch_begin`."
+            )
+        self._values.update(values)
+        if self._vector is not None and self._vector._initializer is None:
+            self._vector.assign(self._as_array())
+
+    def read(self) -> dict[str, Array]:
+        """The numbers as a function must use them: scalars of a tensor; floats on PyTorch."""
+        if self._vector is None:
+            return dict(self._values)
+        return dict(zip(self._values, ops.unstack(self._vector.value), strict=True))
+
+    def count(self, increment: Array) -> None:
+        self._count.assign(self._count.value + ops.cast(increment, self._count.dtype))
+
+    @property
+    def counted(self) -> int:
+        if self._count is None:
+            return 0
+        if _detached(self._count):
+            raise ValueError(
+                "During an epoch of `fit` on JAX the layer's state is inside the training step. "
+                "Received: a request for the number of skipped batches. Call "
+                "model.jax_state_sync() first, or ask between epochs."
+            )
+        return int(ops.convert_to_numpy(self._count.value))
+
+    def _as_array(self) -> Any:
+        return np.array(list(self._values.values()), "float64")
+
+
+def _detached(variable: Any) -> bool:
+    """Whether Keras's JAX trainer took the value away for the time of an epoch."""
+    return variable._value is None and variable._initializer is None
