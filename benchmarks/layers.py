@@ -1,0 +1,256 @@
+"""How long a step of batch normalization takes: ours, Keras's, PyTorch's, the least possible.
+
+    make bench                                   # the whole grid, on TensorFlow
+    make bench ARGS="--shapes 256,32,32,64"      # one shape
+    KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
+
+One process, nothing else running. The contestants take turns, shape by shape, so that what else
+the machine does hits all alike; the figures are medians of many turns, with the quartiles beside
+them, and the ratios are medians of the ratios within a turn. The floor is the time to read a
+tensor of the input's size and write another, counted as two sweeps, times the sweeps that the
+work needs at least: 8 in training (forward 2 reads, 1 write; backward 4 reads, 1 write), 2 in
+inference.
+"""
+
+import argparse
+import csv
+import pathlib
+import time
+
+from keras_norm import quiet
+
+quiet.start()
+
+import keras
+import numpy as np
+from keras import ops
+from tqdm import tqdm
+
+from keras_norm import experiments, kernels
+from keras_norm.layers import BatchNormalization
+
+SHAPES = [
+    (256, 84),
+    (256, 120),
+    (128, 500),
+    (1024, 1024),
+    (256, 24, 24, 6),
+    (256, 8, 8, 16),
+    (128, 32, 32, 3),
+    (128, 32, 32, 16),
+    (128, 32, 32, 32),
+    (256, 32, 32, 64),
+    (128, 16, 16, 64),
+    (128, 16, 16, 128),
+    (128, 8, 8, 256),
+    (128, 4, 4, 512),
+]
+SWEEPS = {"training": 8, "inference": 2}
+BACKEND = keras.backend.backend()
+
+
+def step_of(layer, training):
+    """A function (x, dy) -> what a step computes; compiled where the backend compiles."""
+    return {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[BACKEND](layer, training)
+
+
+def _tensorflow(layer, training):
+    import tensorflow as tf
+
+    @tf.function(autograph=False)
+    def step(x, dy):
+        if not training:
+            return layer(x, training=False)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        return tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], dy)
+
+    return step
+
+
+def _jax(layer, training):
+    import jax
+
+    def forward(trainable, state, x):
+        return layer.stateless_call(trainable, state, x, training=training)
+
+    @jax.jit
+    def step(trainable, state, x, dy):
+        if not training:
+            return forward(trainable, state, x)[0]
+        _, gradient, state = jax.vjp(lambda t, x: forward(t, state, x), trainable, x, has_aux=True)
+        return gradient(dy), state
+
+    def run(x, dy):
+        trainable = [v.value for v in layer.trainable_variables]
+        state = [v.value for v in layer.non_trainable_variables]
+        return jax.block_until_ready(step(trainable, state, x, dy))
+
+    return run
+
+
+def _torch(layer, training):
+    import torch
+
+    parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else []
+    parameters = [p for p in parameters if p.requires_grad]
+    keras_layer = isinstance(layer, keras.layers.Layer)
+
+    def step(x, dy):
+        x = x.detach().requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            y = layer(x, training=training) if keras_layer else layer(x)
+        return torch.autograd.grad(y, [x, *parameters], dy) if training else y
+
+    return step
+
+
+def native_torch(shape, training):
+    """`torch.nn.BatchNorm2d` on the same memory: channels last, seen as channels first."""
+    import torch
+
+    layer = torch.nn.BatchNorm2d(shape[-1]) if len(shape) == 4 else torch.nn.BatchNorm1d(shape[-1])
+    layer.train(training)
+    step = _torch(layer, training)
+    view = (lambda a: a.movedim(-1, 1)) if len(shape) == 4 else (lambda a: a)
+    return lambda x, dy: step(view(x), view(dy))
+
+
+def contestants(shape, training):
+    result = {}
+    for name, layer_class in (
+        ("keras_norm", BatchNormalization),
+        ("keras", keras.layers.BatchNormalization),
+    ):
+        layer = layer_class()
+        layer.build(shape)
+        result[name] = step_of(layer, training)
+    if BACKEND == "torch":
+        result["torch.nn"] = native_torch(shape, training)
+    return result
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(shape, mode, repeats, minimum):
+    """{contestant: seconds of every turn}, the turns alternating."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
+    target = np.empty_like(x)
+    tensors = ops.convert_to_tensor(x), ops.convert_to_tensor(dy)
+    turns = {
+        name: lambda step=step: step(*tensors)
+        for name, step in contestants(shape, mode == "training").items()
+    }
+    turns["floor"] = lambda: np.copyto(target, x)  # two sweeps: one read, one write
+    once = {}
+    for name, turn in turns.items():
+        turn()
+        once[name] = min(seconds(turn) for _ in range(3))
+    # Short steps are repeated within a turn, so that the clock's resolution does not matter.
+    inner = {name: max(1, int(minimum / t)) for name, t in once.items()}
+    times = {name: [] for name in turns}
+    for _ in range(repeats):
+        for name, turn in turns.items():
+            n = inner[name]
+            times[name].append(seconds(lambda: [turn() for _ in range(n)]) / n)  # noqa: B023
+    times["floor"] = [t * SWEEPS[mode] / 2 for t in times["floor"]]
+    return {name: np.array(t) for name, t in times.items()}
+
+
+def row_of(shape, mode, times):
+    row = {
+        "backend": BACKEND,
+        "shape": "x".join(map(str, shape)),
+        "mode": mode,
+        "implementation": kernels.choose(shape, "float32") if mode == "training" else "normalize",
+        "repeats": len(times["keras"]),
+    }
+    for name, t in times.items():
+        low, median, high = (float(1e3 * v) for v in np.quantile(t, [0.25, 0.5, 0.75]))
+        row |= {f"{name} ms": median, f"{name} ms 25%": low, f"{name} ms 75%": high}
+        if name not in ("keras_norm", "floor"):
+            row[f"speedup over {name}"] = float(np.median(t / times["keras_norm"]))
+    return row
+
+
+def save(rows, out):
+    with (
+        experiments.replace_file(out / "layers.csv") as path,
+        path.open("w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(rows, out):
+    from matplotlib import pyplot
+
+    from keras_norm import plotting
+
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    names = [key[:-3] for key in rows[0] if key.endswith(" ms")]
+    with plotting.style():
+        figure, panels = pyplot.subplots(
+            1, len(modes), figsize=(6.5 * len(modes), 5.5), sharey=True
+        )
+        for axes, mode in zip(np.atleast_1d(panels), modes, strict=True):
+            of_mode = [row for row in rows if row["mode"] == mode]
+            y = np.arange(len(of_mode))[::-1]
+            for marker, name in zip("os^D", names, strict=False):
+                axes.plot([r[f"{name} ms"] for r in of_mode], y, marker, label=name)
+            axes.set(xscale="log", xlabel="milliseconds per step", title=mode)
+            axes.set_yticks(y, [f"{r['shape']} ({r['implementation']})" for r in of_mode])
+        panels_legend = np.atleast_1d(panels)[0]
+        panels_legend.legend(title="median of alternating turns")
+        figure.suptitle(
+            f"Batch normalization, {BACKEND}, {experiments.describe_machine()['summary']}"
+        )
+        with experiments.replace_file(out / "layers.png") as path:
+            figure.savefig(path, dpi=150, format="png")
+        pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=30, help="turns (default: %(default)s)")
+    parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the whole grid")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
+    arguments = parser.parse_args()
+    if arguments.repeats < 3:
+        parser.error("--repeats must be at least 3, for a median with quartiles")
+    try:
+        shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []] or SHAPES
+    except ValueError:
+        parser.error(f"--shapes takes numbers joined by commas; got {arguments.shapes}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    cases = [(shape, mode) for shape in shapes for mode in SWEEPS]
+    for shape, mode in tqdm(cases, desc="shapes", unit="case"):
+        rows.append(row_of(shape, mode, measure(shape, mode, arguments.repeats, 0.002)))
+        save(rows, arguments.out)
+    plot(rows, arguments.out)
+    print(
+        f"{'shape':>15} {'mode':>9} {'ours':>8} {'Keras':>8} {'floor':>8} {'Keras/ours':>10}  taken"
+    )
+    for r in rows:
+        print(
+            f"{r['shape']:>15} {r['mode']:>9} {r['keras_norm ms']:8.3f} {r['keras ms']:8.3f} "
+            f"{r['floor ms']:8.3f} {r['speedup over keras']:10.2f}  {r['implementation']}"
+        )
+    for mode in SWEEPS:
+        ratios = [r["speedup over keras"] for r in rows if r["mode"] == mode]
+        print(f"{mode}: geometric mean of Keras/ours {np.exp(np.log(ratios).mean()):.2f}")
+    print(
+        f"milliseconds; medians of {arguments.repeats} turns; {arguments.out}/layers.csv and .png"
+    )
+
+
+if __name__ == "__main__":
+    main()
