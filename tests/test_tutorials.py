@@ -6,10 +6,11 @@ import pathlib
 import subprocess
 import sys
 
-import jupytext
 import pytest
 
 from keras_norm.experiments import Results
+
+jupytext = pytest.importorskip("jupytext", reason="a development tool, not in the core's group")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
