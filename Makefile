@@ -51,7 +51,7 @@ test-jax: .venv-jax/installed
 	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu .venv-jax/bin/python -m pytest -m core $(ARGS)
 
 test-torch: .venv-torch/installed
-	@KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -m core $(ARGS)
+	@KERAS_BACKEND=torch OMP_NUM_THREADS=1 .venv-torch/bin/python -m pytest -m core $(ARGS)
 
 bench: .venv/installed
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py $(ARGS)
