@@ -19,9 +19,10 @@ NOT_CORE = {"plotting", "tuning", "cli"}
 
 
 def pytest_collection_modifyitems(items):
-    """Doctests belong to the core tests, but for those of `NOT_CORE`."""
+    """Doctests of the package belong to the core tests, but for those of `NOT_CORE`."""
     for item in items:
-        if isinstance(item, pytest.DoctestItem) and item.path.stem not in NOT_CORE:
+        of_package = isinstance(item, pytest.DoctestItem) and item.path.suffix == ".py"
+        if of_package and item.path.stem not in NOT_CORE:
             item.add_marker("core")
 
 

@@ -154,7 +154,8 @@ def test_gradients_of_a_whole_network(rng, l2):
     """D = 15, hidden layers of 20 and 30, C = 10, N = 2, weight scale .05, float64."""
     X = rng.randn(2, 15)
     y = rng.randint(10, size=(2,))
-    keras.config.set_floatx("float64")
+    keras.config.set_floatx("float64")  # of the input and the loss; the policy is the layers'
+    keras.config.set_dtype_policy("float64")
     try:
         model = MLP(
             (20, 30),
@@ -167,6 +168,7 @@ def test_gradients_of_a_whole_network(rng, l2):
         report = check(model, X, loss=lambda logits: loss(y, logits), order=4, samples=60)
     finally:
         keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
     assert report.max_relative_norm < 1e-6, str(report)
     zero = {entry.name for entry in report.zero}
     assert {name for name in zero if "bias" in name} == {"dense1/bias", "dense2/bias"}
