@@ -127,6 +127,16 @@ def peek(variable: Any) -> Any:
     return None if is_traced(value) else ops.convert_to_numpy(value)
 
 
+def eagerly(function: Callable[[], Any]) -> Any:
+    """What a function of no tensors returns when it is called outside of any graph being traced."""
+    if keras.backend.backend() != "tensorflow":
+        return function()
+    import tensorflow as tf
+
+    with tf.init_scope():
+        return function()
+
+
 def _implementation() -> Callable[..., tuple[Array, ...]]:
     backend = keras.backend.backend()
     if backend not in _IMPLEMENTATIONS:

@@ -5,6 +5,7 @@ Import these in place of `keras.layers`' of the same name:
     from keras_norm.layers import BatchNormalization
 """
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -137,10 +138,11 @@ class BatchNormalization(keras.layers.Layer):
     Without `train_parameters`, gamma and beta are not among `trainable_variables`, and their
     gradient in training is zero. (An optimizer with momentum or weight decay in a training
     function compiled before goes on moving them by those, and Keras on JAX refuses such a
-    function: compile the model again, as for `trainable`.) There is one change that cannot
-    take effect, and raises: `use_batch_statistics = True` after inference was compiled without
-    it. `trainable = False` switches off the training of parameters and the updates, and lets
-    the moving statistics normalize unless `use_batch_statistics` is True.
+    function: compile the model again, as for `trainable`.) One change may come too late, and
+    then raises: a layer that was made with `use_batch_statistics=None`, and not told otherwise
+    until a function with it was compiled, stays with that, for its functions are compiled
+    without the choice. `trainable = False` switches off the training of parameters and the
+    updates, and lets the moving statistics normalize unless `use_batch_statistics` is True.
 
     What is left out: a batch whose statistics are not finite, or in which nothing has weight,
     leaves all moving statistics as they are and is counted in `skipped_batches`; a channel
@@ -236,8 +238,8 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_variance: Any = None
         self.moving_count: Any = None
         self._warned = False
-        self._inference_traced = False  # by moving statistics alone
-        self._batch_in_inference = False  # whether inference may use those of the batch
+        self._traced = False  # whether a compiled function holds this layer
+        self._chooses = False  # whether functions look up `use_batch_statistics` when they run
         self._live = LiveNumbers(
             momentum=0.0, rest=1.0, train=1.0, update=1.0, moving_in_training=0.0, moving=1.0
         )
@@ -300,16 +302,16 @@ class BatchNormalization(keras.layers.Layer):
     @use_batch_statistics.setter
     def use_batch_statistics(self, value: bool | None) -> None:
         _check_switch("use_batch_statistics", value, (True, False, None))
-        if value is True and not self._batch_in_inference:
-            if self._inference_traced:
-                raise ValueError(
-                    "Inference was compiled with the moving statistics alone, and the compiled "
-                    "function cannot be changed. Received: use_batch_statistics=True. Make the "
-                    "layer with use_batch_statistics=True, and set it to None until you need it; "
-                    "or set it on a copy of the model (keras.models.clone_model)."
-                )
-            self._batch_in_inference = True
+        if value is not None and self._traced and not self._chooses:
+            raise ValueError(
+                "A function with this layer was compiled for use_batch_statistics=None, without a "
+                f"choice, and cannot be changed. Received: use_batch_statistics={value}. Pass it "
+                "to the constructor, or set it before the first compiled call; from then on it "
+                "can be changed at any time. (keras.models.clone_model makes a model whose layers "
+                "are not compiled yet.)"
+            )
         self._live.update(moving_in_training=float(value is False), moving=float(value is not True))
+        self._chooses = self._chooses or value is not None
         self._use_batch_statistics = value
 
     @property
@@ -428,11 +430,14 @@ class BatchNormalization(keras.layers.Layer):
         """Normalizes; see the class."""
         x = ops.cast(inputs, self.compute_dtype)
         updates = bool(training and self.trainable)
-        if not (updates or self._batch_in_inference):
+        self._traced = self._traced or autodiff.is_traced(x)
+        if not (updates or self._chooses):
             return self._infer(x)
         now = self._live.read()
         weights = _weights_of(mask, sample_weight, x)
-        use_moving = _decided(now["moving_in_training" if updates else "moving"])
+        use_moving: Any = False
+        if self._chooses:
+            use_moving = _decided(now["moving_in_training" if updates else "moving"])
         gamma, beta = (_gated(v, _decided(now["train"])) for v in (self.gamma, self.beta))
         if self.renorm or (self.synchronized and distributed.replicas() > 1):
             y, *statistics = self._normalize_in_steps(x, weights, gamma, beta, use_moving, updates)
@@ -445,8 +450,6 @@ class BatchNormalization(keras.layers.Layer):
     def _infer(self, x: Array) -> Array:
         if self.warn_untouched and not self._warned:
             self._warn_if_untouched()
-        if not self._inference_traced and autodiff.is_traced(x):
-            self._inference_traced = True
         return functional.normalize(
             x,
             self.moving_mean,
@@ -553,7 +556,7 @@ class BatchNormalization(keras.layers.Layer):
         moves = moves if weight is None else ops.logical_and(moves, present)
         keep, rest = now["momentum"], now["rest"]
         if self.moving_count is not None:
-            count = self.moving_count * keep + 1
+            count = ops.convert_to_tensor(self.moving_count) * keep + 1
             rest = 1 / count
             keep = 1 - rest
             self._assign(self.moving_count, count, moves)
@@ -591,7 +594,9 @@ class BatchNormalization(keras.layers.Layer):
         return mean, variance, weight, squares
 
     def _move(self, variable: Any, value: Array, keep: Any, rest: Any, moves: Any) -> Array:
-        value = variable * keep + ops.cast(value, variable.dtype) * rest
+        # Of the tensor: PyTorch's keras.Variable * float rounds the float to float32.
+        old = ops.convert_to_tensor(variable)
+        value = old * keep + ops.cast(value, variable.dtype) * rest
         self._assign(variable, value, moves)
         return value
 
@@ -607,8 +612,8 @@ class BatchNormalization(keras.layers.Layer):
             value = autodiff.peek(variable)
             if value is None:
                 return
-            shape, dtype = tuple(variable.shape), variable.dtype
-            if (value != ops.convert_to_numpy(initializer(shape, dtype=dtype))).any():
+            make = functools.partial(initializer, tuple(variable.shape), dtype=variable.dtype)
+            if (value != autodiff.eagerly(lambda make=make: ops.convert_to_numpy(make()))).any():
                 self._warned = True  # no need to look again
                 return
         self._warned = True
@@ -956,7 +961,7 @@ class LayerNormalization(_Affine):
     Example:
         >>> layer = LayerNormalization(epsilon=1e-5)
         >>> y = layer(np.array([[1.0, 3.0], [10.0, 50.0]], "float32"))
-        >>> np.round(np.asarray(y), 3).tolist()
+        >>> ops.convert_to_numpy(y).round(3).tolist()
         [[-1.0, 1.0], [-1.0, 1.0]]
 
     Numerics:
@@ -1080,7 +1085,7 @@ class RMSNormalization(_WithinExample):
 
     Example:
         >>> layer = RMSNormalization()
-        >>> np.round(np.asarray(layer(np.array([[3.0, -3.0]], "float32"))), 3).tolist()
+        >>> ops.convert_to_numpy(layer(np.array([[3.0, -3.0]], "float32"))).round(3).tolist()
         [[1.0, -1.0]]
 
     Numerics:
@@ -1177,7 +1182,7 @@ class GroupNormalization(_ByChannel):
     Example:
         >>> layer = GroupNormalization(groups=2, epsilon=1e-5)
         >>> y = layer(np.array([[1.0, 3.0, 10.0, 50.0]], "float32"))
-        >>> np.round(np.asarray(y), 3).tolist()
+        >>> ops.convert_to_numpy(y).round(3).tolist()
         [[-1.0, 1.0, -1.0, 1.0]]
 
     Numerics:
@@ -1284,7 +1289,7 @@ class InstanceNormalization(_ByChannel):
     Example:
         >>> layer = InstanceNormalization(epsilon=1e-5)
         >>> y = layer(np.array([[[1.0, 10.0], [3.0, 50.0]]], "float32"))  # (N=1, T=2, C=2)
-        >>> np.round(np.asarray(y), 3).tolist()
+        >>> ops.convert_to_numpy(y).round(3).tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
 
     Numerics:
