@@ -430,7 +430,8 @@ class BatchNormalization(keras.layers.Layer):
         """Normalizes; see the class."""
         x = ops.cast(inputs, self.compute_dtype)
         updates = bool(training and self.trainable)
-        self._traced = self._traced or autodiff.is_traced(x)
+        if not self._traced and autodiff.is_traced(x):
+            self._traced = True
         if not (updates or self._chooses):
             return self._infer(x)
         now = self._live.read()
@@ -545,14 +546,10 @@ class BatchNormalization(keras.layers.Layer):
             return
         mean, variance, weight, squares = self._whole_batch(batch)
         present = True if weight is None else weight > 0  # (C,)
-        sound = ops.logical_and(ops.all(ops.isfinite(mean)), ops.all(ops.isfinite(variance)))
+        sound = ops.all(ops.isfinite(mean + variance))
         sound = sound if weight is None else ops.logical_and(sound, ops.any(present))
-        if update is not True:
-            self._live.count(ops.logical_and(update, ops.logical_not(sound)))
-            moves = ops.logical_and(update, sound)
-        else:
-            self._live.count(ops.logical_not(sound))
-            moves = sound
+        moves = sound if update is True else ops.logical_and(sound, update)
+        self._live.count(ops.logical_xor(moves, update))
         moves = moves if weight is None else ops.logical_and(moves, present)
         keep, rest = now["momentum"], now["rest"]
         if self.moving_count is not None:
@@ -612,8 +609,8 @@ class BatchNormalization(keras.layers.Layer):
             value = autodiff.peek(variable)
             if value is None:
                 return
-            make = functools.partial(initializer, tuple(variable.shape), dtype=variable.dtype)
-            if (value != autodiff.eagerly(lambda make=make: ops.convert_to_numpy(make()))).any():
+            initial = autodiff.eagerly(functools.partial(_initial_value, variable, initializer))
+            if (value != initial).any():
                 self._warned = True  # no need to look again
                 return
         self._warned = True
@@ -672,6 +669,10 @@ class _Batch(NamedTuple):
         channels = functional.canonical_axes(axis, len(self.x.shape))
         sizes = [n for a, n in enumerate(self.x.shape) if a not in channels]
         return self.weights is not None or not all(sizes)
+
+
+def _initial_value(variable: Any, initializer: Any) -> Any:
+    return ops.convert_to_numpy(initializer(tuple(variable.shape), dtype=variable.dtype))
 
 
 def _decided(number: Any) -> Any:
