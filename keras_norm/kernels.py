@@ -5,11 +5,12 @@
     fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision
     folded           TensorFlow: sums as products of matrices with ones; rows of few channels are
                      first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
-    native           PyTorch's native_batch_norm and its gradient
+    native           PyTorch's native_batch_norm and its gradient; on request only, for on one
+                     thread its float32 sums keep five digits of a mean far from 0
 
 `choose` is the table of which is taken; what it rests on is measured by benchmarks/layers.py.
 All of them give the numbers of `functional.batch_normalization` to rounding, in at least float32
-(of a mean far from 0 the fused and the native kernel keep some six digits, the others seven).
+(of a mean far from 0 the fused kernel keeps some six digits, composed and folded seven).
 The mean and variance that come back are for moving statistics: no gradient flows through them.
 """
 
@@ -55,8 +56,6 @@ def choose(
     channels = shape[axes[0]]
     if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
         return "composed"
-    if keras.backend.backend() == "torch":
-        return "native"
     if keras.backend.backend() != "tensorflow" or axes[0] != len(shape) - 1 or _on_gpu():
         return "composed"
     if len(shape) > 2 and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":

@@ -1072,6 +1072,7 @@ class _Program(keras.Model):
         by_batch: bool = False,
     ) -> None:
         super().__init__(name="statistics", autocast=False)
+        self.supports_masking = True  # masks are handed on by hand
         made = {v for item in items if item.run for v in item.step.outputs}
         self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
         self._items = tuple(items)

