@@ -11,6 +11,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
 export PYTHONUNBUFFERED := 1
 
+# As many processes as there are cores; `make test WORKERS=0` for one, to debug in.
+WORKERS ?= auto
+PYTEST := -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
+
 .PHONY: tutorial test test-backends test-jax test-torch lint bench clean
 .DELETE_ON_ERROR:
 
@@ -43,15 +47,15 @@ lint: .venv/installed
 	@echo "lint, format and types: no findings"
 
 test: lint
-	@KERAS_BACKEND=tensorflow .venv/bin/python -m pytest $(ARGS)
+	@KERAS_BACKEND=tensorflow .venv/bin/python $(PYTEST) $(ARGS)
 
 test-backends: test-jax test-torch
 
 test-jax: .venv-jax/installed
-	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu .venv-jax/bin/python -m pytest -m core $(ARGS)
+	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu .venv-jax/bin/python $(PYTEST) -m core $(ARGS)
 
 test-torch: .venv-torch/installed
-	@KERAS_BACKEND=torch OMP_NUM_THREADS=1 .venv-torch/bin/python -m pytest -m core $(ARGS)
+	@KERAS_BACKEND=torch OMP_NUM_THREADS=1 .venv-torch/bin/python $(PYTEST) -m core $(ARGS)
 
 bench: .venv/installed
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py $(ARGS)

@@ -27,7 +27,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def fixed_seeds(doctest_namespace):
+def same_start(doctest_namespace):
     """Each test starts from the same state, in whatever order they run."""
     doctest_namespace["np"] = np
     keras.utils.set_random_seed(0)
+    floats, policy = keras.config.floatx(), keras.config.dtype_policy()
+    yield
+    keras.config.set_floatx(floats)
+    keras.config.set_dtype_policy(policy)

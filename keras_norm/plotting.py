@@ -332,6 +332,10 @@ def learning_curves(
 
         figure, panels = _panels(metrics, share_y)
         looks = _colors(results, names)
+        # Each line and marker smaller than the one before: lines that coincide stay visible.
+        shares = np.linspace(1, 0, len(names)) if len(names) > 1 else [0.5]
+        for name, share in zip(names, shares, strict=True):
+            looks[name] |= {"linewidth": 1.4 + 1.4 * share, "markersize": 4 + 3 * share}
         for metric, axes in panels.items():
             for name in names:
                 _curves(axes, results, name, metric, looks[name])
