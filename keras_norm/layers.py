@@ -6,11 +6,14 @@ Import these in place of `keras.layers`' of the same name:
 """
 
 import functools
+import json
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_norm import autodiff, distributed, functional, kernels
@@ -451,7 +454,7 @@ class BatchNormalization(keras.layers.Layer):
     def _infer(self, x: Array) -> Array:
         if self.warn_untouched and not self._warned:
             self._warn_if_untouched()
-        return functional.normalize(
+        return kernels.normalize(
             x,
             self.moving_mean,
             self.moving_variance,
@@ -1026,7 +1029,7 @@ class LayerNormalization(_Affine):
 
     def call(self, inputs: Array) -> Array:
         """Normalizes; see the class."""
-        y = functional.layer_normalization(
+        y = kernels.layer_normalization(
             self._floating(inputs),
             self.gamma,
             self.beta,
@@ -1112,7 +1115,7 @@ class RMSNormalization(_WithinExample):
 
     def call(self, inputs: Array) -> Array:
         """Normalizes; see the class."""
-        y = functional.rms_normalization(
+        y = kernels.rms_normalization(
             self._floating(inputs), self.scale, axis=self.axis, epsilon=self.epsilon
         )
         return ops.cast(y, self.compute_dtype)
@@ -1187,8 +1190,8 @@ class GroupNormalization(_ByChannel):
         [[-1.0, 1.0, -1.0, 1.0]]
 
     Numerics:
-        As `LayerNormalization`. `axis` may be any negative or positive number (in `keras.layers`
-        -2 and below normalize the wrong axes), and `groups` stays as it was given.
+        As `LayerNormalization`. `groups` stays as it was given (in `keras.layers` `build` writes
+        the number of channels over -1).
 
     Reference:
         Wu and He, 2018, Group Normalization, section 3.
@@ -1232,7 +1235,7 @@ class GroupNormalization(_ByChannel):
 
     def call(self, inputs: Array) -> Array:
         """Normalizes; see the class."""
-        y = functional.group_normalization(
+        y = kernels.group_normalization(
             self._floating(inputs),
             self.gamma,
             self.beta,
@@ -1307,7 +1310,7 @@ class InstanceNormalization(_ByChannel):
 
     def call(self, inputs: Array) -> Array:
         """Normalizes; see the class."""
-        y = functional.instance_normalization(
+        y = kernels.instance_normalization(
             self._floating(inputs), self.gamma, self.beta, axis=self.axis, epsilon=self.epsilon
         )
         return ops.cast(y, self.compute_dtype)
@@ -1349,7 +1352,10 @@ class Dropout(keras.layers.Layer):
 
     State:
         A `keras.random.SeedGenerator` (unless the rate is 0), which moves on with every call in
-        training: two calls drop out different units, on every backend, also without a seed.
+        training: two calls drop out different units, on every backend, also without a seed. A
+        `.keras` file keeps it, so that training goes on with the masks that would have come
+        next (with `keras.layers.Dropout` it begins anew); a weights file, whose layout is that of
+        `keras.layers`, does not.
 
     Raises:
         ValueError: for a rate outside [0, 1], a noise_shape that holds anything but integers
@@ -1409,10 +1415,26 @@ class Dropout(keras.layers.Layer):
         functional.check_mask_shape(self.noise_shape, tuple(inputs.shape))
         return tuple(sizes[i] if n is None else n for i, n in enumerate(self.noise_shape))
 
+    def save_assets(self, dir_path: str) -> None:
+        """Writes the state of the seed generator beside the weights of a `.keras` file."""
+        if self.rate > 0:
+            state = ops.convert_to_numpy(self.seed_generator.state)
+            Path(dir_path, _STATE_OF_DROPOUT).write_text(json.dumps(state.tolist()))
+
+    def load_assets(self, dir_path: str | None) -> None:
+        """Reads it; a file that was written without it leaves the generator as it is."""
+        file = Path(dir_path or "", _STATE_OF_DROPOUT)
+        if self.rate > 0 and dir_path and file.exists():
+            state = self.seed_generator.state
+            state.assign(np.array(json.loads(file.read_text()), state.dtype))
+
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""
         config = {"rate": self.rate, "noise_shape": self.noise_shape, "seed": self.seed}
         return {**super().get_config(), **config}
+
+
+_STATE_OF_DROPOUT = "seed_generator.json"
 
 
 def _checked_noise_shape(noise_shape: Any) -> tuple[int | None, ...] | None:

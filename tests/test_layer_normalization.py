@@ -600,7 +600,7 @@ def settings_of_a_layer(draw):
     }
 
 
-@settings(max_examples=20 if BACKEND == "jax" else 50, deadline=None, derandomize=True)
+@settings(max_examples=8 if BACKEND == "jax" else 50, deadline=None, derandomize=True)
 @given(case=settings_of_a_layer(), center=st.booleans(), scaled=st.booleans())
 def test_any_layout(case, center, scaled):
     """Values and gradients of the layer for any rank, axes, dtype and size of numbers."""
