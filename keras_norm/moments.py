@@ -58,11 +58,9 @@ def _host(x: Any) -> npt.NDArray[Any]:
     return x if isinstance(x, np.ndarray) else np.asarray(ops.convert_to_numpy(x))
 
 
-def _broadcastable(weights: npt.NDArray[Any], ndim: int, length: int) -> npt.NDArray[Any]:
-    """Weights of rank ndim, by the rules of `Moments.update`."""
-    if weights.ndim == 1 and ndim > 1 and len(weights) == length:
-        return weights.reshape(length, *[1] * (ndim - 1))
-    return weights[..., None] if weights.ndim == ndim - 1 else weights
+def _of_rank(weights: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
+    """Weights of lower rank belong to the first axes, as Keras's masks do."""
+    return weights.reshape(*weights.shape, *[1] * max(ndim - weights.ndim, 0))
 
 
 def _divide(a: Floats, b: Floats) -> Floats:
@@ -128,10 +126,11 @@ class Moments:
 
         Args:
             x: array of any rank >= 1 and any real dtype; NumPy or a tensor.
-            mask: bool, broadcastable to x, or of shape `x.shape[:-1]` as Keras's masks are;
-                what is False does not count, and may be NaN. Default: all counts.
-            weights: non-negative, broadcastable to x, of shape `x.shape[:-1]`, or (N,), one for
-                each example. A weight of 2 counts an element twice. Default: 1.
+            mask: bool, broadcastable to x; one of lower rank belongs to the first axes, (N,) or
+                (N, H, W), as Keras's masks do. What is False does not count, and may be NaN.
+                Default: all counts.
+            weights: non-negative, of such a shape. A weight of 2 counts an element twice.
+                Default: 1.
 
         Returns:
             Itself.
@@ -159,23 +158,22 @@ class Moments:
         for name, given in (("mask", mask), ("weights", weights)):
             if given is None:
                 continue
-            w = _broadcastable(_host(given), x.ndim, len(x)).astype(np.float64)
+            w = _of_rank(_host(given), x.ndim).astype(np.float64)
             try:
                 fits = np.broadcast_shapes(w.shape, x.shape) == x.shape
             except ValueError:
                 fits = False
             if not fits:
                 raise ValueError(
-                    f"`{name}` must be broadcastable to x, of its shape without the last axis, or "
-                    f"have one entry for each example. Received: {name} of shape "
-                    f"{_host(given).shape} for x of shape {x.shape}."
+                    f"`{name}` must be broadcastable to x; one of lower rank belongs to the first "
+                    f"axes. Received: {name} of shape {_host(given).shape} for x of shape "
+                    f"{x.shape}."
                 )
             if not np.all((w >= 0) & np.isfinite(w)):
                 raise ValueError(
                     f"`{name}` must be finite and >= 0. Received: {name} with the smallest value "
                     f"{np.nanmin(w)}. A weight says how often an element counts."
                 )
-            w = w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
             total = w if total is None else total * w
         return total
 
@@ -251,6 +249,24 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         return self.copy().merge(other)
+
+    def scaled(self, factor: float) -> "Moments":
+        """A copy in which every weight so far counts `factor` times, examples included.
+
+        Args:
+            factor: > 0; below 1 to forget.
+
+        Raises:
+            ValueError: for a factor that is not positive and finite.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(
+                f"`factor` multiplies weights and must be > 0. Received: factor={factor!r}."
+            )
+        new = self.copy()
+        new.count, new.m2 = self.count * factor, self.m2 * factor
+        new.examples, new._gram = self.examples * factor, self._gram * factor**2
+        return new
 
     def copy(self) -> "Moments":
         """An independent copy."""

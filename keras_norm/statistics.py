@@ -21,13 +21,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,16 +33,28 @@ from typing import Any
 import keras
 import numpy as np
 import numpy.typing as npt
-from keras import ops, tree
 
-from keras_norm import functional
+from keras_norm._layerwise import (
+    Found,
+    Job,
+    Rule,
+    copy_of,
+    current_statistics,
+    error_of,
+    rms,
+)
+from keras_norm._sample import Sample, Store, as_numpy, describe, is_array
+from keras_norm.experiments import replace_file
 from keras_norm.layers import BatchNormalization
-from keras_norm.moments import Moments, example_sums
+from keras_norm.moments import Moments
 
 __all__ = [
+    "DomainStatistics",
     "LayerStatistics",
     "Report",
+    "RunningAdaptation",
     "Snapshot",
+    "adapt",
     "diff",
     "reestimate",
     "restore",
@@ -56,29 +64,26 @@ __all__ = [
 Array = Any
 Layer = Any
 Floats = npt.NDArray[np.float64]
-Environment = dict[int, tuple[Array, Array | None]]  # value number -> (value, its mask)
-Rule = Callable[[Layer, Moments], tuple[Floats, Floats]]
-_Statistics = Mapping[int, tuple[Floats, Floats]]
 
 _GIB = 2**30
-_FIXED_POINT = 1e-6  # in units of sigma: a few times the rounding of a float32 forward pass
-_MAX_ROUNDS = 100
-_PILOT = 512  # examples in the first of the samples for a tolerance
-_TRIED = 2  # batches on which the error of one pass is measured
+_DRIFT = 3.0  # from which a stream is no random sample
+_TINY = 0.2  # sigma: the standard error from which a sample is too small
 
 
 # Layers and transactions ---------------------------------------------------------------------
 
 
 def _normalizations(model: Any) -> dict[str, Layer]:
-    """All built batch normalization layers of a model, nested ones too, by a unique name."""
+    """All built batch normalization layers of a model, by the names of what they stand in."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()  # in the middle of `fit` on JAX the values are elsewhere
     kinds = (BatchNormalization, keras.layers.BatchNormalization)
     layers: dict[str, Layer] = {}
-    for layer in model._flatten_layers():
+    for path, layer in _inside(model, "", set()):
         if isinstance(layer, kinds) and getattr(layer, "moving_mean", None) is not None:
-            name, number = layer.path or layer.name, 2
+            name, number = path, 2
             while name in layers:
-                name, number = f"{layer.path or layer.name}#{number}", number + 1
+                name, number = f"{path}#{number}", number + 1
             layers[name] = layer
     if not layers:
         raise ValueError(
@@ -89,13 +94,18 @@ def _normalizations(model: Any) -> dict[str, Layer]:
     return layers
 
 
+def _inside(layer: Layer, path: str, seen: set[int]) -> Iterator[tuple[str, Layer]]:
+    """All layers in a layer, each once, in order; unlike `layer.path` the same after loading."""
+    seen.add(id(layer))
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        if id(inner) not in seen:
+            yield path + inner.name, inner
+            yield from _inside(inner, f"{path}{inner.name}/", seen)
+
+
 def _statistics_of(layer: Layer) -> list[Any]:
-    """The variables of a layer that are statistics: all but gamma and beta."""
-    return [v for v in layer.variables if v is not layer.gamma and v is not layer.beta]
-
-
-def _copy(variable: Any) -> npt.NDArray[Any]:
-    return np.array(ops.convert_to_numpy(variable), copy=True)
+    """The weights of a layer that are statistics: all but gamma and beta."""
+    return [v for v in layer.weights if v is not layer.gamma and v is not layer.beta]
 
 
 def _assign_all(values: Iterable[tuple[Any, npt.NDArray[Any]]]) -> None:
@@ -117,10 +127,10 @@ def _transaction(model: Any, keep: Sequence[Layer]) -> Iterator[None]:
 
     State is what an inference pass could change: non-trainable variables, random seeds.
     """
-    before = [(v, _copy(v)) for v in model.non_trainable_variables]
+    before = [(v, copy_of(v)) for v in model.non_trainable_variables]
     statistics = {id(v) for layer in keep for v in _statistics_of(layer)}
     known = {id(v) for v, _ in before}
-    before += [(v, _copy(v)) for y in keep for v in _statistics_of(y) if id(v) not in known]
+    before += [(v, copy_of(v)) for y in keep for v in _statistics_of(y) if id(v) not in known]
     try:
         yield
     except BaseException:
@@ -172,7 +182,7 @@ def snapshot(model: Any) -> Snapshot:
     """
     layers = _normalizations(model)
     return Snapshot(
-        {name: {v.name: _copy(v) for v in _statistics_of(y)} for name, y in layers.items()},
+        {name: {v.name: copy_of(v) for v in _statistics_of(y)} for name, y in layers.items()},
         {name: float(y.epsilon) for name, y in layers.items()},
     )
 
@@ -188,13 +198,22 @@ def restore(model: Any, snapshot: Snapshot) -> None:
         ValueError: for a snapshot of other layers, variables or shapes. The model is as before.
     """
     layers = _normalizations(model)
-    values: list[tuple[Any, npt.NDArray[Any]]] = []
+    values = _matching(layers, snapshot)
+    with _transaction(model, list(layers.values())):
+        _assign_all(values)
+
+
+def _matching(
+    layers: Mapping[str, Layer], snapshot: Snapshot
+) -> list[tuple[Any, npt.NDArray[Any]]]:
+    """Each variable of the layers with its value in a snapshot, which must fit."""
     if set(layers) != set(snapshot.statistics):
         raise ValueError(
             "A snapshot can be restored only to a model with the same batch normalization layers. "
             f"Received: a snapshot of {sorted(snapshot.statistics)} for a model with "
             f"{sorted(layers)}."
         )
+    values: list[tuple[Any, npt.NDArray[Any]]] = []
     for name, layer in layers.items():
         given = snapshot.statistics[name]
         variables = {v.name: v for v in _statistics_of(layer)}
@@ -205,31 +224,10 @@ def restore(model: Any, snapshot: Snapshot) -> None:
                 f"Received: for {name!r} { ({k: v.shape for k, v in given.items()}) }."
             )
         values += [(v, given[key]) for key, v in variables.items()]
-    with _transaction(model, list(layers.values())):
-        _assign_all(values)
-
-
-def _set_statistics(layer: Layer, mean: Floats, variance: Floats) -> None:
-    layer.moving_mean.assign(mean.reshape(tuple(layer.moving_mean.shape)))
-    layer.moving_variance.assign(variance.reshape(tuple(layer.moving_variance.shape)))
-    if getattr(layer, "moving_stddev", None) is not None:  # Keras's batch renormalization
-        layer.moving_stddev.assign(np.sqrt(variance + layer.epsilon))
+    return values
 
 
 # The report ----------------------------------------------------------------------------------
-
-
-def _movement(
-    mean: Floats, variance: Floats, old_mean: Floats, old_variance: Floats, epsilon: float
-) -> Floats:
-    """How far outputs move between two sets of statistics, per channel, in units of sigma."""
-    sigma = np.sqrt(np.maximum(variance + epsilon, 1e-30))
-    old_sigma = np.sqrt(np.maximum(old_variance + epsilon, 0.0))
-    return np.sqrt(((mean - old_mean) / sigma) ** 2 + ((sigma - old_sigma) / sigma) ** 2)
-
-
-def _rms(x: Floats) -> float:
-    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -249,8 +247,14 @@ class LayerStatistics:
             variance, from the spread between examples; infinite for one example.
         residual: largest difference, in units of sigma, between the statistics and those of the
             inputs that they produce, where they had to be found by iteration; else 0.
-        leak: for `one_pass`, the measured error in units of sigma, root mean square over the
-            channels; else 0.
+        leak: for `one_pass`, its error as estimated on the first four batches and two in twenty, in
+            units of sigma, root mean square over the channels. From few batches it is an
+            estimate: in half of the layers within a factor of 2, rather too large than too
+            small, up to ten times in deep layers at batches of 20. Else 0.
+        drift: for `layerwise`, how far the mean of the first half of the examples is from that of
+            all, root mean square over the channels, in units of what is to be expected if they
+            came in random order: about 1. Much more means that they are sorted, or changed on
+            the way; the statistics of all of them are exact all the same.
     """
 
     name: str
@@ -267,6 +271,7 @@ class LayerStatistics:
     standard_error_of_variance: Floats = field(default_factory=lambda: np.zeros(0))
     residual: float = 0.0
     leak: float = 0.0
+    drift: float = 0.0
 
     @property
     def shift(self) -> Floats:
@@ -292,10 +297,8 @@ class LayerStatistics:
         """
         if self.status != "updated":
             return 0.0
-        variance = self._sigma**2
-        of_mean = self.standard_error_of_mean**2 / variance
-        of_variance = (self.standard_error_of_variance / (2 * variance)) ** 2
-        return float(np.sqrt(np.mean(of_mean + of_variance * self.variance / variance)))
+        errors = self.standard_error_of_mean, self.standard_error_of_variance
+        return error_of(self.variance, *errors, self.epsilon)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values; infinite standard errors are None."""
@@ -351,7 +354,7 @@ class Report:
     @property
     def largest_shift(self) -> float:
         """The largest root mean square shift of a layer, in units of sigma."""
-        return max((_rms(y.shift) for y in self.updated), default=0.0)
+        return max((rms(y.shift) for y in self.updated), default=0.0)
 
     @property
     def error(self) -> float:
@@ -369,7 +372,7 @@ class Report:
                 rows.append([*row, y.status] + [""] * (3 + len(extra)))
                 continue
             scale = float(np.exp(np.mean(np.log(y.scale)))) if y.scale.size else 1.0
-            row += [f"{float(np.max(y.elements, initial=0)):.0f}", f"{_rms(y.shift):.3g}"]
+            row += [f"{float(np.max(y.elements, initial=0)):.0f}", f"{rms(y.shift):.3g}"]
             row += [f"{scale:.3f}", f"{y.error:.2g}"]
             rows.append(row + [f"{getattr(y, k):.2g}" for k in extra])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -412,19 +415,83 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as JSON, whole or not at all, and returns the path."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replace_file(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), allow_nan=False, indent=1))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
         """Reads what `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws, for each updated layer, how far its statistics moved, and what is uncertain.
+
+        Three panels over the layers: shift / sigma, sigma / old sigma, both as the median over
+        the channels with the band of the middle 80%, and the errors in units of sigma.
+
+        Args:
+            path: file to write, whole or not at all: .png, .pdf or .svg. Default: none.
+
+        Returns:
+            The Matplotlib figure; closed if it was written.
+
+        Raises:
+            ValueError: if no layer was updated.
+        """
+        if not self.updated:
+            raise ValueError("A plot needs at least one updated layer. Received: a report without.")
+        from matplotlib import pyplot
+
+        from keras_norm.plotting import style
+
+        with style():
+            figure = _draw(self)
+            if path is not None:
+                try:
+                    with replace_file(path) as temporary:
+                        figure.savefig(temporary)
+                finally:
+                    pyplot.close(figure)
+        return figure
+
+
+def _draw(report: Report) -> Any:
+    from matplotlib import pyplot
+
+    layers = report.updated
+    at = np.arange(len(layers))
+    size = (max(5.0, 0.45 * len(layers) + 2), 7.0)
+    figure, panels = pyplot.subplots(3, sharex=True, figsize=size)
+    curves = [
+        ("mean: shift (σ)", [y.shift.ravel() for y in layers], 0.0),
+        ("σ / old σ", [y.scale.ravel() for y in layers], 1.0),
+    ]
+    for axes, (label, values, neutral) in zip(panels, curves, strict=False):
+        low, middle, high = (np.array([np.quantile(v, q) for v in values]) for q in (0.1, 0.5, 0.9))
+        axes.errorbar(
+            at,
+            middle,
+            [middle - low, high - middle],
+            capsize=3,
+            label="median, 10 to 90% of channels",
+        )
+        axes.axhline(neutral, color="#444444", linestyle="--", marker="", linewidth=1)
+        axes.set_ylabel(label)
+    panels[1].set_yscale("log")
+    panels[0].legend()
+    errors = {
+        "standard error": [y.error for y in layers],
+        "leak of one pass": [y.leak for y in layers],
+    }
+    for name, numbers in errors.items():
+        if any(0 < v < math.inf for v in numbers):
+            panels[2].plot(at, [v if 0 < v < math.inf else np.nan for v in numbers], label=name)
+    panels[2].set(ylabel="error (σ)", yscale="log", xlabel="layer")
+    panels[2].legend()
+    panels[2].set_xticks(at, [y.name.rpartition("/")[2] for y in layers], rotation=60, ha="right")
+    figure.suptitle(f"{report.method}: {report.samples:,} examples of {report.data}")
+    return figure
 
 
 def diff(a: Any, b: Any) -> Report:
@@ -467,990 +534,19 @@ def diff(a: Any, b: Any) -> Report:
     return Report("diff", "two snapshots", 0, 0, tuple(layers))
 
 
-# The sample ----------------------------------------------------------------------------------
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
-
-
-def _numpy(x: Any) -> Any:
-    """As a NumPy array; what reads from a file as it is indexed (h5py, memory maps) stays."""
-    if isinstance(x, np.ndarray) or not (ops.is_tensor(x) or isinstance(x, (list, tuple))):
-        return x if _is_array(x) else np.asarray(x)
-    return np.asarray(ops.convert_to_numpy(x)) if ops.is_tensor(x) else np.asarray(x)
-
-
-def _describe(data: Any) -> str:
-    leaves = [x for x in tree.flatten(data) if _is_array(x)] if _is_structure(data) else []
-    if leaves:
-        return f"array {tuple(leaves[0].shape)}"
-    return str(getattr(data, "name", None) or type(data).__name__)
-
-
-def _is_structure(data: Any) -> bool:
-    """Whether these are arrays, or nested lists, tuples and dicts of them: no stream."""
-    if isinstance(data, (tuple, list, dict)):
-        return all(x is None or _is_array(x) or np.isscalar(x) for x in tree.flatten(data))
-    return _is_array(data)
-
-
-def _batches(data: Any, seed: int) -> Iterator[Any]:
-    """The inputs of a stream, batch by batch; labels and sample weights left out."""
-    if isinstance(data, keras.utils.PyDataset):
-        number = data.num_batches
-        order: Iterable[int] = itertools.count()
-        if number is not None:  # any batches will do, but not only those of the first class
-            order = np.random.default_rng(seed).permutation(int(number)).tolist()
-        data = (data[i] for i in order)
-    elif not hasattr(data, "__iter__"):
-        raise ValueError(
-            "`data` must be arrays (x or (x, y)), a keras.utils.PyDataset, a tf.data.Dataset, a "
-            f"data loader or a generator of batches. Received: data of type {type(data).__name__}."
-        )
-    for batch in data:
-        yield tree.map_structure(_numpy, keras.utils.unpack_x_y_sample_weight(batch)[0])
-
-
-class _Sample:
-    """The examples that were drawn, in blocks, as often as they are needed."""
-
-    def __init__(
-        self, data: Any, samples: int | None, batch_size: int, seed: int, store: _Store | None
-    ):
-        self.batch_size, self.limit, self._store = batch_size, samples, store
-        self._blocks: list[tuple[int, Callable[[], Any]]] = []  # rows, and how to get them
-        self.rows = 0
-        if _is_structure(data):
-            self._stream: Iterator[Any] = iter(())
-            self._cut_arrays(data, seed)
-        else:
-            self._stream = self._cut_stream(_batches(data, seed))
-
-    def _cut_arrays(self, data: Any, seed: int) -> None:
-        x = keras.utils.unpack_x_y_sample_weight(data)[0] if isinstance(data, tuple) else data
-        x = tree.map_structure(_numpy, x)
-        lengths = {len(v) for v in tree.flatten(x)}
-        if len(lengths) != 1:
-            raise ValueError(
-                "All inputs must have the same number of examples. Received: arrays of lengths "
-                f"{sorted(lengths)}. Labels go into a tuple, (x, y); a list is several inputs."
-            )
-        total = lengths.pop()
-        rows = total if self.limit is None else min(total, self.limit)
-        order = None
-        if rows < total:  # a random part: the first rows may all be of one class
-            order = np.random.default_rng(seed).permutation(total)[:rows]
-        pieces = max(1, math.ceil(rows / self.batch_size))
-        size = math.ceil(rows / pieces)
-        for start in range(0, rows, max(1, size)):
-            stop = min(start + size, rows)
-            part: Any = slice(start, stop) if order is None else np.sort(order[start:stop])
-            self._blocks.append((stop - start, functools.partial(_rows_of, x, part)))
-        self.rows = rows
-
-    def _cut_stream(self, batches: Iterator[Any]) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """Blocks of exactly `batch_size` rows, whatever sizes come in; the last may be shorter."""
-        waiting: list[Any] = []
-        rows = 0
-        for batch in batches:
-            lengths = {len(v) for v in tree.flatten(batch)}
-            if len(lengths) != 1:
-                raise ValueError(
-                    "All inputs in a batch must have the same number of examples. Received: "
-                    f"lengths {sorted(lengths)}. The data set must be batched."
-                )
-            waiting.append(batch)
-            rows += lengths.pop()
-            while rows >= self.batch_size:
-                whole = tree.map_structure(lambda *v: np.concatenate(v), *waiting)
-                yield self._keep(whole, slice(0, self.batch_size))
-                rows -= self.batch_size
-                waiting = [_rows_of(whole, slice(self.batch_size, None))] if rows else []
-        if rows:
-            whole = tree.map_structure(lambda *v: np.concatenate(v), *waiting)
-            yield self._keep(whole, slice(0, rows))
-
-    def _keep(self, whole: Any, part: slice) -> tuple[int, Callable[[], Any]]:
-        block = tree.map_structure(np.ascontiguousarray, _rows_of(whole, part))
-        flat = tree.flatten(block)
-        if self._store is None:
-            return len(flat[0]), lambda: block
-        kept = self._store.put({i: (v, None) for i, v in enumerate(flat)})
-        if kept is None:
-            raise ValueError(
-                "The examples of a stream are held while their statistics are taken, and must fit "
-                f"into the budget. Received: {self.rows} examples so far, memory="
-                f"{self._store.memory}, disk={self._store.disk}. Raise one, or lower `samples`."
-            )
-
-        def get() -> Any:
-            values = kept.get()
-            return tree.pack_sequence_as(block_structure, [values[i][0] for i in values])
-
-        block_structure = tree.map_structure(lambda _: 0, block)
-        return len(flat[0]), get
-
-    def take(self, rows: int | None) -> list[_Chunk]:
-        """The first `rows` examples, or as many as there are, as chunks of equal size."""
-        wanted = math.inf if rows is None else rows
-        if self.limit is not None:
-            wanted = min(wanted, self.limit)
-        while self.rows < wanted and (block := next(self._stream, None)) is not None:
-            self._blocks.append(block)
-            self.rows += block[0]
-        chunks: list[_Chunk] = []
-        size = max((n for n, _ in self._blocks), default=0)
-        taken = 0
-        for n, get in self._blocks:
-            if taken >= wanted:
-                break
-            use = int(min(n, wanted - taken))
-            chunks.append(_Chunk(use, size, get))
-            taken += use
-        if not taken:
-            raise _nothing_came()
-        return [_Chunk(taken, taken, chunks[0].raw)] if len(chunks) == 1 else chunks
-
-    def once(self) -> Iterator[_Chunk]:
-        """All examples as chunks, for one pass: what has been passed is forgotten."""
-        left = math.inf if self.limit is None else self.limit
-        for n, get in itertools.chain(self._blocks, self._stream):
-            use = int(min(n, left))
-            if use:
-                yield _Chunk(use, use, get)
-            left -= use
-            if not left:
-                break
-
-
-def _nothing_came() -> ValueError:
-    return ValueError(
-        "Statistics need at least one example. Received: data without any. (A generator that was "
-        "used before is at its end.)"
-    )
-
-
-def _rows_of(x: Any, part: Any) -> Any:
-    return tree.map_structure(lambda v: v[part], x)
-
-
-@dataclass
-class _Chunk:
-    """Some examples on their way through the model."""
-
-    rows: int  # that count
-    size: int  # of the arrays: what is more is filled up with copies
-    raw: Callable[[], Any]
-    level: int = -1  # stages that `kept` has behind it
-    kept: _Kept | None = None
-
-    def inputs(self, pad: bool) -> Any:
-        x = _rows_of(self.raw(), slice(0, self.rows))
-        if pad and self.rows < self.size:
-            more = self.size - self.rows
-            x = tree.map_structure(lambda v: np.concatenate([v, np.repeat(v[-1:], more, 0)]), x)
-        return x
-
-
-# Where activations wait ------------------------------------------------------------------------
-
-
-def _bytes(env: Environment) -> int:
-    total = 0
-    for x in itertools.chain.from_iterable(env.values()):
-        if x is not None:
-            dtype = keras.backend.standardize_dtype(x.dtype) if hasattr(x, "dtype") else "float32"
-            item = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-            total += math.prod(int(n) for n in x.shape) * item
-    return total
-
-
-@dataclass
-class _Kept:
-    """One environment in memory or, if it has a path, on disk."""
-
-    store: _Store
-    size: int
-    env: Environment
-    path: Path | None = None
-    dtypes: tuple[str, ...] = ()
-
-    def get(self) -> Environment:
-        if self.path is None:
-            return self.env
-        env: Environment = {}
-        with self.path.open("rb") as file:
-            for (key, (value, mask)), dtype in zip(self.env.items(), self.dtypes, strict=True):
-                x = np.load(file)
-                x = ops.cast(x, dtype) if dtype == "bfloat16" else x
-                env[key] = (x, np.load(file) if mask is not None else None)
-                del value
-        return env
-
-    def free(self) -> None:
-        self.store.give_back(self)
-
-
-class _Store:
-    """Memory, then disk, within their budgets; files go when it is closed."""
-
-    def __init__(self, memory: float, disk: float, folder: str | os.PathLike[str] | None) -> None:
-        for name, value in (("memory", memory), ("disk", disk)):
-            if not value >= 0:
-                raise ValueError(
-                    f"`{name}` is a budget in bytes and must be >= 0. Received: {name}={value!r}."
-                )
-        self.memory, self.disk = memory, disk
-        self._folder_in = folder
-        self._folder: Path | None = None
-        self._used = {"memory": 0, "disk": 0}
-        self._number = itertools.count()
-
-    def put(self, env: Environment, old: _Kept | None = None) -> _Kept | None:
-        """Keeps an environment in the place of an old one; None if there is no room for it."""
-        size = _bytes(env)
-        freed = {"memory": 0, "disk": 0}
-        if old is not None:
-            freed["memory" if old.path is None else "disk"] = old.size
-        if self._used["memory"] - freed["memory"] + size <= self.memory:
-            kept = _Kept(self, size, env)
-            self._used["memory"] += size
-        elif self._used["disk"] - freed["disk"] + size <= self.disk:
-            kept = self._write(env, size)
-            self._used["disk"] += size
-        else:
-            return None
-        if old is not None:
-            old.free()
-        return kept
-
-    def _write(self, env: Environment, size: int) -> _Kept:
-        path = None
-        try:
-            if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="keras_norm_", dir=self._folder_in))
-            path = self._folder / f"{next(self._number)}.npy"
-            dtypes = []
-            with path.open("wb") as file:
-                for value, mask in env.values():
-                    dtype = keras.backend.standardize_dtype(value.dtype)
-                    dtypes.append(dtype)
-                    value = ops.cast(value, "float32") if dtype == "bfloat16" else value
-                    np.save(file, np.asarray(ops.convert_to_numpy(value)))
-                    if mask is not None:
-                        np.save(file, np.asarray(ops.convert_to_numpy(mask)))
-        except OSError as error:
-            if path is not None:
-                path.unlink(missing_ok=True)
-            raise OSError(
-                error.errno,
-                f"Activations could not be written to {self._folder or self._folder_in!s} "
-                f"({error.strerror}). Give another `folder`, more `memory`, or disk=0, which "
-                "computes them again instead",
-            ) from error
-        light: Environment = {k: (0, None if m is None else 0) for k, (_, m) in env.items()}
-        return _Kept(self, size, light, path, tuple(dtypes))
-
-    def give_back(self, kept: _Kept) -> None:
-        self._used["memory" if kept.path is None else "disk"] -= kept.size
-        kept.env = {}
-        if kept.path is not None:
-            kept.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> _Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-
-
-# The model as a list of steps --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """Stands for value number `number` among the arguments of a step."""
-
-    number: int
-
-
-@dataclass
-class _Step:
-    """One call in the model."""
-
-    operation: Callable[..., Any]
-    args: Any
-    kwargs: dict[str, Any]
-    outputs: list[int]
-    inside: tuple[int, ...] = ()  # the selected normalization layers that it calls, by number
-    direct: bool = False  # it is itself the one normalization layer
-    level: int = 0
-
-    @functools.cached_property
-    def inputs(self) -> list[int]:
-        """The numbers of the values that it is called on."""
-        leaves = tree.flatten((self.args, self.kwargs))
-        return [leaf.number for leaf in leaves if isinstance(leaf, _Ref)]
-
-
-def _graph_of(operation: Any) -> Any:
-    """The functional graph that a call of this operation runs, or None if it is code."""
-    if "call" in vars(operation):
-        return None
-    if isinstance(operation, keras.Sequential):
-        known = type(operation).call is keras.Sequential.call
-        graph = getattr(operation, "_functional", None) if known else None
-    elif isinstance(operation, keras.Model) and isinstance(operation, keras.Function):
-        known = type(operation).call.__module__.startswith("keras.src.models.")
-        graph = operation if known else None
-    else:
-        graph = None
-    usable = hasattr(graph, "_nodes_by_depth") and hasattr(graph, "_standardize_inputs")
-    return graph if usable else None
-
-
-class _Builder:
-    """Writes a model, with its nested models, as steps in topological order."""
-
-    def __init__(self, numbers: Mapping[int, int]) -> None:
-        self._numbers = numbers  # id of a selected layer -> its number
-        self._count = itertools.count()
-        self.steps: list[_Step] = []
-
-    def fresh(self) -> int:
-        return next(self._count)
-
-    def call(self, operation: Any, args: Any, kwargs: dict[str, Any], number: int) -> list[int]:
-        """Adds one call with `number` outputs; returns their value numbers."""
-        graph = _graph_of(operation) if len(args) == 1 and not kwargs else None
-        if graph is not None:
-            return self._inline(graph, args[0])
-        inside: tuple[int, ...] = ()
-        direct = id(operation) in self._numbers
-        if direct:
-            inside = (self._numbers[id(operation)],)
-        elif isinstance(operation, keras.Layer):
-            found = {id(y) for y in operation._flatten_layers(include_self=False)}
-            inside = tuple(sorted(self._numbers[i] for i in found if i in self._numbers))
-        outputs = [self.fresh() for _ in range(number)]
-        self.steps.append(_Step(operation, args, kwargs, outputs, inside, direct))
-        return outputs
-
-    def _inline(self, graph: Any, argument: Any) -> list[int]:
-        entry = [self.fresh() for _ in graph.inputs]
-        self.steps.append(_Step(graph._standardize_inputs, (argument,), {}, entry))
-        values = {id(x): number for x, number in zip(graph.inputs, entry, strict=True)}
-
-        def refer(x: Any) -> Any:
-            return _Ref(values[id(x)]) if isinstance(x, keras.KerasTensor) else x
-
-        for depth in sorted(graph._nodes_by_depth, reverse=True):
-            for node in graph._nodes_by_depth[depth]:
-                if node.is_input or any(id(x) not in values for x in node.input_tensors):
-                    continue
-                kwargs = {k: tree.map_structure(refer, v) for k, v in node.arguments.kwargs.items()}
-                if isinstance(node.operation, keras.Layer):
-                    kwargs.pop("training", None)  # False for all, from the outermost call
-                args = tree.map_structure(refer, node.arguments.args)
-                outputs = self.call(node.operation, args, kwargs, len(node.outputs))
-                values.update(zip(map(id, node.outputs), outputs, strict=True))
-        return [values[id(x)] for x in graph.outputs]
-
-
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
-
-
-@dataclass
-class _Stage:
-    """What can be done once all layers of lower levels have their statistics."""
-
-    level: int
-    segment: _Program | None  # computes and probes
-    layers: tuple[int, ...]  # whose statistics the segment gives
-    keep: frozenset[int]  # values that later stages need
-    groups: list[tuple[tuple[int, ...], _Program]]  # layers whose statistics depend on each other
-
-
-class _Plan:
-    """In which order the statistics of the selected layers are found.
-
-    Layer v depends on layer u if u stands above an input of v. Layers that depend on each other
-    (a shared layer that feeds itself; all the layers in a call that is code) form a group. Groups
-    and single layers are ordered by level: 0 depends on none, k + 1 on level k. A value has the
-    level at which all statistics above it are known.
-    """
-
-    def __init__(self, model: Any, layers: Sequence[Layer], structure: Any) -> None:
-        self.layers = layers
-        builder = _Builder({id(layer): i for i, layer in enumerate(layers)})
-        leaves = tree.flatten(structure)
-        self.raw = [builder.fresh() for _ in leaves]
-        packed = tree.pack_sequence_as(structure, [_Ref(number) for number in self.raw])
-        builder.call(model, (packed,), {}, 0)
-        self.steps = builder.steps
-        self._order()
-        self._prune()
-        top = max((self._level[i] for i in self._reached), default=-1)
-        self.stages = [self._stage(level) for level in range(top + 1)]
-
-    @property
-    def unreached(self) -> tuple[int, ...]:
-        """Layers that no step calls."""
-        return tuple(i for i in range(len(self.layers)) if i not in self._reached)
-
-    def _order(self) -> None:
-        above: dict[int, int] = {}  # value -> bit mask of the layers above it
-        reach = [0] * len(self.layers)
-        self._reached: set[int] = set()
-        for step in self.steps:
-            mask = functools.reduce(lambda m, r: m | above.get(r, 0), step.inputs, 0)
-            own = functools.reduce(lambda m, i: m | 1 << i, step.inside, 0)
-            for i in step.inside:
-                self._reached.add(i)
-                reach[i] |= mask if step.direct else mask | own
-            above.update(dict.fromkeys(step.outputs, mask | own))
-        changed = True
-        while changed:
-            closed = [functools.reduce(lambda m, u: m | reach[u], _bits(m), m) for m in reach]
-            changed, reach = closed != reach, closed
-        self._reach = reach
-        self._level: dict[int, int] = {}
-        for i in sorted(self._reached, key=lambda i: reach[i].bit_count()):
-            below = [u for u in _bits(reach[i]) if not reach[u] >> i & 1]
-            self._level[i] = 1 + max((self._level[u] for u in below), default=-1)
-        self._value_level = dict.fromkeys(self.raw, 0)
-        for step in self.steps:
-            mask = functools.reduce(lambda m, r: m | above.get(r, 0), step.inputs, 0)
-            mask = functools.reduce(lambda m, i: m | 1 << i, step.inside, mask)
-            step.level = 1 + max((self._level[u] for u in _bits(mask)), default=-1)
-            self._value_level.update(dict.fromkeys(step.outputs, step.level))
-
-    def _above(self, values: Iterable[int], level: int) -> set[int]:
-        """Which steps lead to these values from those of up to a level."""
-        producer = {v: n for n, step in enumerate(self.steps) for v in step.outputs}
-        todo, found = list(values), set()
-        while todo:
-            value = todo.pop()
-            if value in producer and self._value_level[value] > level:
-                n = producer[value]
-                if n not in found:
-                    found.add(n)
-                    todo += self.steps[n].inputs
-        return found
-
-    def _prune(self) -> None:
-        wanted = [v for step in self.steps if step.inside for v in step.inputs]
-        self._needed = self._above(wanted, -1)
-
-    def _cyclic(self, i: int) -> bool:
-        return bool(self._reach[i] >> i & 1)
-
-    def _stage(self, level: int) -> _Stage:
-        run = [n for n in sorted(self._needed) if self.steps[n].level == level]
-        at_level = [i for i in sorted(self._reached) if self._level[i] == level]
-        single = tuple(i for i in at_level if not self._cyclic(i))
-        probe = [n for n, s in enumerate(self.steps) if s.direct and s.inside[0] in single]
-        groups = {
-            tuple(u for u in at_level if self._reach[i] >> u & 1 and self._reach[u] >> i & 1)
-            for i in at_level
-            if self._cyclic(i)
-        }
-        needs_later = {
-            v for n in self._needed if self.steps[n].level > level for v in self.steps[n].inputs
-        } | {
-            v
-            for s in self.steps
-            for i in s.inside
-            if self._level[i] > level or (self._level[i] == level and self._cyclic(i))
-            for v in s.inputs
-        }
-        keep = frozenset(v for v in needs_later if self._value_level[v] <= level)
-        made = [v for n in run for v in self.steps[n].outputs if v in keep]
-        segment = None
-        if run or probe:
-            items = [_Item(self.steps[n], n in run, n in probe) for n in sorted({*run, *probe})]
-            segment = _Program(items, self.layers, made)
-        programs = [(group, self._group(group, level)) for group in sorted(groups)]
-        return _Stage(level, segment, single, keep, programs)
-
-    def _group(self, group: tuple[int, ...], level: int) -> _Program:
-        probe = {n for n, step in enumerate(self.steps) if set(step.inside) & set(group)}
-        run = self._above([v for n in probe for v in self.steps[n].inputs], level)
-        items = [_Item(self.steps[n], n in run, n in probe) for n in sorted(run | probe)]
-        return _Program(items, self.layers, [])
-
-
-# Compiled pieces -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Item:
-    step: _Step
-    run: bool  # its outputs are used
-    probe: bool  # the inputs of its normalization layers are measured
-
-
-class _ReadMask(keras.layers.Layer):
-    """Gives the mask that Keras has attached to a value to whoever asks."""
-
-    def __init__(self) -> None:
-        super().__init__(autocast=False)
-        self.supports_masking = True
-        self.built = True
-
-    def call(self, inputs: Array, mask: Array | None = None) -> list[Array]:
-        return [] if mask is None else [mask]
-
-    def compute_mask(self, inputs: Array, previous_mask: Array | None) -> None:
-        return None
-
-
-class _AttachMask(keras.layers.Layer):
-    """Attaches a mask to a value as Keras does."""
-
-    def __init__(self) -> None:
-        super().__init__(autocast=False)
-        self.supports_masking = True
-        self.built = True
-
-    def call(self, inputs: list[Array]) -> Array:
-        return inputs[0]
-
-    def compute_mask(self, inputs: list[Array], previous_mask: Any) -> Array:
-        return inputs[1]
-
-
-def _measured(layer: Layer, inputs: Array, mask: Array | None) -> dict[str, Array]:
-    """The sums of the examples of one input of a normalization layer."""
-    x = ops.cast(inputs, layer.compute_dtype)
-    if mask is not None:
-        mask = ops.convert_to_tensor(mask)
-        rank = len(x.shape)
-        mask = ops.expand_dims(mask, -1) if len(mask.shape) == rank - 1 else mask
-        mask = ops.reshape(mask, (1,) * (rank - len(mask.shape)) + tuple(ops.shape(mask)))
-    sums = example_sums(x, axis=layer.axis, weights=mask)
-    return dict(zip(("shift", "first", "second", "count"), sums, strict=True))
-
-
-@contextlib.contextmanager
-def _intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterator[None]:
-    """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer."""
-    patched = []
-    try:
-        for layer in layers:
-            before = vars(layer).get("call")
-            patched.append((layer, before))
-            object.__setattr__(layer, "call", functools.partial(handler, layer, layer.call))
-        yield
-    finally:
-        for layer, before in patched:
-            if before is not None:
-                object.__setattr__(layer, "call", before)
-            elif "call" in vars(layer):
-                object.__delattr__(layer, "call")
-
-
-class _Program(keras.Model):
-    """Some steps of a model as one compiled function, in inference mode.
-
-    From {"v3": value 3, "m3": its mask, ...} to the values that are asked for, in the same form,
-    and for each measured call of a layer "s.(layer).(call).(name)", see `_measured`.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[_Item],
-        layers: Sequence[Layer],
-        outputs: Sequence[int],
-        by_batch: bool = False,
-    ) -> None:
-        super().__init__(name="statistics", autocast=False)
-        self.supports_masking = True  # masks are handed on by hand
-        made = {v for item in items if item.run for v in item.step.outputs}
-        self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
-        self._items = tuple(items)
-        self._asked = tuple(outputs)
-        self._by_batch = by_batch
-        self._measures = {i: layers[i] for item in items for i in item.step.inside if item.probe}
-        operations = [item.step.operation for item in items]
-        # Tracked by Keras: their variables are this model's, read anew in every run.
-        self.parts = list({id(y): y for y in operations if isinstance(y, keras.Layer)}.values())
-        self.built = True
-
-    def call(self, inputs: dict[str, Array], training: bool = False) -> dict[str, Array]:
-        values: dict[int, Array] = {}
-        for number in self.needs:
-            value, mask = inputs[f"v{number}"], inputs.get(f"m{number}")
-            values[number] = value if mask is None else _AttachMask()([value, mask])
-        found: dict[str, Array] = {}
-        calls: dict[int, int] = {}
-
-        def fill(leaf: Any) -> Any:
-            return values[leaf.number] if isinstance(leaf, _Ref) else leaf
-
-        def record(layer: Layer, value: Array, mask: Array | None) -> dict[str, Array]:
-            index = next(i for i, y in self._measures.items() if y is layer)
-            call = calls[index] = calls.get(index, -1) + 1
-            sums = _measured(layer, value, mask)
-            found.update({f"s.{index}.{call}.{name}": v for name, v in sums.items()})
-            return sums
-
-        def handler(layer: Layer, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Any:
-            sums = record(layer, inputs, kwargs.get("mask"))
-            if not self._by_batch:
-                return call(inputs, *args, **kwargs)
-            return self._normalized_by_batch(layer, inputs, sums, flag)
-
-        flag = inputs.get("by_batch")
-        for item in self._items:
-            step = item.step
-            args = tree.map_structure(fill, step.args)
-            kwargs = {k: tree.map_structure(fill, v) for k, v in step.kwargs.items()}
-            if step.direct and item.probe:
-                value = args[0] if args else kwargs["inputs"]
-                mask = kwargs.get("mask")
-                record(step.operation, value, _mask_of(value) if mask is None else mask)
-            if item.run or (item.probe and not step.direct):
-                inside = [y for i, y in self._measures.items() if i in step.inside]
-                with _intercepted(inside if item.probe and not step.direct else (), handler):
-                    result = step.operation(*args, **kwargs)
-                values.update(zip(step.outputs, tree.flatten(result), strict=False))
-        for number in self._asked:
-            found[f"v{number}"] = values[number]
-            mask = _mask_of(values[number])
-            if mask is not None:
-                found[f"m{number}"] = mask
-        return found
-
-    @staticmethod
-    def _normalized_by_batch(
-        layer: Layer, inputs: Array, sums: dict[str, Array], flag: Array
-    ) -> Array:
-        """By the batch's own statistics if the flag is set, else by the moving ones."""
-        x = ops.cast(inputs, layer.compute_dtype)
-        count = sums["count"]
-        count = ops.sum(ops.broadcast_to(count, ops.shape(sums["first"])), axis=0)
-        count = ops.where(count > 0, count, 1)
-        d = ops.sum(sums["first"], axis=0) / count
-        variance = ops.maximum(ops.sum(sums["second"], axis=0) / count - d * d, 0)
-        mean = ops.where(flag, sums["shift"] + d, ops.cast(layer.moving_mean, d.dtype))
-        variance = ops.where(flag, variance, ops.cast(layer.moving_variance, d.dtype))
-        parameters = (layer.gamma, layer.beta)
-        y = functional.normalize(
-            x, mean, variance, *parameters, axis=layer.axis, epsilon=layer.epsilon
-        )
-        return ops.cast(y, layer.compute_dtype)
-
-    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Calls the compiled function; the model's variables are read, never written."""
-        inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
-        self.make_predict_function()
-        if keras.backend.backend() == "jax":
-            # The compiled function consumes the buffers that it is given: it gets copies.
-            state = tuple(
-                [ops.copy(v.value) for v in variables]
-                for variables in (self.trainable_variables, self.non_trainable_variables)
-            )
-            outputs, _ = self.predict_function(state, iter([(inputs,)]))
-            return dict(outputs)
-        return dict(self.predict_function([(inputs,)]))
-
-
-def _mask_of(value: Array) -> Array | None:
-    found = _ReadMask()(value)
-    return found[0] if found else None
-
-
-# Solving (S1) and (S2) -------------------------------------------------------------------------
-
-
-@dataclass
-class _Found:
-    """What the inputs of one layer were."""
-
-    moments: Moments | None  # None: some were not finite
-    calls: int = 0  # in one pass
-    residual: float = 0.0
-    leak: float = 0.0
-
-    def take_in(self, other: _Found) -> None:
-        if self.moments is not None and other.moments is not None:
-            self.moments.merge(other.moments)
-        else:
-            self.moments = None
-        self.calls = max(self.calls, other.calls)
-
-
-def _found_in(
-    outputs: Mapping[str, Array], chunk: _Chunk, layers: Sequence[Layer]
-) -> dict[int, _Found]:
-    """The sums that one run of a program gave, as moments, by the number of the layer."""
-    keys = sorted({tuple(map(int, key.split(".")[1:3])) for key in outputs if key[:2] == "s."})
-    found: dict[int, _Found] = {}
-    for i, calls in itertools.groupby(keys, key=lambda key: key[0]):
-        axis = layers[i].axis
-        moments = Moments(axis if isinstance(axis, int) else tuple(axis))
-        sums = [_sums_of(outputs, f"s.{i}.{call}.", chunk) for _, call in calls]
-        finite = all(np.all(np.isfinite(v)) for one in sums for v in one)
-        if finite:
-            shift, first, second, count = sums[0]
-            for other in sums[1:]:  # an example is one, however often the layer is called on it
-                d = other[0] - shift
-                first = first + other[1] + d * other[3]
-                second = second + other[2] + 2 * d * other[1] + d * d * other[3]
-                count = count + other[3]
-            moments.update_from_sums(shift, first, second, count)
-        found[i] = _Found(moments if finite else None, len(sums))
-    return found
-
-
-def _sums_of(outputs: Mapping[str, Array], key: str, chunk: _Chunk) -> tuple[Floats, ...]:
-    shift, first, second, count = (
-        np.asarray(ops.convert_to_numpy(outputs[key + name]), np.float64)
-        for name in ("shift", "first", "second", "count")
-    )
-    rows = len(first)
-    return shift, *(_per_example(v, rows, chunk) for v in (first, second, count))
-
-
-def _per_example(sums: Floats, rows: int, chunk: _Chunk) -> Floats:
-    """(R, C) -> (N, C): those rows together that are of one example; without what fills up.
-
-    A model may fold other axes into the first, time steps or windows; R is then a multiple of N.
-    """
-    sums = np.broadcast_to(sums, (rows, *sums.shape[1:]))
-    if rows % chunk.size == 0:
-        sums = sums.reshape(chunk.size, rows // chunk.size, *sums.shape[1:]).sum(axis=1)
-        return sums[: chunk.rows]
-    if chunk.rows != chunk.size:
-        raise ValueError(
-            "The inputs of a normalization layer must have their examples on axis 0, or batches "
-            f"must be equal. Received: {rows} rows for a batch of {chunk.size}, in a sample that "
-            "is no multiple of `batch_size`. Choose a `batch_size` that divides it."
-        )
-    return sums
-
-
-class _Solver:
-    """Finds the statistics of the layers of a plan, stage by stage, and assigns them."""
-
-    def __init__(
-        self, plan: _Plan, chunks: Sequence[_Chunk], store: _Store, rule: Rule, names: Sequence[str]
-    ) -> None:
-        self._plan, self._chunks, self._store = plan, chunks, store
-        self._rule, self._names = rule, names
-        self.found: dict[int, _Found] = {}
-
-    def solve(self, tick: Callable[[], None]) -> dict[int, _Found]:
-        """All stages; `tick` is called after each chunk of each pass."""
-        try:
-            for stage in self._plan.stages:
-                found = self._pass(stage, tick)
-                for i in stage.layers:
-                    if i in found:
-                        self._set(i, found[i])
-                for group, program in stage.groups:
-                    self._fixed_point(group, program, stage.level, tick)
-        finally:
-            for chunk in self._chunks:
-                if chunk.kept is not None:
-                    chunk.kept.free()
-                chunk.kept, chunk.level = None, -1
-        return self.found
-
-    def _pass(self, stage: _Stage, tick: Callable[[], None]) -> dict[int, _Found]:
-        total: dict[int, _Found] = {}
-        for chunk in self._chunks:
-            env, outputs = self._advance(stage, self._environment(chunk, stage.level - 1))
-            _add(total, _found_in(outputs, chunk, self._plan.layers))
-            kept = None if stage.segment is None else self._store.put(env, chunk.kept)
-            if kept is not None:
-                chunk.kept, chunk.level = kept, stage.level
-            tick()
-        return total
-
-    def _environment(self, chunk: _Chunk, level: int) -> Environment:
-        """The values after a stage: kept, or computed again from the last that was kept."""
-        if chunk.kept is not None:
-            env = chunk.kept.get()
-        else:
-            leaves = tree.flatten(chunk.inputs(pad=True))
-            env = {n: (x, None) for n, x in zip(self._plan.raw, leaves, strict=True)}
-        for stage in self._plan.stages[chunk.level + 1 : level + 1]:
-            env, _ = self._advance(stage, env)
-        return env
-
-    @staticmethod
-    def _advance(stage: _Stage, env: Environment) -> tuple[Environment, dict[str, Array]]:
-        outputs = {} if stage.segment is None else stage.segment.run(_feed(env, stage.segment))
-        kept = {
-            v: env[v] if v in env else (outputs[f"v{v}"], outputs.get(f"m{v}")) for v in stage.keep
-        }
-        return kept, outputs
-
-    def _set(self, i: int, found: _Found) -> None:
-        self.found[i] = found
-        _set(self._layer(i), found, self._rule, self._names[i])
-
-    def _fixed_point(
-        self, group: tuple[int, ...], program: _Program, level: int, tick: Callable[[], None]
-    ) -> None:
-        """Layers that depend on each other: statistics that reproduce themselves.
-
-        Round k makes the first k calls of a pass right: a group in which each layer is called
-        once is exact after as many rounds as it has calls. A layer that is called several times
-        has one set of statistics, those of all its inputs pooled; if these depend on it, they
-        are the solution of a fixed-point equation, found by iteration with Anderson's
-        acceleration.
-        """
-        states: list[Floats] = []
-        steps: list[Floats] = []
-        units: dict[int, Floats] = {}
-        for round_ in itertools.count(1):
-            found = self._round(program, level, tick)
-            targets = self._targets(found)
-            for i, (_, variance) in targets.items():
-                units.setdefault(i, np.sqrt(variance + self._layer(i).epsilon + 1e-30))
-            moved = self._moved(targets)
-            calls = sum(f.calls for f in found.values())
-            shared = any(f.calls > 1 for f in found.values())
-            last = round_ >= calls + _MAX_ROUNDS
-            if moved <= _FIXED_POINT or last or (round_ >= calls and not shared):
-                break
-            now = self._state({i: _current(self._layer(i)) for i in targets}, units)
-            new = self._state(targets, units)
-            states, steps = [*states[-5:], now], [*steps[-5:], new - now]
-            if round_ > calls and len({len(s) for s in states}) == 1:
-                new = _anderson(states, steps)
-            self._assign(targets, new, units)
-        for i, f in found.items():
-            f.residual = moved if shared else 0.0
-            self._set(i, f)
-        if last and moved > 10 * _FIXED_POINT:
-            warnings.warn(
-                f"The statistics of {[self._names[i] for i in sorted(found)]} depend on each other "
-                f"and did not settle in {round_} rounds: they still move by {moved:.2g} sigma.",
-                stacklevel=6,
-            )
-
-    def _round(self, program: _Program, level: int, tick: Callable[[], None]) -> dict[int, _Found]:
-        found: dict[int, _Found] = {}
-        for chunk in self._chunks:
-            outputs = program.run(_feed(self._environment(chunk, level), program))
-            _add(found, _found_in(outputs, chunk, self._plan.layers))
-            tick()
-        return found
-
-    def _layer(self, i: int) -> Layer:
-        return self._plan.layers[i]
-
-    def _targets(self, found: Mapping[int, _Found]) -> _Statistics:
-        """What the rule makes of what was found; not (yet) finite values are left out."""
-        return {
-            i: self._rule(self._layer(i), f.moments)
-            for i, f in sorted(found.items())
-            if f.moments is not None and not f.moments.empty
-        }
-
-    def _moved(self, targets: _Statistics) -> float:
-        """The largest difference between these statistics and those of now, in sigma."""
-        moves = [
-            _movement(*values, *_current(self._layer(i)), self._layer(i).epsilon)
-            for i, values in targets.items()
-        ]
-        return max((float(np.max(m, initial=0)) for m in moves), default=math.inf)
-
-    def _state(self, values: _Statistics, units: Mapping[int, Floats]) -> Floats:
-        """Means in fixed units, and log sigma, of all layers as one vector."""
-        parts = [np.zeros(0)]
-        for i, (mean, variance) in values.items():
-            log_sigma = 0.5 * np.log(variance + self._layer(i).epsilon + 1e-30)
-            parts += [(mean / units[i]).ravel(), log_sigma.ravel()]
-        return np.concatenate(parts)
-
-    def _assign(self, targets: _Statistics, state: Floats, units: Mapping[int, Floats]) -> None:
-        """Gives the layers of `targets` the statistics of a state."""
-        at = 0
-        for i in targets:
-            n, shape = units[i].size, units[i].shape
-            mean = state[at : at + n].reshape(shape) * units[i]
-            log_sigma = state[at + n : at + 2 * n].reshape(shape)
-            variance = np.maximum(np.exp(2 * log_sigma) - self._layer(i).epsilon, 0)
-            _set_statistics(self._layer(i), mean, variance)
-            at += 2 * n
-
-
-def _add(total: dict[int, _Found], more: Mapping[int, _Found]) -> None:
-    for i, found in more.items():
-        if i in total:
-            total[i].take_in(found)
-        else:
-            moments = None if found.moments is None else found.moments.copy()
-            total[i] = dataclasses.replace(found, moments=moments)
-
-
-def _set(layer: Layer, found: _Found, rule: Rule, name: str) -> None:
-    if found.moments is None:
-        raise ValueError(
-            "Statistics can be taken of finite values only. Received: NaN or infinite values in "
-            f"the inputs of layer {name!r}. Look for them in the data, and in the weights of the "
-            "layers below."
-        )
-    if not found.moments.empty:
-        _set_statistics(layer, *rule(layer, found.moments))
-
-
-def _feed(env: Environment, program: _Program) -> dict[str, Array]:
-    feed = {f"v{n}": env[n][0] for n in program.needs}
-    return feed | {f"m{n}": env[n][1] for n in program.needs if env[n][1] is not None}
-
-
-def _current(layer: Layer) -> tuple[Floats, Floats]:
-    mean, variance = (_copy(v) for v in (layer.moving_mean, layer.moving_variance))
-    return mean.astype(np.float64), variance.astype(np.float64)
-
-
-def _anderson(states: Sequence[Floats], steps: Sequence[Floats]) -> Floats:
-    """The next state of a fixed-point iteration, from those before (Anderson, 1965)."""
-    d_steps = np.diff(np.stack(steps), axis=0).T
-    d_states = np.diff(np.stack(states), axis=0).T
-    weights = np.linalg.lstsq(d_steps, steps[-1], rcond=1e-6)[0]
-    limit = np.clip(steps[-1] - (d_states + d_steps) @ weights, -3, 3)
-    return states[-1] + limit
-
-
-class _OnePass:
-    """Batch statistics in every layer in one sweep, pooled by counts."""
-
-    def __init__(self, model: Any, layers: Sequence[Layer], structure: Any) -> None:
-        numbers = list(range(len(tree.flatten(structure))))
-        packed = tree.pack_sequence_as(structure, [_Ref(n) for n in numbers])
-        step = _Step(model, (packed,), {}, [], tuple(range(len(layers))))
-        self._layers, self._numbers = layers, numbers
-        self.program = _Program([_Item(step, False, True)], layers, [], by_batch=True)
-
-    def run(self, chunk: _Chunk, by_batch: bool) -> dict[int, _Found]:
-        leaves = tree.flatten(chunk.inputs(pad=False))
-        feed = {f"v{n}": x for n, x in zip(self._numbers, leaves, strict=True)}
-        outputs = self.program.run({**feed, "by_batch": np.array(by_batch)})
-        return _found_in(outputs, dataclasses.replace(chunk, size=chunk.rows), self._layers)
-
-
 # Re-estimation -----------------------------------------------------------------------------------
 
 
 def _population(layer: Layer, moments: Moments) -> tuple[Floats, Floats]:
-    """(S1) and (S2); a channel without any element keeps its statistics."""
-    mean, variance = _current(layer)
+    """(S1) and (S2); a channel without any element keeps its statistics.
+
+    A layer whose moving variance is the unbiased one, of N - 1, gets that.
+    """
+    mean, variance = current_statistics(layer)
+    unbiased = bool(getattr(layer, "unbiased", False))
+    new = moments.variance(unbiased=unbiased and bool(np.all(moments.count[moments.count > 0] > 1)))
     some = moments.count > 0
-    return np.where(some, moments.mean, mean), np.where(some, moments.variance(), variance)
+    return np.where(some, moments.mean, mean), np.where(some, new, variance)
 
 
 Selection = Callable[[Any], bool] | Iterable[Any] | None
@@ -1504,123 +600,6 @@ def _check_numbers(
         )
 
 
-def _compiled_like(program: _Program, model: Any) -> _Program:
-    """The program runs as `predict` would run the model: compiled, or eagerly if told so."""
-    program.run_eagerly = bool(getattr(model, "run_eagerly", False))
-    if getattr(model, "compiled", False):
-        program.jit_compile = bool(model.jit_compile)
-    else:
-        program.jit_compile = keras.backend.backend() == "jax"
-    return program
-
-
-@dataclass
-class _Job:
-    """One run of `reestimate`, or of what is built on it."""
-
-    model: Any
-    names: list[str]
-    layers: list[Layer]
-    sample: _Sample
-    store: _Store
-    rule: Rule
-    method: str
-    tolerance: float | None
-    bar: Any
-
-    def run(self) -> tuple[dict[int, _Found], int]:
-        """What was found for each layer, and the number of examples; assigns it."""
-        work = self._layerwise if self.method == "layerwise" else self._one_pass
-        return work()
-
-    def _layerwise(self) -> tuple[dict[int, _Found], int]:
-        rows = None if self.tolerance is None else _PILOT
-        plan = None
-        while True:
-            chunks = self.sample.take(rows)
-            if plan is None:
-                structure = tree.map_structure(lambda _: 0, chunks[0].raw())
-                plan = _Plan(self.model, self.layers, structure)
-                for stage in plan.stages:
-                    programs = [p for _, p in stage.groups]
-                    for program in programs + ([stage.segment] if stage.segment else []):
-                        _compiled_like(program, self.model)
-            solver = _Solver(plan, chunks, self.store, self.rule, self.names)
-            found = solver.solve(self._tick)
-            came = sum(chunk.rows for chunk in chunks)
-            if self.tolerance is None or rows is None or came < rows or came == self.sample.limit:
-                return found, came
-            error = self._error(found)
-            if error <= self.tolerance:
-                return found, came
-            # The error falls with the square root of the number of examples.
-            factor = min((error / self.tolerance) ** 2 * 1.1, 64.0)
-            rows = max(math.ceil(came * factor), came + 1)
-
-    def _one_pass(self) -> tuple[dict[int, _Found], int]:
-        total: dict[int, _Found] = {}
-        some: dict[int, _Found] = {}
-        tried: list[_Chunk] = []
-        sweep, came = None, 0
-        for chunk in self.sample.once():
-            if sweep is None:
-                structure = tree.map_structure(lambda _: 0, chunk.raw())
-                sweep = _OnePass(self.model, self.layers, structure)
-                _compiled_like(sweep.program, self.model)
-            found = sweep.run(chunk, by_batch=True)
-            if len(tried) < _TRIED:
-                _add(some, found)
-                tried.append(chunk)
-            _add(total, found)
-            came += chunk.rows
-            self._tick()
-            if self.tolerance is not None and self._error(total) <= self.tolerance:
-                break
-        if sweep is None:
-            raise _nothing_came()
-        for i, f in total.items():
-            _set(self.layers[i], f, self.rule, self.names[i])
-        self._measure_leak(sweep, tried, some, total)
-        return total, came
-
-    def _measure_leak(
-        self,
-        sweep: _OnePass,
-        tried: Sequence[_Chunk],
-        by_batch: Mapping[int, _Found],
-        total: Mapping[int, _Found],
-    ) -> None:
-        """The same examples once more, all layers by their new statistics: what moves?"""
-        exact: dict[int, _Found] = {}
-        for chunk in tried:
-            _add(exact, sweep.run(chunk, by_batch=False))
-        for i, f in exact.items():
-            a, b = f.moments, by_batch[i].moments
-            if a is not None and b is not None and not a.empty:
-                exact_variance, variance = (np.nan_to_num(m.variance()) for m in (a, b))
-                moved = _movement(a.mean, exact_variance, b.mean, variance, self.layers[i].epsilon)
-                total[i].leak = _rms(moved)
-
-    def _error(self, found: Mapping[int, _Found]) -> float:
-        return max((_error(self.layers[i].epsilon, f.moments) for i, f in found.items()), default=0)
-
-    def _tick(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-
-def _error(epsilon: float, moments: Moments | None) -> float:
-    """See `LayerStatistics.error`."""
-    if moments is None or moments.empty:
-        return 0.0
-    some = moments.count > 0
-    variance = np.maximum(moments.variance()[some], 0)
-    total = np.maximum(variance + epsilon, 1e-30)
-    of_mean = moments.standard_error_of_mean()[some] ** 2 / total
-    of_variance = (moments.standard_error_of_variance()[some] / (2 * total)) ** 2
-    return float(np.sqrt(np.mean(of_mean + of_variance * variance / total)))
-
-
 def reestimate(
     model: Any,
     data: Any,
@@ -1661,8 +640,8 @@ def reestimate(
 
     `method="one_pass"` lets every layer normalize by the batch, in one sweep, and pools by
     counts. Layers above the first see inputs normalized with the batch's own noise: the error
-    grows with depth and with smaller batches. The report states it per layer as `leak`, measured
-    on the first batches.
+    grows with depth and with smaller batches. The report states it per layer as `leak`, estimated
+    on the first four batches and two in twenty, which are run a second time.
 
     Args:
         model: a built `keras.Model`, functional, Sequential or subclassed, with batch
@@ -1707,51 +686,90 @@ def reestimate(
     Reference:
         Wu and Johnson, 2021, Rethinking "Batch" in BatchNorm, section 3.
     """
-    _check_numbers(method, samples, batch_size, tolerance)
+    options = _Options(
+        samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress
+    )
+    return _replace_statistics(model, data, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `reestimate` and its kin have in common; see there."""
+
+    samples: int | None
+    method: str
+    batch_size: int
+    tolerance: float | None
+    layers: Selection
+    memory: float
+    disk: float
+    folder: str | os.PathLike[str] | None
+    name: str | None
+    seed: int
+    progress: bool
+
+
+def _replace_statistics(
+    model: Any,
+    data: Any,
+    options: _Options,
+    rule: Rule = _population,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Report:
+    """Gives the selected layers what the rule makes of the moments of their inputs."""
+    o = options
+    _check_numbers(o.method, o.samples, o.batch_size, o.tolerance)
     everything = _normalizations(model)
-    chosen = _selected(everything, layers)
+    chosen = _selected(everything, o.layers)
     before = snapshot(model)
-    bar = _progress_bar(f"{method} statistics") if progress else None
-    with _Store(memory, disk, folder) as store, _transaction(model, list(chosen.values())):
-        held = store if method == "layerwise" else None
-        job = _Job(
-            model,
-            list(chosen),
-            list(chosen.values()),
-            _Sample(data, samples, batch_size, seed, held),
-            store,
-            _population,
-            method,
-            tolerance,
-            bar,
-        )
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store(o.memory, o.disk, o.folder))
+        bar = stack.enter_context(_progress_bar(o.method)) if o.progress else None
+        stack.enter_context(_transaction(model, list(chosen.values())))
+        held = store if o.method == "layerwise" else None
+        sample = Sample(data, o.samples, o.batch_size, o.seed, held)
+        names, layers = list(chosen), list(chosen.values())
+        job = Job(model, names, layers, sample, store, rule, o.method, o.tolerance, bar)
         found, came = job.run()
-    if bar is not None:
-        bar.close()
-    by_name = {job.names[i]: f for i, f in found.items()}
-    settings = {"requested": samples, "tolerance": tolerance, "seed": seed}
+    by_name = {names[i]: f for i, f in found.items()}
+    known = {"requested": o.samples, "tolerance": o.tolerance, "seed": o.seed, **(settings or {})}
     parts = _layer_reports(everything, chosen, before, by_name)
-    return Report(method, name or _describe(data), came, batch_size, parts, settings)
+    report = Report(method or o.method, o.name or describe(data), came, o.batch_size, parts, known)
+    if sample.streams and came == o.samples:
+        _warn_of_drift(report)
+    return report
+
+
+def _warn_of_drift(report: Report) -> None:
+    worst = max(report.updated, key=lambda y: y.drift, default=None)
+    if worst is not None and worst.drift > _DRIFT:
+        warnings.warn(
+            f"The first {report.samples} examples of the stream are not a random sample: in layer "
+            f"{worst.name!r} the mean of their first half is {worst.drift:.1f} times as far off as "
+            "it should be. Shuffle the data, or take all of it with samples=None.",
+            stacklevel=4,
+        )
 
 
 def _progress_bar(text: str) -> Any:
     from tqdm import tqdm
 
-    return tqdm(desc=text, unit=" batches", leave=False)
+    return tqdm(desc=f"{text} statistics", unit=" batches", leave=False)
 
 
 def _layer_reports(
     everything: Mapping[str, Layer],
     chosen: Mapping[str, Layer],
     before: Snapshot,
-    found: Mapping[str, _Found],
+    found: Mapping[str, Found],
 ) -> tuple[LayerStatistics, ...]:
     """Layers in the order in which they were found, then those that kept their statistics."""
     parts = []
     for name in [*found, *(n for n in everything if n not in found)]:
-        layer, f = everything[name], found.get(name, _Found(None))
+        layer, f = everything[name], found.get(name, Found(None))
         old_mean, old_variance = before.moments(name)
-        mean, variance = _current(layer)
+        mean, variance = current_statistics(layer)
         part = LayerStatistics(
             name=name,
             status="did not run" if name in chosen else "not selected",
@@ -1764,6 +782,7 @@ def _layer_reports(
             uses=f.calls,
             residual=f.residual,
             leak=f.leak,
+            drift=f.drift,
         )
         if f.moments is not None and not f.moments.empty:
             part = dataclasses.replace(
@@ -1776,3 +795,374 @@ def _layer_reports(
             )
         parts.append(part)
     return tuple(parts)
+
+
+# Adaptation --------------------------------------------------------------------------------------
+
+
+def _blend(sources: Mapping[int, tuple[Floats, Floats]], prior: float) -> Rule:
+    """(S3) and (S4), from the statistics of the source, by the id of the layer."""
+
+    def rule(layer: Layer, moments: Moments) -> tuple[Floats, Floats]:
+        mean, variance = sources[id(layer)]
+        n = moments.examples
+        share = (
+            np.ones(n.shape) if prior == 0 else n / (n + prior) if math.isfinite(prior) else 0 * n
+        )
+        share = np.where(moments.count > 0, share, 0.0)
+        new = np.nan_to_num(moments.variance())
+        return mean + share * (moments.mean - mean), variance + share * (new - variance)
+
+    return rule
+
+
+def _check_prior(prior: float) -> None:
+    if not prior >= 0:
+        raise ValueError(
+            "`prior` is a number of pseudo-examples of the source and must be >= 0. Received: "
+            f"prior={prior!r}. 0 forgets the source; 16 to 256 suit small samples."
+        )
+
+
+def adapt(
+    model: Any,
+    target: Any,
+    *,
+    prior: float = 0.0,
+    samples: int | None = 10_000,
+    method: str = "layerwise",
+    batch_size: int = 256,
+    tolerance: float | None = None,
+    layers: Selection = None,
+    memory: float = 2 * _GIB,
+    disk: float = 16 * _GIB,
+    folder: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Adapts a model to another domain by its batch normalization statistics (AdaBN).
+
+    Weights, gamma and beta stay; the moving statistics, those of the source domain, are blended
+    with those of n target examples. No labels are needed. With N = `prior` pseudo-examples:
+
+        (S3)  mean     = N / (N + n) mean_source     + n / (N + n) mean_target
+        (S4)  variance = N / (N + n) variance_source + n / (N + n) variance_target
+
+    Both are applied layer by layer: a layer's target statistics are those of the inputs that it
+    receives from layers that have been adapted.
+
+    Args:
+        model: as in `reestimate`, with the statistics of the source domain.
+        target: data of the target domain, as `data` in `reestimate`. With labels (x, y), a sample
+            that holds much less than all classes is warned of.
+        prior: N, the number of examples that the source statistics are worth, >= 0. 0 replaces
+            them (Li et al.); with few target examples take more. Default: 0.
+        samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress:
+            as in `reestimate`.
+
+    Returns:
+        A `Report`. `restore` with a `snapshot` from before brings the source back;
+        `DomainStatistics` keeps several domains at hand.
+
+    Warns:
+        UserWarning: if the sample is too small (the standard error that it leaves in a layer's
+            outputs is above 0.2 sigma), holds few of the classes, or is the sorted beginning of
+            a stream.
+
+    Raises:
+        ValueError, OSError: as `reestimate`, and for a negative prior. The model is as before.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,))
+        >>> target = np.random.default_rng(0).normal(5, 1, (100, 3)).astype("float32")
+        >>> report = adapt(model, target, prior=300)
+        >>> alone = reestimate(model, target)["dense1_norm"]
+        >>> np.allclose(report["dense1_norm"].variance, 0.75 * 1 + 0.25 * alone.variance)
+        True
+
+    Reference:
+        Li, Wang, Shi, Liu and Hou, 2016, Revisiting Batch Normalization for Practical Domain
+        Adaptation. Schneider et al., 2020, Improving robustness against common corruptions by
+        covariate shift adaptation, section 3 (the prior).
+    """
+    _check_prior(prior)
+    sources = {id(y): current_statistics(y) for y in _normalizations(model).values()}
+    options = _Options(
+        samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress
+    )
+    report = _replace_statistics(
+        model, target, options, _blend(sources, prior), "adapt", {"prior": prior, "method": method}
+    )
+    _warn_of_sample(report, prior)
+    _warn_of_classes(model, target)
+    return report
+
+
+def _warn_of_sample(report: Report, prior: float) -> None:
+    n = report.samples
+    error = report.error * (1.0 if prior == 0 else n / (n + prior) if prior < math.inf else 0.0)
+    if n and error > _TINY:
+        warnings.warn(
+            f"{n} target examples are few: they leave a standard error of {error:.2g} sigma in "
+            "the outputs of a layer. Take more of them, or give the source more weight: "
+            f"prior={max(16, 2 * n)}, for example.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_classes(model: Any, target: Any) -> None:
+    """If there are labels: as many classes as the model has, or a small part of them?"""
+    shape = getattr(model, "output_shape", None) if hasattr(model, "outputs") else None
+    labelled = isinstance(target, tuple) and len(target) > 1 and is_array(target[1])
+    if not labelled or not isinstance(shape, tuple) or len(shape) != 2 or not shape[-1]:
+        return
+    y, classes = np.asarray(as_numpy(target[1])), int(shape[-1])
+    y = np.argmax(y, axis=-1) if y.ndim == 2 and y.shape[1] == classes > 1 else y.reshape(-1)
+    if classes < 2 or y.dtype.kind not in "iu" or not len(y):
+        return
+    share = np.unique(y, return_counts=True)[1] / len(y)
+    effective = float(np.exp(-np.sum(share * np.log(share))))
+    if effective < min(classes, len(y)) / 2:
+        warnings.warn(
+            f"The target sample is skewed: by their shares, {effective:.1f} of the model's "
+            f"{classes} classes. Its statistics take the missing classes for a shift of the "
+            "domain. Draw it from all classes, or give the source more weight by `prior`.",
+            stacklevel=3,
+        )
+
+
+class RunningAdaptation:
+    """Adapts a model to a stream, batch after batch, and forgets what is long past.
+
+    Every layer's statistics are (S3) and (S4) with the moments of all batches so far, each
+    example's weight halved with every `half_life` examples that come after it. The source is
+    never forgotten: its weight is always that of `prior` examples.
+
+    Args:
+        model: as in `reestimate`, with the statistics of the source domain.
+        prior: N in (S3), > 0. Default: 64.
+        half_life: number of examples, > 0; infinite to forget nothing. Default: 1024.
+        layers: as in `reestimate`. Default: all.
+
+    State:
+        weight: how many examples the stream is worth at present.
+
+    As a context manager it gives the source statistics back at its end.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,))
+        >>> rng = np.random.default_rng(0)
+        >>> with RunningAdaptation(model, prior=10, half_life=100) as stream:
+        ...     for shift in (0.0, 1.0, 2.0):
+        ...         report = stream.update(rng.normal(shift, 1, (50, 3)).astype("float32"))
+        >>> round(stream.weight, 1)
+        110.4
+
+    Reference:
+        The prior as in Schneider et al., 2020. Exponential forgetting of batch statistics at
+        test time: Nado et al., 2020, Evaluating prediction-time batch normalization.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        prior: float = 64.0,
+        half_life: float = 1024.0,
+        layers: Selection = None,
+    ) -> None:
+        _check_prior(prior)
+        if not half_life > 0:
+            raise ValueError(
+                "`half_life` is a number of examples and must be > 0. Received: "
+                f"half_life={half_life!r}. math.inf forgets nothing."
+            )
+        self.model, self.prior, self.half_life, self.layers = model, prior, half_life, layers
+        self._source = snapshot(model)
+        self._layers = _normalizations(model)
+        self._past: dict[int, Moments] = {}
+        self.weight = 0.0
+
+    def update(self, x: Any, *, batch_size: int = 256) -> Report:
+        """Takes in the next examples and moves the statistics.
+
+        Args:
+            x: as `data` in `reestimate`; all of it is taken.
+            batch_size: as there. Default: 256.
+
+        Returns:
+            The `Report` of this update.
+
+        Raises:
+            ValueError: as `reestimate`. Model and adaptation are as before.
+        """
+        sources = {id(y): self._source.moments(name) for name, y in self._layers.items()}
+        blend = _blend(sources, self.prior)
+        merged: dict[int, Moments] = {}
+
+        def rule(layer: Layer, moments: Moments) -> tuple[Floats, Floats]:
+            past = self._past.get(id(layer))
+            if past is not None:
+                n = float(moments.examples.max(initial=0))
+                moments = past.scaled(0.5 ** (n / self.half_life)) + moments
+            merged[id(layer)] = moments
+            return blend(layer, moments)
+
+        options = _Options(
+            None,
+            "layerwise",
+            batch_size,
+            None,
+            self.layers,
+            2 * _GIB,
+            16 * _GIB,
+            None,
+            None,
+            0,
+            False,
+        )
+        settings = {"prior": self.prior, "half_life": self.half_life}
+        report = _replace_statistics(self.model, x, options, rule, "running adaptation", settings)
+        self._past.update(merged)
+        self.weight = self.weight * 0.5 ** (report.samples / self.half_life) + report.samples
+        return report
+
+    def reset(self) -> None:
+        """Gives the source statistics back and forgets the stream."""
+        restore(self.model, self._source)
+        self._past, self.weight = {}, 0.0
+
+    def __enter__(self) -> RunningAdaptation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore(self.model, self._source)
+
+
+class DomainStatistics:
+    """One model, one set of weights, the statistics of several domains.
+
+    The statistics that the model has at first are those of the domain "source".
+
+    Args:
+        model: as in `reestimate`.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,))
+        >>> domains = DomainStatistics(model)
+        >>> rng = np.random.default_rng(0)
+        >>> report = domains.adapt("noise", rng.normal(3, 2, (100, 3)).astype("float32"))
+        >>> with domains.domain("noise"):
+        ...     noisy = diff(domains["source"], model).largest_shift
+        >>> noisy > 0.5, diff(domains["source"], model).largest_shift
+        (True, 0.0)
+        >>> list(domains)
+        ['source', 'noise']
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._domains: dict[str, Snapshot] = {"source": snapshot(model)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._domains)
+
+    def __len__(self) -> int:
+        return len(self._domains)
+
+    def __getitem__(self, name: str) -> Snapshot:
+        if name not in self._domains:
+            raise ValueError(
+                f"A domain's name must be one of {list(self._domains)}. Received: name={name!r}. "
+                "Add it by `adapt` or `store` first."
+            )
+        return self._domains[name]
+
+    def store(self, name: str) -> None:
+        """Keeps the statistics that the model has now as those of a domain."""
+        self._domains[name] = snapshot(self.model)
+
+    def adapt(self, name: str, target: Any, **options: Any) -> Report:
+        """Adapts to a domain, from "source", and keeps the result; the model is as before.
+
+        Args:
+            name: of the domain; one of that name is replaced.
+            target, options: of `keras_norm.statistics.adapt`.
+
+        Returns:
+            The `Report` of `adapt`.
+
+        Raises:
+            ValueError, OSError: as `adapt`. Model and domains are as before.
+        """
+        with self.domain("source"):
+            report = adapt(self.model, target, **{"name": name, **options})
+            self.store(name)
+        return report
+
+    @contextlib.contextmanager
+    def domain(self, name: str) -> Iterator[Any]:
+        """Gives the model a domain's statistics for the length of a `with` block.
+
+        After it, also after an error, the model has the statistics from before, bit by bit.
+
+        Args:
+            name: of the domain.
+
+        Returns:
+            A context manager that gives the model.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        wanted, before = self[name], snapshot(self.model)
+        try:
+            restore(self.model, wanted)
+            yield self.model
+        finally:
+            restore(self.model, before)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes all domains as one .npz file, whole or not at all, and returns the path."""
+        arrays: Any = {
+            json.dumps([domain, layer, variable]): value.astype(_plain_dtype(value))
+            for domain, found in self._domains.items()
+            for layer, variables in found.statistics.items()
+            for variable, value in variables.items()
+        }
+        if Path(path).suffix != ".npz":
+            raise ValueError(f"Domains are written to a .npz file. Received: path={str(path)!r}.")
+        with replace_file(path) as temporary:
+            np.savez(temporary, **arrays)
+        return Path(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Reads what `save` wrote, in the place of all domains.
+
+        Raises:
+            ValueError: for the domains of another model. Those of now stay.
+        """
+        read: dict[str, dict[str, dict[str, npt.NDArray[Any]]]] = {}
+        with np.load(path) as arrays:
+            for key in arrays.files:
+                domain, layer, variable = json.loads(key)
+                read.setdefault(domain, {}).setdefault(layer, {})[variable] = arrays[key]
+        epsilons = self["source"].epsilons
+        domains = {name: Snapshot(found, epsilons) for name, found in read.items()}
+        if "source" not in domains:
+            raise ValueError(
+                "Saved domains must include 'source'. Received: a file with "
+                f"{sorted(domains)}. It was not written by DomainStatistics.save."
+            )
+        layers = _normalizations(self.model)
+        for found in domains.values():
+            _matching(layers, found)
+        self._domains = domains
+
+
+def _plain_dtype(value: npt.NDArray[Any]) -> Any:
+    return value.dtype if value.dtype.kind in "biuf" else np.float32
