@@ -1,7 +1,9 @@
-"""How long a step of batch normalization takes: ours, Keras's, PyTorch's, the least possible.
+"""How long a step of normalization takes: ours, Keras's, PyTorch's, and the least possible.
 
-    make bench                                   # the whole grid, on TensorFlow
-    make bench ARGS="--shapes 256,32,32,64"      # one shape
+    make bench                                        # batch normalization, the whole grid
+    make bench ARGS="--shapes 256,32,32,64"           # one shape
+    make bench ARGS="--layers layer rms group"        # other layers, on their natural shapes
+    make bench ARGS="--compiled eager"                # or xla, TensorFlow only; default graph
     KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
 
 One process, nothing else running. The contestants take turns, shape by shape, so that what else
@@ -26,10 +28,17 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from keras_norm import experiments, kernels
-from keras_norm.layers import BatchNormalization
+from keras_norm import experiments, kernels, layers
 
-SHAPES = [
+IMAGES = [
+    (128, 32, 32, 32),
+    (32, 32, 32, 64),
+    (128, 16, 16, 64),
+    (128, 16, 16, 128),
+    (128, 8, 8, 256),
+]
+ROWS = [(256, 120), (128, 500), (1024, 1024), (32, 128, 512), (64, 256, 256)]
+BATCH = [
     (256, 84),
     (256, 120),
     (128, 500),
@@ -45,19 +54,27 @@ SHAPES = [
     (128, 8, 8, 256),
     (128, 4, 4, 512),
 ]
+# The layer's name at Keras, its function in kernels.py, its arguments, its natural shapes.
+LAYERS = {
+    "batch": ("BatchNormalization", "batch_normalization", {}, BATCH),
+    "layer": ("LayerNormalization", "layer_normalization", {}, ROWS),
+    "rms": ("RMSNormalization", "rms_normalization", {}, ROWS),
+    "group": ("GroupNormalization", "group_normalization", {"groups": 8}, IMAGES),
+}
 SWEEPS = {"training": 8, "inference": 2}
 BACKEND = keras.backend.backend()
 
 
-def step_of(layer, training):
+def step_of(layer, training, compiled="graph"):
     """A function (x, dy) -> what a step computes; compiled where the backend compiles."""
-    return {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[BACKEND](layer, training)
+    if BACKEND == "tensorflow":
+        return _tensorflow(layer, training, compiled)
+    return {"jax": _jax, "torch": _torch}[BACKEND](layer, training)
 
 
-def _tensorflow(layer, training):
+def _tensorflow(layer, training, compiled):
     import tensorflow as tf
 
-    @tf.function(autograph=False)
     def step(x, dy):
         if not training:
             return layer(x, training=False)
@@ -66,7 +83,9 @@ def _tensorflow(layer, training):
             y = layer(x, training=True)
         return tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], dy)
 
-    return step
+    if compiled == "eager":
+        return step
+    return tf.function(step, autograph=False, jit_compile=compiled == "xla")
 
 
 def _jax(layer, training):
@@ -106,28 +125,31 @@ def _torch(layer, training):
     return step
 
 
-def native_torch(shape, training):
-    """`torch.nn.BatchNorm2d` on the same memory: channels last, seen as channels first."""
-    import torch
+def native_torch(kind, shape, training):
+    """PyTorch's own layer on the same memory: channels last, seen as channels first."""
+    from torch import nn
 
-    layer = torch.nn.BatchNorm2d(shape[-1]) if len(shape) == 4 else torch.nn.BatchNorm1d(shape[-1])
-    layer.train(training)
-    step = _torch(layer, training)
-    view = (lambda a: a.movedim(-1, 1)) if len(shape) == 4 else (lambda a: a)
-    return lambda x, dy: step(view(x), view(dy))
+    channels, images = shape[-1], len(shape) == 4
+    if kind in ("layer", "rms"):
+        layer = nn.LayerNorm(channels, 1e-3) if kind == "layer" else nn.RMSNorm(channels, 1e-6)
+        return _torch(layer.train(training), training)
+    if kind == "batch":
+        layer = nn.BatchNorm2d(channels) if images else nn.BatchNorm1d(channels)
+    else:
+        layer = nn.GroupNorm(LAYERS[kind][2]["groups"], channels)
+    step = _torch(layer.train(training), training)
+    return lambda x, dy: step(*((x.movedim(-1, 1), dy.movedim(-1, 1)) if images else (x, dy)))
 
 
-def contestants(shape, training):
+def contestants(kind, shape, training, compiled):
+    name, _, arguments, _ = LAYERS[kind]
     result = {}
-    for name, layer_class in (
-        ("keras_norm", BatchNormalization),
-        ("keras", keras.layers.BatchNormalization),
-    ):
-        layer = layer_class()
+    for who, module in (("keras_norm", layers), ("keras", keras.layers)):
+        layer = getattr(module, name)(**arguments)
         layer.build(shape)
-        result[name] = step_of(layer, training)
+        result[who] = step_of(layer, training, compiled)
     if BACKEND == "torch":
-        result["torch.nn"] = native_torch(shape, training)
+        result["torch.nn"] = native_torch(kind, shape, training)
     return result
 
 
@@ -137,7 +159,7 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def measure(shape, mode, repeats, minimum):
+def measure(kind, shape, mode, compiled, repeats, minimum):
     """{contestant: seconds of every turn}, the turns alternating."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
@@ -145,7 +167,7 @@ def measure(shape, mode, repeats, minimum):
     tensors = ops.convert_to_tensor(x), ops.convert_to_tensor(dy)
     turns = {
         name: lambda step=step: step(*tensors)
-        for name, step in contestants(shape, mode == "training").items()
+        for name, step in contestants(kind, shape, mode == "training", compiled).items()
     }
     turns["floor"] = lambda: np.copyto(target, x)  # two sweeps: one read, one write
     once = {}
@@ -163,12 +185,24 @@ def measure(shape, mode, repeats, minimum):
     return {name: np.array(t) for name, t in times.items()}
 
 
-def row_of(shape, mode, times):
+def taken(kind, shape, mode):
+    """The implementation that ours chose."""
+    function = LAYERS[kind][1]
+    if function != "batch_normalization":
+        return kernels.choose_within(function, shape, "float32")
+    if mode == "training":
+        return kernels.choose(shape, "float32")
+    return kernels.choose_within("normalize", shape, "float32")
+
+
+def row_of(kind, shape, mode, compiled, times):
     row = {
+        "layer": kind,
         "backend": BACKEND,
+        "compiled": compiled if BACKEND == "tensorflow" else "",
         "shape": "x".join(map(str, shape)),
         "mode": mode,
-        "implementation": kernels.choose(shape, "float32") if mode == "training" else "normalize",
+        "implementation": taken(kind, shape, mode),
         "repeats": len(times["keras"]),
     }
     for name, t in times.items():
@@ -198,7 +232,7 @@ def plot(rows, out):
     names = [key[:-3] for key in rows[0] if key.endswith(" ms")]
     with plotting.style():
         figure, panels = pyplot.subplots(
-            1, len(modes), figsize=(6.5 * len(modes), 5.5), sharey=True
+            1, len(modes), figsize=(6.5 * len(modes), 1.5 + 0.3 * len(rows) / len(modes))
         )
         for axes, mode in zip(np.atleast_1d(panels), modes, strict=True):
             of_mode = [row for row in rows if row["mode"] == mode]
@@ -206,47 +240,86 @@ def plot(rows, out):
             for marker, name in zip("os^D", names, strict=False):
                 axes.plot([r[f"{name} ms"] for r in of_mode], y, marker, label=name)
             axes.set(xscale="log", xlabel="milliseconds per step", title=mode)
-            axes.set_yticks(y, [f"{r['shape']} ({r['implementation']})" for r in of_mode])
+            text = [f"{r['layer']} {r['shape']} ({r['implementation']})" for r in of_mode]
+            axes.set_yticks(y, text)
         panels_legend = np.atleast_1d(panels)[0]
         panels_legend.legend(title="median of alternating turns")
-        figure.suptitle(
-            f"Batch normalization, {BACKEND}, {experiments.describe_machine()['summary']}"
-        )
+        figure.suptitle(f"Normalization, {BACKEND}, {experiments.describe_machine()['summary']}")
         with experiments.replace_file(out / "layers.png") as path:
             figure.savefig(path, dpi=150, format="png")
         pyplot.close(figure)
 
 
-def main():
+def summary(rows):
+    """Geometric means of Keras/ours for each layer, mode and rank."""
+    lines = []
+    for kind, mode in dict.fromkeys((r["layer"], r["mode"]) for r in rows):
+        of = [r for r in rows if (r["layer"], r["mode"]) == (kind, mode)]
+        ratios = {r["shape"]: r["speedup over keras"] for r in of}
+        text = f"{kind}, {mode}: Keras/ours, geometric mean {geometric(ratios.values()):.2f}"
+        images = [v for shape, v in ratios.items() if shape.count("x") == 3]
+        if 0 < len(images) < len(ratios):
+            text += f", over the shapes of rank 4 {geometric(images):.2f}"
+        lines.append(f"{text}, least {min(ratios.values()):.2f} ({min(ratios, key=ratios.get)})")
+    return lines
+
+
+def geometric(values):
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
+def show(rows):
+    others = [k[len("speedup over ") :] for k in rows[0] if k.startswith("speedup over ")]
+    print(
+        f"{'layer':>6} {'shape':>15} {'mode':>9} {'ours':>8} "
+        + "".join(f"{name:>9}" for name in others)
+        + f" {'floor':>8} "
+        + "".join(f"{name + '/ours':>14}" for name in others)
+        + "  taken"
+    )
+    for r in rows:
+        print(
+            f"{r['layer']:>6} {r['shape']:>15} {r['mode']:>9} {r['keras_norm ms']:8.3f} "
+            + "".join(f"{r[f'{name} ms']:9.3f}" for name in others)
+            + f" {r['floor ms']:8.3f} "
+            + "".join(f"{r[f'speedup over {name}']:14.2f}" for name in others)
+            + f"  {r['implementation']}"
+        )
+
+
+def arguments_of_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=30, help="turns (default: %(default)s)")
-    parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the whole grid")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["batch"])
+    parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the layer's own")
+    parser.add_argument("--compiled", choices=["graph", "eager", "xla"], default="graph")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
     arguments = parser.parse_args()
     if arguments.repeats < 3:
         parser.error("--repeats must be at least 3, for a median with quartiles")
     try:
-        shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []] or SHAPES
+        arguments.shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []]
     except ValueError:
         parser.error(f"--shapes takes numbers joined by commas; got {arguments.shapes}")
+    return arguments
+
+
+def main():
+    arguments = arguments_of_command_line()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    cases = [(shape, mode) for shape in shapes for mode in SWEEPS]
-    for shape, mode in tqdm(cases, desc="shapes", unit="case"):
-        rows.append(row_of(shape, mode, measure(shape, mode, arguments.repeats, 0.002)))
+    cases = [
+        (kind, shape, mode, arguments.compiled)
+        for kind in arguments.layers
+        for shape in arguments.shapes or LAYERS[kind][3]
+        for mode in SWEEPS
+    ]
+    for case in tqdm(cases, desc="shapes", unit="case"):
+        rows.append(row_of(*case, measure(*case, arguments.repeats, 0.002)))
         save(rows, arguments.out)
     plot(rows, arguments.out)
-    print(
-        f"{'shape':>15} {'mode':>9} {'ours':>8} {'Keras':>8} {'floor':>8} {'Keras/ours':>10}  taken"
-    )
-    for r in rows:
-        print(
-            f"{r['shape']:>15} {r['mode']:>9} {r['keras_norm ms']:8.3f} {r['keras ms']:8.3f} "
-            f"{r['floor ms']:8.3f} {r['speedup over keras']:10.2f}  {r['implementation']}"
-        )
-    for mode in SWEEPS:
-        ratios = [r["speedup over keras"] for r in rows if r["mode"] == mode]
-        print(f"{mode}: geometric mean of Keras/ours {np.exp(np.log(ratios).mean()):.2f}")
+    show(rows)
+    print("\n".join(summary(rows)))
     print(
         f"milliseconds; medians of {arguments.repeats} turns; {arguments.out}/layers.csv and .png"
     )

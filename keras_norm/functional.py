@@ -82,6 +82,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "normalize",
+    "normalize_backward",
     "renormalization",
     "rms_normalization",
     "unbiased_variance",
@@ -762,16 +763,32 @@ def normalize(
         return (ops.cast(y, x.dtype),), (x, mean, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, ...]:
-        x, mean, inv_std, gamma = residuals
-        dx, dgamma, dbeta, scale = _normalize_backward(
-            upstream[0], x, mean, inv_std, gamma, None, _Layout.of(x, axis)
-        )
-        dmean = -scale * dbeta
-        dvariance = -scale * inv_std * dgamma / 2
-        return dx, dmean, dvariance, dgamma, dbeta
+        return normalize_backward(upstream[0], *residuals, axis=axis)
 
     (y,) = custom_vjp(forward, backward, x, mean, variance, gamma, beta)
     return y
+
+
+def normalize_backward(
+    dy: Array, x: Array, mean: Array, inv_std: Array, gamma: Array | None, *, axis: Axis = -1
+) -> tuple[Array, ...]:
+    """The backward half of `normalize`.
+
+    Args:
+        dy: gradient of the loss with respect to y, of its shape.
+        x, gamma, axis: as there.
+        mean, inv_std: (C,), the given mean and 1 / sqrt(variance + epsilon).
+
+    Returns:
+        (dx, dmean, dvariance, dgamma, dbeta): dx of the shape of x, the others (C,), all in the
+        compute dtype.
+    """
+    dx, dgamma, dbeta, scale = _normalize_backward(
+        dy, x, mean, inv_std, gamma, None, _Layout.of(x, axis)
+    )
+    dmean = -scale * dbeta
+    dvariance = -scale * inv_std * dgamma / 2
+    return dx, dmean, dvariance, dgamma, dbeta
 
 
 # Normalization within each example: layer, RMS, group and instance normalization ---------------
@@ -793,7 +810,7 @@ class _Scheme(NamedTuple):
 
     def mean(self, x: Array) -> Array:
         # Not `ops.mean`, which is in float32 on JAX and PyTorch.
-        return _sum(x, self.reduced) / self.elements(x, x.dtype)
+        return sum_in_stages(x, self.reduced) / self.elements(x, x.dtype)
 
     def elements(self, x: Array, dtype: str) -> Any:
         """D, the number of elements that each statistic is taken of."""
@@ -802,7 +819,7 @@ class _Scheme(NamedTuple):
         return max(n, 1) if isinstance(n, int) else ops.cast(n, dtype)
 
 
-def _sum(x: Array, axes: Sequence[int]) -> Array:
+def sum_in_stages(x: Array, axes: Sequence[int]) -> Array:
     """The sum, with the reduced axes kept as 1.
 
     In two stages, because partial sums round less: of 512 x 512 x 2 elements in float32, the
@@ -886,19 +903,20 @@ def _standardize_backward(
     # What both an example's statistics and the parameters sum over is summed once for both.
     axes = range(len(x.shape))
     shared = [a for a in scheme.reduced if a not in scheme.parameters]
-    sum_dy, sum_dy_x_hat = _sum(dy, shared), _sum(dy * x_hat, shared)
+    sum_dy, sum_dy_x_hat = sum_in_stages(dy, shared), sum_in_stages(dy * x_hat, shared)
 
     shape = [ops.shape(x)[a] for a in scheme.parameters]
     others = [a for a in axes if a not in scheme.parameters and a not in shared]
-    dbeta = ops.reshape(_sum(sum_dy, others), shape)  # (L6)
-    dgamma = ops.reshape(_sum(sum_dy_x_hat, others), shape)  # (L7) (R5)
+    dbeta = ops.reshape(sum_in_stages(sum_dy, others), shape)  # (L6)
+    dgamma = ops.reshape(sum_in_stages(sum_dy_x_hat, others), shape)  # (L7) (R5)
 
     g = ops.ones_like(inv_std) if gamma is None else scheme.expand(gamma, x)  # (L8)
     rows = [a for a in scheme.reduced if a not in shared]
     d = scheme.elements(x, dtype)
-    dx = (g * inv_std) * dy - deviation * (inv_std * _sum(g * sum_dy_x_hat, rows) / d)  # (R6)
+    mean_of_product = sum_in_stages(g * sum_dy_x_hat, rows) / d
+    dx = (g * inv_std) * dy - deviation * (inv_std * mean_of_product)  # (R6)
     if scheme.subtracts_mean:
-        dx = dx - inv_std * _sum(g * sum_dy, rows) / d  # (L9)
+        dx = dx - inv_std * sum_in_stages(g * sum_dy, rows) / d  # (L9)
     return dx, dgamma, dbeta
 
 

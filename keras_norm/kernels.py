@@ -1,19 +1,27 @@
-"""Batch normalization on the fastest correct implementation for its backend, shape and dtype.
+"""Each normalization on the fastest correct implementation for its backend, shape and dtype.
 
     implementation   what it is
-    composed         `functional.batch_normalization`: keras.ops, any backend, shape and dtype
-    fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision
+    composed         the function of the same name in `functional`: keras.ops, any backend, shape
+                     and dtype; compiled by XLA on JAX
+    fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision;
+                     `normalize`: its inference mode, narrow rows laid side by side as below
     folded           TensorFlow: sums as products of matrices with ones; rows of few channels are
                      first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
     native           PyTorch's native_batch_norm and its gradient; on request only, for on one
                      thread its float32 sums keep five digits of a mean far from 0
+    products         layer and RMS normalization: backward, the sums over an example and over the
+                     examples as products of matrices with gamma and with ones; x_hat is kept
+    by_channel       group and instance normalization: sums channel by channel, added up within
+                     the groups afterwards, so that scale and shift are one number for each
+                     example and channel, and touch x in two sweeps
 
-`choose` is the table of which is taken; what it rests on is measured by benchmarks/layers.py.
-All of them give the numbers of `functional.batch_normalization` to rounding, in at least float32
-(of a mean far from 0 the fused kernel keeps some six digits, composed and folded seven).
+`choose` and `choose_within` say which is taken; what that rests on is measured by
+benchmarks/layers.py. All of them give the numbers of `functional` to rounding, in at least float32
+(of a mean far from 0 the fused kernel keeps some six digits, the others seven).
 The mean and variance that come back are for moving statistics: no gradient flows through them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +31,18 @@ from keras import ops
 from keras_norm import functional
 from keras_norm.autodiff import custom_vjp
 
-__all__ = ["IMPLEMENTATIONS", "batch_normalization", "choose", "choose_for"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "batch_normalization",
+    "choose",
+    "choose_for",
+    "choose_within",
+    "group_normalization",
+    "instance_normalization",
+    "layer_normalization",
+    "normalize",
+    "rms_normalization",
+]
 
 Array = Any
 Axis = int | Sequence[int]
@@ -32,6 +51,8 @@ Axis = int | Sequence[int]
 FEWEST_CHANNELS_FUSED = 12
 # So many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
+# Below so many elements the call of the fused kernel costs more than the sweeps that it saves.
+FEWEST_ELEMENTS_FUSED = 2**18
 
 
 def choose(
@@ -319,4 +340,403 @@ IMPLEMENTATIONS: dict[str, Any] = {
     "folded": _folded,
     "native": _native,
 }
-"""The implementations by name."""
+"""Those of `batch_normalization` by name."""
+
+
+# By given statistics: batch normalization in inference ------------------------------------------
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    implementation: str | None = None,
+) -> Array:
+    """As `functional.normalize`, on the implementation that `choose_within` names.
+
+    Args:
+        x, mean, variance, gamma, beta, axis, epsilon: as there.
+        implementation: "composed" or "fused". Default: what `choose_within` names.
+
+    Returns:
+        y, of the shape and dtype of x; differentiable in every array that was given.
+
+    Raises:
+        ValueError: as there, and for an implementation that cannot do what is asked of it.
+
+    Example:
+        >>> y = normalize(np.array([[5.0]], "float32"), np.array([3.0]), np.array([4.0]), epsilon=0)
+        >>> float(y[0, 0])
+        1.0
+    """
+    x = ops.convert_to_tensor(x)
+    if _chosen("normalize", x, axis, implementation) == "composed":
+        return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
+    functional.check_epsilon(epsilon)
+
+    def forward(*arrays: Array | None) -> tuple[Any, Any]:
+        x: Array = arrays[0]
+        mean, variance = map(_float32, arrays[1:3])
+        gamma, beta = (None if v is None else _float32(v) for v in arrays[3:])
+        y = _fused_inference(x, mean, variance, gamma, beta, epsilon)
+        return (y,), (x, mean, ops.rsqrt(variance + epsilon), gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, ...]:
+        return functional.normalize_backward(upstream[0], *residuals, axis=axis)
+
+    (y,) = custom_vjp(forward, backward, x, mean, variance, gamma, beta)
+    return y
+
+
+def _float32(v: Array) -> Array:
+    return ops.cast(v, "float32")
+
+
+def _fused_inference(
+    x: Array, mean: Array, variance: Array, gamma: Array | None, beta: Array | None, epsilon: float
+) -> Array:
+    import tensorflow as tf
+
+    channels = x.shape[-1]
+    folds = _folds(x.shape, channels) if len(x.shape) > 2 else 1
+    gamma = tf.ones(channels) if gamma is None else gamma
+    beta = tf.zeros(channels) if beta is None else beta
+    mean, variance, gamma, beta = (tf.tile(v, [folds]) for v in (mean, variance, gamma, beta))
+    y = tf.raw_ops.FusedBatchNormV3(
+        x=tf.reshape(x, [1, 1, -1, folds * channels]),
+        scale=gamma,
+        offset=beta,
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        is_training=False,
+    )[0]
+    return tf.reshape(y, tf.shape(x))
+
+
+# Within each example ------------------------------------------------------------------------------
+
+_FAST_WITHIN = {
+    "normalize": "fused",
+    "layer_normalization": "products",
+    "rms_normalization": "products",
+    "group_normalization": "by_channel",
+    "instance_normalization": "by_channel",
+}
+
+
+def choose_within(
+    function: str, shape: Sequence[int | None], dtype: str, *, axis: Axis = -1
+) -> str:
+    """The implementation that a function other than `batch_normalization` takes by itself.
+
+    Args:
+        function: "normalize", "layer_normalization", "rms_normalization", "group_normalization"
+            or "instance_normalization".
+        shape: of the input; None for what is unknown.
+        dtype: of the input, such as "float32".
+        axis: as the function takes it.
+
+    Returns:
+        "composed", or the faster one: "fused", "products" or "by_channel".
+
+    Example:
+        >>> choose_within("layer_normalization", (32, 128, 512), "float16")
+        'composed'
+    """
+    fast = _FAST_WITHIN[function]
+    if not _possible(fast, shape, dtype, axis) or keras.backend.backend() != "tensorflow":
+        return "composed"
+    if _on_gpu():
+        return "composed"
+    if fast == "fused":
+        known = math.prod(size or 1 for size in shape)
+        if dtype != "float32" or (len(shape) == 2 and known < FEWEST_ELEMENTS_FUSED):
+            return "composed"
+    return fast
+
+
+def _possible(fast: str, shape: Sequence[int | None], dtype: str, axis: Axis) -> bool:
+    """Whether it can be done at all, on this backend, quickly or not."""
+    axes = functional.canonical_axes(axis, len(shape))
+    last = axes == (len(shape) - 1,)
+    if fast == "fused":
+        tensorflow = keras.backend.backend() == "tensorflow"
+        half = ("float16", "bfloat16")
+        known = last and len(shape) > 1 and shape[-1] is not None
+        return known and tensorflow and dtype in ("float32", *half)
+    if dtype not in ("float32", "float64"):
+        return False
+    if fast == "by_channel":
+        return last and len(shape) > 2 and shape[-1] is not None
+    trailing = axes == tuple(range(len(shape) - len(axes), len(shape)))
+    return trailing and len(axes) < len(shape) and all(shape[a] is not None for a in axes)
+
+
+def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> str:
+    shape, dtype = tuple(x.shape), keras.backend.standardize_dtype(x.dtype)
+    if implementation is None:
+        return choose_within(function, shape, dtype, axis=axis)
+    fast = _FAST_WITHIN[function]
+    if implementation not in ("composed", fast):
+        raise ValueError(
+            f"`implementation` of {function} must be 'composed' or {fast!r}, or None for the "
+            f"faster one. Received: implementation={implementation!r}."
+        )
+    if implementation == fast and not _possible(fast, shape, dtype, axis):
+        raise ValueError(
+            f"implementation={fast!r} needs "
+            + {
+                "fused": "TensorFlow, the channels on the last axis, and float32 or half precision",
+                "products": "known sizes on `axis`, the last axes, and float32 or float64",
+                "by_channel": "the channels on the last of >= 3 axes, and float32 or float64",
+            }[fast]
+            + f". Received: shape={shape}, axis={axis!r}, dtype={dtype!r}. Leave it to None."
+        )
+    return implementation
+
+
+def layer_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    rms_scaling: bool = False,
+    implementation: str | None = None,
+) -> Array:
+    """As `functional.layer_normalization`, on the implementation that `choose_within` names.
+
+    Args:
+        x, gamma, beta, axis, epsilon, rms_scaling: as there. With `rms_scaling` always composed.
+        implementation: "composed" or "products". Default: what `choose_within` names.
+
+    Returns:
+        y, of the shape and dtype of x.
+
+    Raises:
+        ValueError: as there, and for an implementation that cannot do what is asked of it.
+
+    Example:
+        >>> y = layer_normalization(np.array([[1.0, 3.0]], "float32"), epsilon=0.0)
+        >>> np.round(np.asarray(y), 5).tolist()
+        [[-1.0, 1.0]]
+    """
+    x = ops.convert_to_tensor(x)
+    chosen = _chosen("layer_normalization", x, axis, implementation)
+    if chosen == "composed" or rms_scaling:
+        return functional.layer_normalization(
+            x, gamma, beta, axis=axis, epsilon=epsilon, rms_scaling=rms_scaling
+        )
+    return _products(x, gamma, beta, len(functional.canonical_axes(axis, x.ndim)), epsilon, True)
+
+
+def rms_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-6,
+    implementation: str | None = None,
+) -> Array:
+    """As `functional.rms_normalization`, on the implementation that `choose_within` names.
+
+    Args:
+        x, gamma, axis, epsilon: as there.
+        implementation: "composed" or "products". Default: what `choose_within` names.
+
+    Returns:
+        y, of the shape and dtype of x.
+
+    Raises:
+        ValueError: as there, and for an implementation that cannot do what is asked of it.
+
+    Example:
+        >>> y = rms_normalization(np.array([[3.0, 4.0]], "float32"), epsilon=0.0)
+        >>> print(np.round(np.asarray(y), 4))
+        [[0.8485 1.1314]]
+    """
+    x = ops.convert_to_tensor(x)
+    if _chosen("rms_normalization", x, axis, implementation) == "composed":
+        return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
+    return _products(x, gamma, None, len(functional.canonical_axes(axis, x.ndim)), epsilon, False)
+
+
+def _products(
+    x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float, centers: bool
+) -> Array:
+    """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns."""
+    functional.check_epsilon(epsilon)
+    d = math.prod(x.shape[-axes:])
+    dtype = x.dtype
+
+    def rows_of(v: Array) -> Array:
+        return ops.reshape(v, (-1, d))
+
+    def row(v: Array) -> Array:
+        return ops.reshape(ops.cast(v, dtype), (1, d))
+
+    def mean(z: Array) -> Array:
+        return ops.sum(z, axis=1, keepdims=True) / max(d, 1)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        z = rows_of(x)
+        if centers:
+            z = z - mean(z)
+            z = z - mean(z)  # what rounding lost of (L1)
+        inv_std = ops.rsqrt(mean(z * z) + epsilon)  # (L2) (L3), (R1) (R2)
+        x_hat = z * inv_std  # (L4) (R3)
+        y = x_hat if gamma is None else x_hat * row(gamma)  # (R4)
+        y = y if beta is None else y + row(beta)  # (L5)
+        return (ops.reshape(y, ops.shape(x)),), (x_hat, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x_hat, inv_std, gamma = residuals
+        dy = rows_of(upstream[0])
+        # `@`, for `ops.matmul` rounds float64 to float32 on PyTorch.
+        ones = ops.ones((1, ops.shape(dy)[0]), dtype=dtype)
+        dy_x_hat = dy * x_hat
+        sizes = x.shape[-axes:]
+        dbeta = ops.reshape(ones @ dy, sizes)  # (L6)
+        dgamma = ops.reshape(ones @ dy_x_hat, sizes)  # (L7) (R5)
+        g = ops.ones((1, d), dtype=dtype) if gamma is None else row(gamma)
+        share = ops.reshape(g / max(d, 1), (d, 1))
+        rest = x_hat * (dy_x_hat @ share)  # mean of g dy x_hat over each example
+        if centers:
+            rest = rest + dy @ share
+        dx = (dy if gamma is None else dy * g) - rest
+        return ops.reshape(dx * inv_std, ops.shape(upstream[0])), dgamma, dbeta  # (L9) (R6)
+
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y
+
+
+def group_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    groups: int | None = 32,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+    implementation: str | None = None,
+) -> Array:
+    """As `functional.group_normalization`, on the implementation that `choose_within` names.
+
+    Args:
+        x, gamma, beta, groups, axis, epsilon: as there.
+        implementation: "composed" or "by_channel". Default: what `choose_within` names.
+
+    Returns:
+        y, of the shape and dtype of x.
+
+    Raises:
+        ValueError: as there, and for an implementation that cannot do what is asked of it.
+
+    Example:
+        >>> x = np.array([[[1.0, 10.0], [3.0, 50.0]]], "float32")  # (N=1, T=2, C=2)
+        >>> y = group_normalization(x, groups=2, epsilon=0.0, implementation="by_channel")
+        >>> np.round(np.asarray(y), 5).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+    x = ops.convert_to_tensor(x)
+    functional.channel_axis(axis, len(x.shape))
+    if _chosen("group_normalization", x, axis, implementation) == "composed":
+        return functional.group_normalization(
+            x, gamma, beta, groups=groups, axis=axis, epsilon=epsilon
+        )
+    groups = functional.number_of_groups(groups, x.shape[-1])
+    return _by_channel(x, gamma, beta, groups, epsilon)
+
+
+def instance_normalization(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+    implementation: str | None = None,
+) -> Array:
+    """As `functional.instance_normalization`, on the implementation that `choose_within` names.
+
+    Args:
+        x, gamma, beta, axis, epsilon: as there.
+        implementation: "composed" or "by_channel". Default: what `choose_within` names.
+
+    Returns:
+        y, of the shape and dtype of x.
+
+    Raises:
+        ValueError: as there, and for an implementation that cannot do what is asked of it.
+
+    Example:
+        >>> x = np.array([[[1.0, 10.0], [3.0, 50.0]]], "float32")  # (N=1, T=2, C=2)
+        >>> np.round(np.asarray(instance_normalization(x, epsilon=0.0)), 5).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+    x = ops.convert_to_tensor(x)
+    functional.check_spatial(len(x.shape))
+    functional.channel_axis(axis, len(x.shape))
+    if _chosen("instance_normalization", x, axis, implementation) == "composed":
+        return functional.instance_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
+    return _by_channel(x, gamma, beta, x.shape[-1], epsilon)
+
+
+def _by_channel(
+    x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
+) -> Array:
+    functional.check_epsilon(epsilon)
+    dtype, channels = x.dtype, x.shape[-1]
+    positions = tuple(range(1, len(x.shape) - 1))
+    per_group = channels // groups
+
+    def elements(x: Array) -> Any:
+        sizes = ops.shape(x)
+        d = math.prod(sizes[a] for a in positions) * per_group
+        return max(d, 1) if isinstance(d, int) else ops.cast(d, dtype)
+
+    def mean(sums: Array, d: Any) -> Array:
+        """Sums of each channel (N, 1, 1, C) -> the mean over its group, of the same shape."""
+        if per_group > 1:
+            by_group = ops.reshape(sums, (-1, groups, per_group))
+            sums = ops.reshape(
+                ops.repeat(ops.sum(by_group, axis=2), per_group, axis=1), ops.shape(sums)
+            )
+        return sums / d
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        d = elements(x)
+        centered = x - mean(functional.sum_in_stages(x, positions), d)
+        rest = mean(functional.sum_in_stages(centered, positions), d)  # what rounding lost
+        squares = functional.sum_in_stages(centered * centered, positions)
+        variance = mean(squares, d) - rest * rest
+        variance = ops.where(variance < 0, ops.zeros_like(variance), variance)
+        inv_std = ops.rsqrt(variance + epsilon)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        offset = -rest * scale if beta is None else ops.cast(beta, dtype) - rest * scale
+        return (centered * scale + offset,), (centered, rest, inv_std, gamma)  # (GN2) (GN3)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        centered, rest, inv_std, gamma = residuals
+        (dy,) = upstream
+        d = elements(dy)
+        s = functional.sum_in_stages(dy, positions)  # of each example and channel, (N, 1, 1, C)
+        t = (functional.sum_in_stages(dy * centered, positions) - rest * s) * inv_std
+        over = tuple(range(len(dy.shape) - 1))
+        dbeta, dgamma = ops.sum(s, axis=over), ops.sum(t, axis=over)  # (GN4)
+        if gamma is not None:
+            s, t = s * ops.cast(gamma, dtype), t * ops.cast(gamma, dtype)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        a = -inv_std * inv_std * mean(t, d)
+        b = -inv_std * mean(s, d) - rest * a
+        return dy * scale + (centered * a + b), dgamma, dbeta  # (GN5)
+
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y

@@ -1,4 +1,4 @@
-"""Every implementation gives the numbers of `functional.batch_normalization`, gradients too."""
+"""Every implementation gives the numbers of `functional`, gradients too."""
 
 import keras
 import numpy as np
@@ -142,3 +142,123 @@ def test_what_cannot_be_done_is_said():
         kernels.batch_normalization(x, weights=np.ones((2, 1)), implementation=kernel)
     with pytest.raises(ValueError, match=r"axis=\(0, 1\)"):
         kernels.batch_normalization(x, axis=(0, 1), implementation=kernel)
+
+
+# Inference, and normalization within each example ---------------------------------------------
+
+
+def given_statistics(rng, channels, dtype):
+    return [rng.standard_normal(channels).astype(dtype), rng.random(channels).astype(dtype) + 0.5]
+
+
+WITHIN = {
+    "layer_normalization": [{}, {"axis": (-2, -1)}],
+    "rms_normalization": [{}, {"axis": (-1, -2)}],
+    "group_normalization": [{"groups": 1}, {"groups": 3}, {"groups": -1}],
+    "instance_normalization": [{}],
+    "normalize": [{}],
+}
+FASTER = {
+    "layer_normalization": "products",
+    "rms_normalization": "products",
+    "group_normalization": "by_channel",
+    "instance_normalization": "by_channel",
+    "normalize": "fused",
+}
+CASES = [(name, options) for name in WITHIN for options in WITHIN[name]]
+if BACKEND != "tensorflow":
+    CASES = [case for case in CASES if case[0] != "normalize"]
+
+
+def arrays_for(name, options, shape, dtype, affine):
+    rng = np.random.default_rng(3)
+    x = (3 * rng.standard_normal(shape) + 2).astype(dtype)
+    lengths = shape[-1] if np.ndim(options.get("axis", -1)) == 0 else shape[-2:]
+    count = affine * (1 if name == "rms_normalization" else 2)
+    parameters = [rng.standard_normal(lengths).astype(dtype) for _ in range(count)]
+    given = given_statistics(rng, shape[-1], dtype) if name == "normalize" else []
+    return [x, *given, *parameters]
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("shape", [(3, 5, 6), (2, 3, 4, 6), (2, 3, 2, 2, 9), (0, 2, 2, 6)], ids=str)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_faster_within_an_example(name, options, shape, affine):
+    dtype, close = ("float32", 1e-5) if name == "normalize" else ("float64", 1e-11)
+    arrays = arrays_for(name, options, shape, dtype, affine)
+    dy = ops.convert_to_tensor(np.random.default_rng(4).standard_normal(shape).astype(dtype))
+
+    def loss(function, **more):
+        return lambda *p: ops.sum(function(*p, epsilon=1e-3, **options, **more) * dy)
+
+    forced = loss(getattr(kernels, name), implementation=FASTER[name])
+    tensors = [ops.convert_to_tensor(a) for a in arrays]
+    compare(
+        getattr(kernels, name)(*tensors, **options, implementation=FASTER[name]),
+        getattr(functional, name)(*tensors, **options),
+        close,
+        "y",
+    )
+    _, ours = gradients(forced, arrays)
+    _, expected = gradients(loss(getattr(functional, name)), arrays)
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        compare(a, b, close, f"gradient {i}")
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_faster_with_a_large_mean(name, options):
+    """A mean of 1000 beside a variance of 1 in float32."""
+    rng = np.random.default_rng(5)
+    x = (1000 + rng.standard_normal((2, 96, 96, 6))).astype("float32")
+    given = []
+    if name == "normalize":
+        given = [x.mean((0, 1, 2), dtype="float64").astype("float32"), np.ones(6, "float32")]
+    y = getattr(kernels, name)(x, *given, **options, implementation=FASTER[name], epsilon=1e-6)
+    arrays = [ops.convert_to_tensor(a.astype("float64")) for a in (x, *given)]
+    expected = getattr(functional, name)(*arrays, **options, epsilon=1e-6)
+    compare(y, expected, 2e-5, "y")
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_second_derivatives_of_the_faster(name, options):
+    dtype, close = ("float32", 1e-4) if name == "normalize" else ("float64", 1e-10)
+    arrays = arrays_for(name, options, (2, 3, 2, 6), dtype, True)
+    dy = np.random.default_rng(4).standard_normal((2, 3, 2, 6)).astype(dtype)
+
+    def penalty(function, **more):
+        def of(*arrays):
+            def inner(*p):
+                y = function(*p, epsilon=1e-2, **options, **more)
+                return ops.sum(y * y * ops.convert_to_tensor(dy))
+
+            _, (dx, *_) = gradients(inner, arrays)
+            return ops.sum(dx * dx)
+
+        return of
+
+    _, ours = gradients(penalty(getattr(kernels, name), implementation=FASTER[name]), arrays)
+    _, expected = gradients(penalty(getattr(functional, name)), arrays)
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        scale = max(1.0, float(np.abs(array(b)).max()))
+        compare(array(a) / scale, array(b) / scale, close, f"gradient {i}")
+
+
+def test_the_table_within_an_example():
+    shape = (32, 32, 32, 64)
+    fast = BACKEND == "tensorflow"
+    for name, faster in FASTER.items():
+        assert kernels.choose_within(name, shape, "float32") == (faster if fast else "composed")
+        assert kernels.choose_within(name, shape, "float16") == "composed"
+        assert kernels.choose_within(name, shape, "float32", axis=1) == "composed"
+    assert kernels.choose_within("normalize", (256, 84), "float32") == "composed"
+    assert kernels.choose_within("group_normalization", (256, 84), "float32") == "composed"
+
+
+def test_what_cannot_be_done_within_an_example_is_said():
+    x = np.zeros((2, 3, 4), "float32")
+    with pytest.raises(ValueError, match="implementation='products'"):
+        kernels.group_normalization(x, groups=2, implementation="products")
+    with pytest.raises(ValueError, match="axis=1"):
+        kernels.layer_normalization(x, axis=1, implementation="products")
+    with pytest.raises(ValueError, match="dtype='float16'"):
+        kernels.instance_normalization(x.astype("float16"), implementation="by_channel")
