@@ -389,6 +389,11 @@ class _Snapshot:
         self._rule = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
         self._variables = [*model.variables, *optimizer.variables]
         self._values = [np.array(variable.numpy()) for variable in self._variables]
+        if keras.backend.backend() == "jax":
+            # An average that Keras has put into the weights is one buffer in two variables, and
+            # a step on JAX cannot be given that: each gets its own.
+            for variable, value in zip(self._variables, self._values, strict=True):
+                variable.assign(value)
         # Keras gives the rate's value to everyone, but the schedule itself to nobody.
         self._schedule = self._rule._learning_rate
         if isinstance(self._schedule, keras.Variable):

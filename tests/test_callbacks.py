@@ -167,7 +167,6 @@ def test_data_that_ends_early():
     assert same(state_of_weights(model), before)
 
 
-@pytest.mark.xfail(keras.backend.backend() == "jax", reason="open: fails on JAX", strict=False)
 def test_with_a_moving_average_of_the_weights():
     """Keras puts the average into the weights when `fit` ends, after the test has ended."""
     model = network(optimizers.SGD(0.01, use_ema=True, ema_overwrite_frequency=3))
@@ -217,7 +216,6 @@ def fail_at(model, count, error):
     model.make_train_function = make_train_function
 
 
-@pytest.mark.xfail(keras.backend.backend() == "jax", reason="open: fails on JAX", strict=False)
 @pytest.mark.parametrize(
     ("error", "scheduled"), [(KeyboardInterrupt(), False), (ValueError("unheard of"), True)]
 )
