@@ -15,26 +15,46 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
+from keras_norm._surgery import FoldReport, fold_batch_normalization, inner_layers, rebuild
 from keras_norm.layers import (
     BatchNormalization,
     GroupNormalization,
     InstanceNormalization,
     LayerNormalization,
     RMSNormalization,
+    SpatialBatchNormalization,
+)
+from keras_norm.research import (
+    DecorrelatedBatchNormalization,
+    FilterResponseNormalization,
+    QuantileNormalization,
 )
 
-__all__ = ["MLP", "NORMALIZATIONS", "LeNet", "make_normalization"]
+__all__ = [
+    "MLP",
+    "NORMALIZATIONS",
+    "FoldReport",
+    "LeNet",
+    "fold_batch_normalization",
+    "make_normalization",
+    "swap_normalization",
+]
 
 Normalization = str | None | Callable[..., keras.layers.Layer]
 Normalizations = Normalization | Sequence[Normalization] | Mapping[str, Normalization]
 
 NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
     "batch": BatchNormalization,
+    "decorrelated": DecorrelatedBatchNormalization,
+    "filter_response": FilterResponseNormalization,  # after convolutions only, with its threshold
     "group": functools.partial(GroupNormalization, groups=None),  # gcd(32, channels) groups
     "instance": InstanceNormalization,  # after convolutions only
     "layer": LayerNormalization,
+    "quantile": QuantileNormalization,
     "rms": RMSNormalization,
+    "spatial": SpatialBatchNormalization,  # after convolutions only
 }
 """The names that `normalization=` understands, beside classes and factories."""
 
@@ -59,6 +79,11 @@ def make_normalization(normalization: Normalization, name: str) -> keras.layers.
         >>> make_normalization("batch", name="norm").name
         'norm'
     """
+    factory = _factory(normalization)
+    return None if factory is None else _made(factory, name, {})
+
+
+def _factory(normalization: Normalization) -> Callable[..., keras.layers.Layer] | None:
     if normalization is None:
         return None
     if isinstance(normalization, str):
@@ -74,22 +99,29 @@ def make_normalization(normalization: Normalization, name: str) -> keras.layers.
             f"gets a layer of its own. Received: normalization={normalization!r}. Pass the "
             "class, or functools.partial(class, ...) with its arguments."
         )
-    named = _takes_name(normalization)
-    layer = normalization(name=name) if named else normalization()
+    return normalization
+
+
+def _made(
+    factory: Callable[..., keras.layers.Layer], name: str, options: Mapping[str, Any]
+) -> keras.layers.Layer:
+    named = {"name": name} if _takes("name", factory, or_any=True) else {}
+    layer = factory(**named, **options)
     if not isinstance(layer, keras.layers.Layer):
         raise ValueError(
             "A normalization factory must return a Keras layer. Received: "
-            f"{normalization!r} returned {layer!r}."
+            f"{factory!r} returned {layer!r}."
         )
     return layer
 
 
-def _takes_name(factory: Callable[..., Any]) -> bool:
+def _takes(argument: str, factory: Callable[..., Any], *, or_any: bool) -> bool:
+    """Whether the factory has a keyword argument of this name, or takes any keyword at all."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return False
-    return any(p.name == "name" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == argument or (or_any and p.kind is p.VAR_KEYWORD) for p in parameters)
 
 
 def _per_position(
@@ -324,3 +356,133 @@ def MLP(  # noqa: N802
         x = blocks.dense(x, f"dense{i}", units)
     logits = keras.layers.Dense(classes, name="logits", **kernel)(x)
     return keras.Model(inputs, logits, name=name)
+
+
+# Another normalization in a model that exists -------------------------------------------------
+
+_SWAPPED = (
+    BatchNormalization,
+    DecorrelatedBatchNormalization,
+    FilterResponseNormalization,
+    GroupNormalization,
+    InstanceNormalization,
+    LayerNormalization,
+    QuantileNormalization,
+    RMSNormalization,
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+)
+_OF_SEVERAL_AXES = (
+    BatchNormalization,
+    LayerNormalization,
+    RMSNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+)
+
+
+def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
+    """A copy of a model with another normalization in every place where it has one.
+
+    Every batch, layer, RMS, group, instance, decorrelated, quantile and filter-response
+    normalization, of this package or of `keras.layers`, gives way to a new layer of the same
+    name, axis, dtype policy and `trainable`. All other layers keep their weights; the new layers
+    take over what fits by name and shape: gamma (called scale in RMS normalization), beta, and
+    between batch normalizations the moving statistics.
+
+    Args:
+        model: functional or Sequential, built, such as the models of this module; models within
+            it are rebuilt likewise.
+        to: as `normalization` in `make_normalization`: a name of `NORMALIZATIONS`, a layer
+            class, a factory, or None to leave the normalization out.
+
+    Returns:
+        A new model of the same class and name; compiled like the original, with a fresh
+        optimizer, if that was compiled. The original is left as it is, to the last bit.
+
+    Raises:
+        ValueError: for a subclassed or unbuilt model, one without normalization, a normalization
+            that is inside of another layer, an axis that the new kind cannot have, and what
+            `make_normalization` refuses.
+
+    Example:
+        >>> model = LeNet("batch", activation="relu")
+        >>> swapped = swap_normalization(model, "group")
+        >>> swapped.get_layer("conv1_norm").__class__.__name__, len(swapped.layers)
+        ('GroupNormalization', 17)
+        >>> len(swap_normalization(model, None).layers)
+        13
+
+    Numerics:
+        A channel axis is carried over: after `BatchNormalization(axis=1)` comes
+        `GroupNormalization(axis=1)`, or `LayerNormalization(axis=1)`, which normalizes over the
+        channels of each position alone. A factory that sets its own axis or dtype keeps them.
+    """
+    factory = _factory(to)
+    found = [(y, parent) for y, parent in inner_layers(model) if isinstance(y, _SWAPPED)]
+    if not found:
+        raise ValueError(
+            "The model must have normalization layers. Received: "
+            f"model={getattr(model, 'name', model)!r} without any. Build it with a "
+            "`normalization=` argument first."
+        )
+    for layer, parent in found:
+        if not isinstance(parent, keras.Model):
+            raise ValueError(
+                "Only what is a layer of a functional or Sequential model can be swapped. "
+                f"Received: {layer.name!r} inside of {type(parent).__name__} {parent.name!r}. "
+                "Construct that layer with another normalization."
+            )
+    replacements = {id(y): functools.partial(_instead_of, y, factory) for y, _ in found}
+    new, pairs = rebuild(model, replacements)
+    for old, made in pairs:
+        _carry_over(old, made)
+    return new
+
+
+def _instead_of(
+    old: keras.layers.Layer, factory: Callable[..., keras.layers.Layer] | None
+) -> keras.layers.Layer | None:
+    if factory is None:
+        return None
+    new = _made(factory, old.name, _options_like(old, factory))
+    new.trainable = old.trainable
+    return new
+
+
+def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments by which a layer of this kind normalizes along the axis of the old one."""
+    kind, given = factory, {}
+    if isinstance(factory, functools.partial):
+        kind, given = factory.func, factory.keywords
+    if not inspect.isclass(kind):
+        return {}
+    options: dict[str, Any] = {}
+    if _takes("dtype", kind, or_any=True):
+        options["dtype"] = old.dtype_policy
+    several = isinstance(old.axis, tuple | list) and len(old.axis) != 1
+    if several and not issubclass(kind, _OF_SEVERAL_AXES):
+        raise ValueError(
+            "A normalization over several axes does not say which of them are channels. "
+            f"Received: axis={old.axis} of {old.name!r}, to become {kind.__name__}. Pass "
+            f"functools.partial({kind.__name__}, axis=...)."
+        )
+    axis = old.axis if several or isinstance(old.axis, int) else old.axis[0]
+    if issubclass(kind, SpatialBatchNormalization):
+        options["data_format"] = "channels_first" if axis == 1 else "channels_last"
+    elif _takes("axis", kind, or_any=False):
+        options["axis"] = axis
+    return {name: value for name, value in options.items() if name not in given}
+
+
+_SAME = {"gamma": "scale", "scale": "gamma"}
+
+
+def _carry_over(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    values = {v.name: v for v in old.weights}
+    for variable in new.weights:
+        source = values.get(variable.name, values.get(_SAME.get(variable.name, "")))
+        if source is not None and tuple(source.shape) == tuple(variable.shape):
+            variable.assign(ops.convert_to_numpy(source))

@@ -1,0 +1,464 @@
+"""Models rebuilt with other layers in the place of some; the original stays as it is.
+
+The engine of `keras_norm.models.swap_normalization`, and `fold_batch_normalization`. In inference
+batch normalization is one factor and one offset for each channel c,
+
+    (S1)  s_c = gamma_c / sqrt(moving_variance_c + epsilon)
+    (S2)  t_c = beta_c - moving_mean_c s_c
+
+and a dense layer or convolution z = W x + b before it takes them in:
+
+    (S3)  s (W x + b) + t = W' x + b'  with  W'_c = s_c W_c,  b'_c = s_c b_c + t_c
+
+where W_c is all of the kernel that makes channel c.
+"""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import ops
+
+from keras_norm import layers as ours
+
+__all__ = ["FoldReport", "fold_batch_normalization", "inner_layers", "rebuild"]
+
+Layer = Any
+Floats = npt.NDArray[np.float64]
+
+
+# Rebuilding ------------------------------------------------------------------------------------
+
+
+def rebuild(
+    model: keras.Model, replacements: Mapping[int, Callable[[], Layer | None]]
+) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
+    """A model of new layers, with the same weights but in those that were replaced.
+
+    Args:
+        model: functional or Sequential, built; models within it are rebuilt likewise.
+        replacements: for the id of a layer what makes the one in its place, None for none.
+
+    Returns:
+        (new model, pairs): the pairs of each replaced layer and the one in its place, built.
+
+    Raises:
+        ValueError: for a model that cannot be rebuilt layer by layer.
+    """
+    builder = _Builder(replacements)
+    new = builder.model(model)
+    pairs = []
+    for old, made in builder.made:
+        if id(old) in replacements:
+            pairs.append((old, made))
+        else:
+            _copy_variables(old, made)
+    return new, pairs
+
+
+class _Builder:
+    def __init__(self, replacements: Mapping[int, Callable[[], Layer | None]]) -> None:
+        self.replacements = replacements
+        self.made: list[tuple[Layer, Layer]] = []
+        self.left_out: set[int] = set()
+        self.in_place: set[int] = set()
+        self._by_id: dict[int, Layer] = {}
+
+    def model(self, model: Any) -> Any:
+        _require_rebuildable(model)
+        if isinstance(model, keras.Sequential):
+            new = [self.layer(y) for y in model.layers]
+            kept = [y for y in new if id(y) not in self.left_out]
+            inputs = _like_input(model.inputs[0])
+            options = {"name": model.name, "trainable": model.trainable}
+            rebuilt: Any = keras.Sequential([inputs, *kept], **options)
+        else:
+            rebuilt = keras.models.clone_model(
+                model,
+                keras.tree.map_structure(_like_input, model.input),
+                clone_function=self.layer,
+                call_function=self._call,
+            )
+            rebuilt.trainable = model.trainable
+        if type(rebuilt) is not type(model):
+            raise ValueError(
+                "A model class that makes its layers by itself cannot be rebuilt from them. "
+                f"Received: model={model.name!r} of the class {type(model).__name__}. Construct "
+                "it anew with another normalization, or pass keras.Model(inputs, outputs)."
+            )
+        for old, new_one in zip(_all(model), _all(rebuilt), strict=False):
+            if old.name == new_one.name and not old.trainable:
+                new_one.trainable = False
+        return rebuilt
+
+    def layer(self, layer: Layer) -> Layer:
+        if id(layer) not in self._by_id:
+            self._by_id[id(layer)] = self._new(layer)
+        return self._by_id[id(layer)]
+
+    def _new(self, layer: Layer) -> Layer:
+        if isinstance(layer, keras.Model) and id(layer) not in self.replacements:
+            return self.model(layer)
+        make = self.replacements.get(id(layer))
+        new = type(layer).from_config(layer.get_config()) if make is None else make()
+        if new is None:
+            new = keras.layers.Identity(name=layer.name)  # never called
+            self.left_out.add(id(new))
+        elif isinstance(layer, keras.layers.Layer):
+            self.made.append((layer, new))
+            if make is not None:
+                self.in_place.add(id(new))
+        return new
+
+    def _call(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if id(layer) in self.left_out:
+            return args[0]
+        if id(layer) in self.in_place:  # it may not know the `mask` of the one before
+            known = inspect.signature(layer.call).parameters
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
+        return layer(*args, **kwargs)
+
+
+def _like_input(tensor: Any) -> Any:
+    source = tensor._keras_history.operation
+    return keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        name=source.name,
+        optional=getattr(source, "optional", False),
+    )
+
+
+def _all(model: Any) -> list[Layer]:
+    return [y for y in model.layers if not isinstance(y, keras.layers.InputLayer)]
+
+
+def _require_rebuildable(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"Only a keras.Model can be rebuilt. Received: model={model!r}. Put the layers in a "
+            "keras.Sequential with an Input."
+        )
+    if isinstance(model, keras.Sequential):
+        if not (model.built and model.inputs):
+            raise ValueError(
+                "The model must be built, for otherwise it has no weights to carry over. "
+                f"Received: model={model.name!r}, a Sequential without input shape. Give it a "
+                "keras.Input, or call it on a batch."
+            )
+    elif not hasattr(model, "_nodes_by_depth"):
+        raise ValueError(
+            "Only functional and Sequential models show how their layers are connected. "
+            f"Received: model={model.name!r} of the class {type(model).__name__}, a subclassed "
+            "model. Construct it anew with another normalization, or write it as "
+            "keras.Model(inputs, outputs)."
+        )
+
+
+def _copy_variables(old: Layer, new: Layer) -> None:
+    """All of them, states of seed generators included."""
+    if [tuple(v.shape) for v in old.variables] != [tuple(v.shape) for v in new.variables]:
+        raise ValueError(
+            "A layer must be rebuilt from its configuration with the same variables. Received: "
+            f"layer {old.name!r} of the class {type(old).__name__} with "
+            f"{len(old.variables)} variables, and {len(new.variables)} when rebuilt. Its "
+            "get_config() must give all that build() depends on."
+        )
+    for source, target in zip(old.variables, new.variables, strict=True):
+        target.assign(ops.convert_to_numpy(source))
+
+
+def inner_layers(model: Any) -> Iterator[tuple[Layer, Layer]]:
+    """(layer, model or layer that it stands in), each layer once, also those of inner models."""
+    yield from _inner(model, set())
+
+
+def _inner(parent: Any, seen: set[int]) -> Iterator[tuple[Layer, Layer]]:
+    for layer in parent._flatten_layers(include_self=False, recursive=False):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield layer, parent
+            yield from _inner(layer, seen)
+
+
+# Folding -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `fold_batch_normalization` did, and how far the outputs moved.
+
+    Attributes:
+        folded: pairs of names: a batch normalization, and the layer that took it in.
+        skipped: pairs of the name of a batch normalization that stayed, and the reason.
+        largest_difference: the largest absolute difference between outputs of the two models.
+        largest_output: the largest absolute output of the original, to compare that with.
+        examples: on how many examples they were compared.
+    """
+
+    folded: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+    largest_difference: float
+    largest_output: float
+    examples: int
+
+    def __str__(self) -> str:
+        lines = [f"{a} -> {b}" for a, b in self.folded]
+        lines += [f"{name} stays: {reason}" for name, reason in self.skipped]
+        lines.append(
+            f"largest difference {self.largest_difference:.2g} of outputs up to "
+            f"{self.largest_output:.2g}, {self.examples} examples"
+        )
+        return "\n".join(lines)
+
+
+class _Linear(NamedTuple):
+    """Where a layer keeps what makes its output channels."""
+
+    kernel: str
+    channels: tuple[int, ...]  # axes of the kernel, slowest first, that make up the channels
+
+    def along(self, v: Floats, kernel: Floats) -> Floats:
+        """A vector of output channels as an array that broadcasts against the kernel."""
+        axes = [a % kernel.ndim for a in self.channels]
+        return v.reshape([n if a in axes else 1 for a, n in enumerate(kernel.shape)])
+
+
+_KERNEL = _Linear("kernel", (-1,))
+_LINEAR: dict[type, _Linear] = {
+    keras.layers.Dense: _KERNEL,
+    keras.layers.Conv1D: _KERNEL,
+    keras.layers.Conv2D: _KERNEL,
+    keras.layers.Conv3D: _KERNEL,
+    keras.layers.Conv1DTranspose: _Linear("kernel", (-2,)),
+    keras.layers.Conv2DTranspose: _Linear("kernel", (-2,)),
+    keras.layers.Conv3DTranspose: _Linear("kernel", (-2,)),
+    keras.layers.DepthwiseConv1D: _Linear("kernel", (-2, -1)),
+    keras.layers.DepthwiseConv2D: _Linear("kernel", (-2, -1)),
+    keras.layers.SeparableConv1D: _Linear("pointwise_kernel", (-1,)),
+    keras.layers.SeparableConv2D: _Linear("pointwise_kernel", (-1,)),
+}
+_OWN = (ours.BatchNormalization, ours.SpatialBatchNormalization)
+_KINDS = (keras.layers.BatchNormalization, *_OWN)
+
+
+class _Step(NamedTuple):
+    """One call of a layer in a model."""
+
+    layer: Layer
+    before: Layer | None  # whose output it takes; None for an input of the model
+    alone: bool  # whether nothing else takes that output
+    ndim: int  # of its input
+
+
+def fold_batch_normalization(
+    model: keras.Model, inputs: Any = None
+) -> tuple[keras.Model, FoldReport]:
+    """A copy of a model for inference, in which batch normalization costs nothing.
+
+    Each batch normalization (ours or `keras.layers`') that directly follows a `Dense`, `Conv1D`,
+    `Conv2D`, `Conv3D`, `DepthwiseConv1D`, `DepthwiseConv2D`, `SeparableConv1D`,
+    `SeparableConv2D` or one of the transposed convolutions is merged into its kernel and bias,
+    equations (S1) to (S3). The layer gets a bias if it had none. Train the original, not the copy.
+
+    Args:
+        model: functional or Sequential, built; models within it are folded likewise.
+        inputs: an array, or the list or dict of arrays that the model takes, to compare outputs
+            on. Default: 8 random examples; sizes that the model leaves open are 32.
+
+    Returns:
+        (new model, `FoldReport`). What cannot be folded stays as it is, and the report says why:
+        something stands between, such as an activation; the output before the normalization is
+        used elsewhere; one of the two layers is used in several places; its axis is not that of
+        the channels; it normalizes by the batch in inference; it is in a layer of its own. The
+        original is left as it is, to the last bit.
+
+    Raises:
+        ValueError: for a subclassed or unbuilt model, and inputs that the model does not take.
+
+    Example:
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.Dense(3, use_bias=False, name="dense"),
+        ...      ours.BatchNormalization(name="norm"), keras.layers.ReLU()]
+        ... )
+        >>> folded, report = fold_batch_normalization(model)
+        >>> report.folded, report.skipped, bool(report.largest_difference < 1e-6)
+        ((('norm', 'dense'),), (), True)
+        >>> [layer.name for layer in folded.layers][:1], folded.count_params(), len(folded.layers)
+        (['dense'], 15, 2)
+
+    Numerics:
+        The factors are computed in float64 and the kernel and bias rounded once, to their dtype:
+        outputs move by some units in the last place, more under a mixed policy. Channels with a
+        tiny moving variance have large factors, and may move further: hence the report.
+
+    Reference:
+        Jacob et al., 2018, Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference, section 3.2.
+    """
+    _require_rebuildable(model)
+    chosen, skipped = _choose(model)
+    replacements: dict[int, Callable[[], Layer | None]] = {}
+    for norm, linear in chosen:
+        replacements[id(norm)] = _nothing
+        replacements[id(linear)] = functools.partial(_with_bias, linear)
+    new, pairs = rebuild(model, replacements)
+    norms = {id(linear): norm for norm, linear in chosen}
+    for old, made in pairs:
+        _fold(norms[id(old)], old, made)
+    difference, largest, examples = _compare(model, new, inputs)
+    folded = tuple((norm.name, linear.name) for norm, linear in chosen)
+    return new, FoldReport(folded, tuple(skipped), difference, largest, examples)
+
+
+def _choose(model: Any) -> tuple[list[tuple[Layer, Layer]], list[tuple[str, str]]]:
+    """What can be folded into what, and what cannot, and why."""
+    graphs = [model, *(y for y, _ in inner_layers(model) if isinstance(y, keras.Model))]
+    steps = [s for g in graphs if _shows_its_steps(g) for s in _steps(g)]
+    uses = Counter(id(s.layer) for s in steps)
+    chosen, skipped, seen = [], [], set()
+    for step in steps:
+        if isinstance(step.layer, _KINDS) and id(step.layer) not in seen:
+            seen.add(id(step.layer))
+            reason = _reason_against(step, uses)
+            if reason is None:
+                chosen.append((step.layer, step.before))
+            else:
+                skipped.append((step.layer.name, reason))
+    for layer, parent in inner_layers(model):
+        if isinstance(layer, _KINDS) and id(layer) not in seen:
+            skipped.append((layer.name, f"it is inside of {_named(parent)}"))
+    return chosen, skipped
+
+
+def _shows_its_steps(model: Any) -> bool:
+    return isinstance(model, keras.Sequential) or hasattr(model, "_nodes_by_depth")
+
+
+def _steps(model: Any) -> Iterator[_Step]:
+    if isinstance(model, keras.Sequential):
+        before: Layer | None = None
+        for layer in model.layers:
+            yield _Step(layer, before, True, len(model.inputs[0].shape) if before is None else 0)
+            before = layer
+        return
+    nodes = [n for some in model._nodes_by_depth.values() for n in some if not n.is_input]
+    makers = {id(t): n.operation for n in nodes for t in n.outputs}
+    takers = Counter(id(t) for n in nodes for t in n.input_tensors)
+    takers.update(id(t) for t in model.outputs)
+    for node in nodes:
+        tensors = node.input_tensors
+        first = tensors[0] if tensors else None
+        yield _Step(node.operation, makers.get(id(first)), takers[id(first)] == 1, 0)
+
+
+def _reason_against(step: _Step, uses: Mapping[int, int]) -> str | None:
+    norm, linear = step.layer, step.before
+    if type(norm) not in _KINDS:
+        return f"{type(norm).__name__} is a class of its own, which may do something else"
+    if getattr(norm, "use_batch_statistics", None):
+        return "use_batch_statistics=True: it normalizes by the batch in inference, too"
+    if linear is None:
+        return "it is the first layer of its model"
+    if type(linear) not in _LINEAR:
+        return f"it follows {_named(linear)}, neither a dense layer nor a convolution"
+    if uses[id(norm)] > 1:
+        return "it is used in several places"
+    if uses[id(linear)] > 1:
+        return f"{_named(linear)} is used in several places"
+    if not step.alone:
+        return f"the output of {_named(linear)} is used elsewhere, too"
+    if linear.activation not in (None, keras.activations.linear):
+        return f"the activation of {_named(linear)} stands between"
+    if getattr(linear, "quantization_mode", None) or getattr(linear, "lora_enabled", False):
+        return f"{_named(linear)} is quantized, or has a low-rank addition"
+    if not _is_channel_axis(norm, linear):
+        return f"its axis {norm.axis} is not that of the channels of {_named(linear)}"
+    return None
+
+
+def _is_channel_axis(norm: Layer, linear: Layer) -> bool:
+    axes = norm.axis if isinstance(norm.axis, tuple | list) else (norm.axis,)
+    ndim = norm.input_spec.ndim
+    first = getattr(linear, "data_format", None) == "channels_first"
+    return [a % ndim for a in axes] == [1 if first else ndim - 1]
+
+
+def _named(layer: Layer) -> str:
+    return f"{type(layer).__name__} {layer.name!r}"
+
+
+def _nothing() -> None:
+    return None
+
+
+def _with_bias(linear: Layer) -> Layer:
+    return type(linear).from_config({**linear.get_config(), "use_bias": True})
+
+
+def _host(x: Any) -> Floats:
+    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float64")), np.float64)
+
+
+def _fold(norm: Layer, old: Layer, new: Layer) -> None:
+    """(S1) to (S3)."""
+    mean, variance = _host(norm.moving_mean), _host(norm.moving_variance)
+    scale = 1 / np.sqrt(variance + norm.epsilon)
+    scale = scale if norm.gamma is None else scale * _host(norm.gamma)  # (S1)
+    offset = -mean * scale
+    offset = offset if norm.beta is None else offset + _host(norm.beta)  # (S2)
+    where = _LINEAR[type(old)]
+    for variable in old.weights:
+        if variable is not old.bias:
+            value = _host(variable)
+            if variable is getattr(old, where.kernel):
+                value = value * where.along(scale, value)
+            _by_name(new, variable.name).assign(value)
+    new.bias.assign(offset if old.bias is None else _host(old.bias) * scale + offset)  # (S3)
+
+
+def _by_name(layer: Layer, name: str) -> Any:
+    return next(v for v in layer.weights if v.name == name)
+
+
+def _compare(model: Any, new: Any, inputs: Any) -> tuple[float, float, int]:
+    """The largest difference of outputs, the largest output, and the number of examples."""
+    given = inputs is not None
+    if not given:
+        inputs = _random_inputs(model)
+    try:
+        pairs = [keras.tree.flatten(m(inputs, training=False)) for m in (model, new)]
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in model.inputs]
+        received = "inputs of its own" if given else "inputs=None, for which random ones were made"
+        raise ValueError(
+            "The two models are compared on inputs, which must be such that the model takes "
+            f"them. Received: {received}, for a model of input shapes {shapes}. Pass a small "
+            "batch of real examples as `inputs`."
+        ) from error
+    difference = largest = 0.0
+    for a, b in zip(*([_host(v) for v in some] for some in pairs), strict=True):
+        difference = max(difference, float(np.abs(a - b).max(initial=0)))
+        largest = max(largest, float(np.abs(a).max(initial=0)))
+    return difference, largest, int(np.shape(keras.tree.flatten(inputs)[0])[0])
+
+
+def _random_inputs(model: Any) -> Any:
+    rng = np.random.default_rng(0)
+
+    def random(spec: Any) -> Any:
+        shape: Sequence[int] = [n or (32 if i else 8) for i, n in enumerate(spec.shape)]
+        dtype = keras.backend.standardize_dtype(spec.dtype)
+        if keras.backend.is_float_dtype(dtype):
+            return ops.cast(rng.standard_normal(shape), dtype)
+        return ops.cast(rng.integers(0, 2, shape), dtype)
+
+    if isinstance(model, keras.Sequential):
+        return random(model.inputs[0])
+    return keras.tree.map_structure(random, model.input)

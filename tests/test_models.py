@@ -1,0 +1,246 @@
+"""The nets, `make_normalization`, and another normalization in a model that exists."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_norm import layers as ours
+from keras_norm import research
+from keras_norm.models import MLP, NORMALIZATIONS, LeNet, make_normalization, swap_normalization
+
+pytestmark = pytest.mark.core
+
+OF_POSITIONS = {"filter_response", "instance", "spatial"}  # that need images
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def convolutional(normalization, name="net"):
+    """A small net that every normalization fits into."""
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    x = make_normalization(normalization, "norm")(x)
+    x = keras.layers.Dropout(0.5)(keras.layers.ReLU()(x))
+    y = keras.layers.Dense(2, name="dense")(keras.layers.GlobalAveragePooling2D()(x))
+    return keras.Model(inputs, y, name=name)
+
+
+def images(n=4):
+    return np.random.default_rng(0).normal(size=(n, 8, 8, 3)).astype("float32")
+
+
+# make_normalization -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_every_name_makes_a_layer_that_trains(name):
+    model = convolutional(name)
+    layer = model.get_layer("norm")
+    assert type(layer).__name__.lower().startswith(name.replace("_", ""))
+    model.compile("sgd", "mse")
+    before = [array(v).copy() for v in layer.trainable_weights]
+    model.fit(images(), np.ones((4, 2)), verbose=0)
+    after = layer.trainable_weights
+    assert any((array(a) != b).any() for a, b in zip(after, before, strict=True))
+    assert np.isfinite(model.predict(images(), verbose=0)).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(NORMALIZATIONS) - OF_POSITIONS))
+def test_every_other_name_fits_after_dense_layers(name):
+    model = LeNet(name)
+    assert model.predict(np.zeros((1, 28, 28, 1), "float32"), verbose=0).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", OF_POSITIONS)
+def test_a_mapping_places_those_that_need_images(name):
+    model = LeNet({"conv1": name, "conv2": name})
+    assert model.get_layer("conv2_norm").name == "conv2_norm"
+    with pytest.raises(ValueError, match="imensions"):
+        LeNet(name)
+
+
+def test_make_normalization():
+    assert make_normalization(None, "n") is None
+    layer = make_normalization(functools.partial(ours.BatchNormalization, momentum=0.5), "n")
+    assert (layer.name, layer.momentum) == ("n", 0.5)
+    assert isinstance(make_normalization(keras.layers.UnitNormalization, "n"), keras.layers.Layer)
+    assert make_normalization(lambda: ours.RMSNormalization(name="own"), "n").name == "own"
+    for wrong in ("batchnorm", 3, ours.BatchNormalization(), int):
+        with pytest.raises(ValueError, match="Received: "):
+            make_normalization(wrong, "n")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"normalization": {"conv9": "batch"}}, r"unknown positions \['conv9'\]"),
+            ({"normalization": ["batch"]}, "Received: 1 entries"),
+            ({"placement": "around"}, "Received: placement='around'"),
+            ({"dropout": 1.0}, "Received: dropout=1.0"),
+            ({"classes": 0}, "Received: classes=0"),
+            ({"padding": "full"}, "Received: padding='full'"),
+            ({"input_shape": (8, 8, 1)}, r"Received: input_shape=\(8, 8, 1\)"),
+        ],
+    )
+    def test_lenet(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            LeNet(**arguments)
+
+    def test_mlp(self):
+        with pytest.raises(ValueError, match=r"Received: hidden=\(5, 0\)"):
+            MLP((5, 0))
+
+
+def test_placement_and_dropout():
+    model = LeNet(placement="after", dropout=0.2, activation="relu")
+    names = [y.name for y in model.layers]
+    start = names.index("conv1")
+    expected = ["conv1", "conv1_activation", "conv1_norm", "conv1_dropout", "pool1"]
+    assert names[start : start + 5] == expected
+    model = MLP((4,), ["layer"], input_shape=(2, 3), classes=3, use_bias=False)
+    assert [y.name for y in model.layers][2:4] == ["dense1", "dense1_norm"]
+    assert model.count_params() == 6 * 4 + 8 + 4 * 3 + 3
+
+
+# swap_normalization -----------------------------------------------------------------------------
+
+
+def snapshot(model):
+    return model.get_config(), [np.array(array(v)) for v in model.variables]
+
+
+def swap(model, to):
+    """Swaps, and holds the outcome against everything that is promised of it."""
+    before = snapshot(model)
+    new = swap_normalization(model, to)
+    assert model.get_config() == before[0]
+    for a, b in zip(snapshot(model)[1], before[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert type(new) is type(model)
+    assert new.name == model.name
+    assert not {id(v) for v in new.variables} & {id(v) for v in model.variables}
+    by_name = {y.name: y for y in model.layers}
+    for layer in new.layers:
+        old = by_name[layer.name]
+        if type(layer) is type(old):
+            for a, b in zip(layer.weights, old.weights, strict=True):
+                np.testing.assert_array_equal(array(a), array(b))
+    return new
+
+
+def randomized(model):
+    rng = np.random.default_rng(3)
+    for v in model.weights:
+        v.assign(rng.random(v.shape) + 0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", [*NORMALIZATIONS, None])
+def test_swap_is_as_if_made_so(name):
+    """The same outputs as the model made with that normalization, with the same weights."""
+    model = randomized(convolutional("batch"))
+    new = swap(model, name)
+    made = convolutional(name if name is not None else lambda: keras.layers.Identity(name="norm"))
+    assert len(made.weights) == len(new.weights)
+    made.set_weights(new.get_weights())
+    np.testing.assert_array_equal(array(new(images())), array(made(images())))
+    if name is not None:
+        old, layer = model.get_layer("norm"), new.get_layer("norm")
+        scale = layer.scale if name == "rms" else layer.gamma
+        np.testing.assert_array_equal(array(scale), array(old.gamma))
+        if name in ("batch", "spatial"):
+            np.testing.assert_array_equal(array(layer.moving_mean), array(old.moving_mean))
+            np.testing.assert_array_equal(array(new(images())), array(model(images())))
+
+
+@pytest.mark.parametrize("builtin", ["BatchNormalization", "LayerNormalization"])
+def test_swap_of_keras_layers(builtin):
+    """From the built-in layer to ours and back: same weights, same numbers."""
+    kind = getattr(keras.layers, builtin)
+    model = randomized(convolutional(kind))
+    new = swap(model, getattr(ours, builtin))
+    np.testing.assert_allclose(array(new(images())), array(model(images())), rtol=1e-4)
+    back = swap(new, kind)
+    np.testing.assert_array_equal(array(back(images())), array(model(images())))
+
+
+def test_swap_lenet_and_mlp():
+    model = randomized(LeNet("batch"))
+    new = swap(model, functools.partial(ours.GroupNormalization, groups=2))
+    assert [y.groups for y in new.layers if "norm" in y.name] == [2, 2, 2, 2]
+    model = randomized(MLP((4, 3), "layer", input_shape=(5,)))
+    new = swap(model, "batch")
+    assert isinstance(new.get_layer("dense2_norm"), ours.BatchNormalization)
+    assert len(swap(model, None).layers) == len(model.layers) - 2
+
+
+def test_swap_in_sequential_and_nested_models():
+    block = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(4), ours.BatchNormalization(name="norm")],
+        name="block",
+    )
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, block(block(inputs)), name="twice")
+    for to, kind in (("layer", ours.LayerNormalization), (None, keras.layers.Dense)):
+        new = swap_normalization(model, to)
+        inner = new.get_layer("block")
+        assert type(inner.layers[-1]) is kind
+        x = np.ones((2, 4), "float32")
+        np.testing.assert_allclose(array(new(x)), array(inner(inner(x))), rtol=1e-6)
+    assert type(swap_normalization(block, "rms")) is keras.Sequential
+
+
+def test_swap_keeps_shared_layers_shared():
+    norm = ours.BatchNormalization(name="norm")
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    model = keras.Model(inputs, [norm(x) for x in inputs])
+    new = swap(model, "layer")
+    assert len([y for y in new.layers if y.name == "norm"]) == 1
+    assert len(new.weights) == 2
+
+
+def test_swap_keeps_axis_dtype_and_trainable():
+    inputs = keras.Input((4, 6, 6), dtype="float64")
+    norm = ours.BatchNormalization(axis=1, dtype="float64", trainable=False, name="norm")
+    model = keras.Model(inputs, norm(inputs))
+    for to in ("group", "instance", "batch", "decorrelated", "quantile", "filter_response"):
+        new = swap(model, to).get_layer("norm")
+        assert (new.axis, new.compute_dtype, new.trainable) == (1, "float64", False)
+        assert tuple(new.gamma.shape) == (4,)
+    assert swap(model, "spatial").get_layer("norm").data_format == "channels_first"
+    own = functools.partial(ours.GroupNormalization, groups=2, axis=-1, dtype="float32")
+    new = swap(model, own).get_layer("norm")
+    assert (new.axis, new.compute_dtype) == (-1, "float32")
+
+
+def test_swap_keeps_masks_of_training():
+    """Dropout has its seed state, and the new layer takes part in training."""
+    model = convolutional("batch")
+    model.compile("sgd", "mse")
+    new = swap(model, "decorrelated")
+    assert new.compiled
+    before = array(new.get_layer("norm").moving_covariance).copy()
+    new.fit(images(), np.ones((4, 2)), verbose=0)
+    assert np.abs(array(new.get_layer("norm").moving_covariance) - before).max() > 1e-4
+    assert isinstance(new.get_layer("norm"), research.DecorrelatedBatchNormalization)
+
+
+def test_swap_errors():
+    model = convolutional("batch")
+    with pytest.raises(ValueError, match="Received: normalization='nothing'"):
+        swap_normalization(model, "nothing")
+    with pytest.raises(ValueError, match="Received: model='mlp' without any"):
+        swap_normalization(MLP((3,), None, input_shape=(4,)), "batch")
+    with pytest.raises(ValueError, match="an input of 2 dimensions"):
+        swap_normalization(MLP((3,), "batch", input_shape=(4,)), "instance")
+    inputs = keras.Input((4, 4, 2))
+    several = keras.Model(inputs, ours.LayerNormalization(axis=(1, 2, 3), name="n")(inputs))
+    with pytest.raises(ValueError, match=r"axis=\(1, 2, 3\) of 'n', to become GroupNormalization"):
+        swap_normalization(several, "group")
+    assert swap_normalization(several, "rms").get_layer("n").axis == (1, 2, 3)

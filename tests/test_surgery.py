@@ -1,0 +1,372 @@
+"""Folding of batch normalization, and rebuilding of models: same numbers, original untouched."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from differentiation import BACKEND
+from keras import ops
+
+from keras_norm import layers as ours
+from keras_norm._gradients import float64_promotion
+from keras_norm.models import MLP, FoldReport, LeNet, fold_batch_normalization, swap_normalization
+
+pytestmark = pytest.mark.core
+
+KINDS = {"ours": ours.BatchNormalization, "keras": keras.layers.BatchNormalization}
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def randomized(model, seed=0):
+    """The model with random weights, moving statistics among them, all far from their initial."""
+    rng = np.random.default_rng(seed)
+    for v in model.weights:
+        value = rng.normal(size=v.shape)
+        v.assign(0.2 + np.abs(value) if "variance" in v.path or "gamma" in v.path else value)
+    return model
+
+
+def state(model):
+    """Everything that could change: configuration, variables, graph."""
+    config = model.get_config() if not isinstance(model, keras.Sequential) else None
+    variables = [np.array(array(v)) for v in model.variables]
+    return config, [y.name for y in model.layers], variables
+
+
+def assert_same_state(a, b):
+    assert a[:2] == b[:2]
+    for x, y in zip(a[2], b[2], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def fold(model, inputs=None):
+    """Folds, and holds the outcome against everything that is promised of it."""
+    before = state(model)
+    folded, report = fold_batch_normalization(model, inputs)
+    assert_same_state(state(model), before)
+    assert type(folded) is type(model)
+    assert folded.name == model.name
+    assert isinstance(report, FoldReport)
+    assert not {id(v) for v in folded.variables} & {id(v) for v in model.variables}
+    names = {y.name for y in every_layer(folded)}
+    assert not names & {norm for norm, _ in report.folded}
+    assert names >= {name for name, _ in report.skipped}
+    return folded, report
+
+
+def every_layer(model):
+    return model._flatten_layers(include_self=False)
+
+
+def outputs(model, x):
+    return [array(y) for y in keras.tree.flatten(model(x, training=False))]
+
+
+def assert_same_outputs(model, folded, x, report=None, rtol=1e-4):
+    pairs = list(zip(outputs(model, x), outputs(folded, x), strict=True))
+    for a, b in pairs:
+        assert np.abs(a).max() > 0.1
+        np.testing.assert_allclose(b, a, atol=rtol * np.abs(a).max())
+    if report is not None:
+        difference = max(np.abs(a - b).max() for a, b in pairs)
+        assert report.largest_difference == pytest.approx(difference, rel=1e-3, abs=1e-12)
+        assert report.largest_output == pytest.approx(max(np.abs(a).max() for a, _ in pairs))
+
+
+LINEAR = {
+    "dense": ((7,), lambda **k: keras.layers.Dense(5, **k)),
+    "dense of sequences": ((6, 7), lambda **k: keras.layers.Dense(5, **k)),
+    "conv1": ((8, 3), lambda **k: keras.layers.Conv1D(4, 3, **k)),
+    "conv2": ((8, 8, 3), lambda **k: keras.layers.Conv2D(4, 3, strides=2, padding="same", **k)),
+    "conv2 groups": ((6, 6, 4), lambda **k: keras.layers.Conv2D(6, 3, groups=2, **k)),
+    "conv3": ((4, 4, 4, 2), lambda **k: keras.layers.Conv3D(3, 2, **k)),
+    "transposed1": ((5, 3), lambda **k: keras.layers.Conv1DTranspose(4, 3, strides=2, **k)),
+    "transposed2": ((5, 5, 3), lambda **k: keras.layers.Conv2DTranspose(4, 3, strides=2, **k)),
+    "transposed3": ((3, 3, 3, 2), lambda **k: keras.layers.Conv3DTranspose(3, 2, **k)),
+    "depthwise1": ((8, 3), lambda **k: keras.layers.DepthwiseConv1D(3, depth_multiplier=2, **k)),
+    "depthwise2": (
+        (6, 6, 3),
+        lambda **k: keras.layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same", **k),
+    ),
+    "separable1": ((8, 3), lambda **k: keras.layers.SeparableConv1D(4, 3, **k)),
+    "separable2": ((6, 6, 3), lambda **k: keras.layers.SeparableConv2D(4, 3, **k)),
+}
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("name", LINEAR)
+def test_fold_into(name, use_bias):
+    shape, build = LINEAR[name]
+    kind = KINDS["ours" if use_bias else "keras"]
+    model = keras.Sequential(
+        [keras.Input(shape), build(use_bias=use_bias, name="linear"), kind(name="norm")]
+        + [keras.layers.ReLU()]
+    )
+    randomized(model)
+    x = np.random.default_rng(1).normal(size=(3, *shape)).astype("float32")
+    folded, report = fold(model, x)
+    assert report.folded == (("norm", "linear"),)
+    assert report.skipped == ()
+    assert report.examples == 3
+    assert_same_outputs(model, folded, x, report, rtol=1e-5)
+    assert folded.layers[0].use_bias
+    assert model.layers[0].use_bias == use_bias
+
+
+@pytest.mark.parametrize("options", [{"center": False}, {"scale": False}, {"epsilon": 0.5}])
+def test_fold_without_gamma_or_beta(options):
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3), ours.BatchNormalization(**options)]
+    )
+    folded, report = fold(randomized(model))
+    assert len(report.folded) == 1
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
+    assert_same_outputs(model, folded, x)
+
+
+def test_fold_in_float64():
+    """To rounding: what is computed is computed in float64."""
+    options = {"dtype": "float64"}
+    model = keras.Sequential(
+        [keras.Input((4,), dtype="float64"), keras.layers.Dense(3, **options)]
+        + [ours.BatchNormalization(**options)]
+    )
+    with float64_promotion():  # Keras multiplies in float32 on JAX and PyTorch
+        _, report = fold(randomized(model))
+    assert report.largest_difference < 1e-13 * report.largest_output
+    assert report.examples == 8
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow convolves channels last on a CPU")
+@pytest.mark.parametrize("kind", [ours.BatchNormalization, ours.SpatialBatchNormalization])
+def test_fold_channels_first(kind):
+    first = {"data_format": "channels_first"}
+    norm = kind(**(first if kind is ours.SpatialBatchNormalization else {"axis": 1}))
+    model = keras.Sequential(
+        [keras.Input((3, 6, 6)), keras.layers.Conv2D(4, 3, **first), norm]
+        + [keras.layers.Conv2D(4, 3, **first), keras.layers.BatchNormalization(name="wrong")]
+    )
+    folded, report = fold(randomized(model))
+    assert len(report.folded) == 1
+    assert report.skipped[0][0] == "wrong"
+    assert "its axis -1 is not that of the channels" in report.skipped[0][1]
+    assert_same_outputs(model, folded, np.ones((2, 3, 6, 6), "float32"))
+
+
+def test_fold_lenet():
+    model = randomized(LeNet("batch", activation="relu"))
+    model.compile("sgd", "mse")
+    folded, report = fold(model)
+    assert len(report.folded) == 4
+    assert report.skipped == ()
+    assert folded.count_params() == LeNet(None).count_params()
+    assert report.largest_difference < 1e-5 * report.largest_output
+    assert "conv1_norm -> conv1" in str(report)
+    x = np.random.default_rng(1).normal(size=(4, 28, 28, 1)).astype("float32")
+    np.testing.assert_allclose(
+        folded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-3, atol=1e-2
+    )
+
+
+def branching():
+    """A functional model with one case of everything that cannot be folded."""
+    inputs = keras.Input((6,), name="x")
+    first = ours.BatchNormalization(name="first")(inputs)
+    a = keras.layers.Dense(6, name="a")(first)
+    folds = ours.BatchNormalization(name="folds")(a)
+    b = keras.layers.Dense(6, name="b", activation="tanh")(folds)
+    activated = ours.BatchNormalization(name="activated")(b)
+    c = keras.layers.Dense(6, name="c")(activated)
+    shared_output = ours.BatchNormalization(name="shared_output")(c)
+    d = keras.layers.Dense(6, name="d")
+    twice = d(shared_output), d(c)
+    of_shared = ours.BatchNormalization(name="of_shared")(twice[0])
+    e = keras.layers.Dense(6, name="e")(of_shared)
+    dropped = keras.layers.Dropout(0.5, name="dropout")(e)
+    after_dropout = ours.BatchNormalization(name="after_dropout")(dropped)
+    norm = ours.BatchNormalization(name="norm_twice")
+    both = [norm(keras.layers.Dense(6, name=n)(after_dropout)) for n in ("f", "g")]
+    h = keras.layers.Dense(6, name="h")(both[0] + both[1])
+    by_batch = ours.BatchNormalization(name="by_batch", use_batch_statistics=True)(h)
+    i = keras.layers.Dense(6, name="i")(by_batch + twice[1])
+    also_output = ours.BatchNormalization(name="also_output")(i)
+    return keras.Model(inputs, {"y": also_output, "raw": i}, name="branching")
+
+
+def test_what_cannot_be_folded():
+    model = randomized(branching())
+    x = np.random.default_rng(1).normal(size=(5, 6)).astype("float32")
+    folded, report = fold(model, x)
+    assert report.folded == (("folds", "a"),)
+    reasons = {
+        "first": "the first layer",
+        "activated": "the activation of Dense 'b'",
+        "shared_output": "the output of Dense 'c' is used elsewhere",
+        "of_shared": "Dense 'd' is used in several places",
+        "after_dropout": "it follows Dropout 'dropout'",
+        "norm_twice": "it is used in several places",
+        "by_batch": "use_batch_statistics=True",
+        "also_output": "the output of Dense 'i' is used elsewhere",
+    }
+    assert {name for name, _ in report.skipped} == set(reasons)
+    for name, reason in report.skipped:
+        assert reasons[name] in reason
+    assert_same_outputs(model, folded, x, report)
+    assert set(folded(x)) == {"y", "raw"}
+
+
+def nested(shared):
+    block = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(4, name="inner"), ours.BatchNormalization(name="in")]
+        + [keras.layers.Dropout(0.5)],
+        name="block",
+    )
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(4, name="outer")(inputs)
+    x = ours.BatchNormalization(name="out")(block(x))
+    x = block(x) if shared else x
+    z = keras.Input((4,))
+    deep = keras.Model(z, keras.layers.BatchNormalization(name="deep")(keras.layers.Dense(3)(z)))
+    return keras.Model(inputs, deep(x))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fold_in_nested_models(shared):
+    """Also in a model that is used twice, whose weights stay shared."""
+    model = randomized(nested(shared))
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    folded, report = fold(model, x)
+    assert [a for a, _ in report.folded] == ["in", "deep"] or [a for a, _ in report.folded] == [
+        "deep",
+        "in",
+    ]
+    assert [(a, "follows Sequential 'block'" in why) for a, why in report.skipped] == [
+        ("out", True)
+    ]
+    assert_same_outputs(model, folded, x, report)
+    assert len(folded.weights) == len(model.weights) - 8
+
+
+def test_inside_of_another_layer():
+    model = keras.Sequential(
+        [keras.Input((5, 4)), keras.layers.TimeDistributed(ours.BatchNormalization(name="norm"))]
+    )
+    folded, report = fold(randomized(model))
+    assert report.folded == ()
+    assert "inside of TimeDistributed" in report.skipped[0][1]
+    assert_same_outputs(model, folded, np.ones((2, 5, 4), "float32"))
+    with pytest.raises(ValueError, match="Received: 'norm' inside of TimeDistributed"):
+        swap_normalization(model, "layer")
+
+
+def test_random_inputs_of_every_kind():
+    """Integers, several inputs, and sizes that are left open."""
+    tokens, extra = keras.Input((None,), dtype="int32", name="tokens"), keras.Input((3,), name="e")
+    x = keras.layers.Embedding(5, 4)(tokens)
+    x = ours.BatchNormalization(name="norm")(keras.layers.Conv1D(3, 3)(x))
+    y = keras.layers.GlobalAveragePooling1D()(x) + extra
+    model = keras.Model({"tokens": tokens, "e": extra}, y)
+    _, report = fold(randomized(model))
+    assert report.folded[0][0] == "norm"
+    assert 0 < report.largest_output < np.inf
+    with pytest.raises(ValueError, match="inputs of its own, for a model of input shapes"):
+        fold_batch_normalization(model, np.ones((2, 2)))
+
+
+def test_wrong_weights_would_be_seen():
+    """The report measures: a model that was folded wrongly has a large difference."""
+    model = randomized(MLP((5,), "batch", input_shape=(4,)))
+    folded, _ = fold_batch_normalization(model)
+    dense = folded.get_layer("dense1")
+    dense.kernel.assign(array(dense.kernel) * 1.01)
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    difference = np.abs(outputs(model, x)[0] - outputs(folded, x)[0]).max()
+    assert difference > 1e-3
+
+
+def test_frozen_layers_and_dropout_stay():
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, name="a", trainable=False)]
+        + [ours.BatchNormalization(), keras.layers.Dropout(0.3, seed=1), keras.layers.Dense(2)]
+    )
+    folded, _ = fold(model)
+    assert not folded.get_layer("a").trainable
+    assert folded.layers[1].rate == 0.3
+    again, report = fold(folded)
+    assert report.folded == report.skipped == ()
+    assert len(again.layers) == 3
+
+
+def test_saved_and_compiled(tmp_path):
+    model = randomized(MLP((5,), "batch", input_shape=(4,)))
+    folded, _ = fold(model)
+    folded.save(tmp_path / "folded.keras")
+    loaded = keras.saving.load_model(tmp_path / "folded.keras")
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), folded.predict(x, verbose=0))
+    swapped = swap_normalization(model, "layer")
+    swapped.compile("adam", "mse")
+    swapped.fit(x, np.ones((5, 10)), verbose=0)
+
+
+# Models that cannot be rebuilt -----------------------------------------------------------------
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm = ours.BatchNormalization()
+
+    def call(self, x):
+        return self.norm(x)
+
+
+class OwnConstructor(keras.Model):
+    def __init__(self, units):
+        inputs = keras.Input((4,))
+        x = ours.BatchNormalization()(keras.layers.Dense(units)(inputs))
+        super().__init__(inputs, x)
+
+
+class OwnStep(keras.Model):
+    """Only what it does in training is its own: it can be rebuilt."""
+
+    def answer(self):
+        return 42
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [fold_batch_normalization, functools.partial(swap_normalization, to="layer")],
+)
+class TestRefused:
+    def test_subclassed(self, operation):
+        model = Subclassed()
+        model(np.ones((2, 3), "float32"))
+        with pytest.raises(ValueError, match=r"Received: model=.subclassed.*a subclassed model"):
+            operation(model)
+
+    def test_own_constructor(self, operation):
+        with pytest.raises(ValueError, match="of the class OwnConstructor"):
+            operation(OwnConstructor(3))
+
+    def test_unbuilt(self, operation):
+        model = keras.Sequential([keras.layers.Dense(3), ours.BatchNormalization()], name="m")
+        with pytest.raises(ValueError, match="Received: model='m', a Sequential without input"):
+            operation(model)
+
+    def test_no_model(self, operation):
+        with pytest.raises(ValueError, match=r"Only a keras.Model can be rebuilt|must have norm"):
+            operation(keras.layers.Dense(3))
+
+    def test_own_step_is_kept(self, operation):
+        inputs = keras.Input((4,))
+        norm = ours.BatchNormalization()
+        model = OwnStep(inputs, norm(keras.layers.Dense(3)(inputs)))
+        result = operation(model)
+        result = result[0] if isinstance(result, tuple) else result
+        assert result.answer() == 42
