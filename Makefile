@@ -1,7 +1,7 @@
 # make tutorial       environment, install, tutorial 01 on real data
 # make test           environment, install, lint, types, all tests on TensorFlow
 # make test-backends  the core tests on JAX and on PyTorch, each in an environment of its own
-# make bench          benchmarks (nothing else should be running)
+# make bench          benchmarks of layers, training and memory (nothing else should be running)
 # Environments are made when they are missing, or older than pyproject.toml, and only then.
 
 PYTHON ?= python3
@@ -58,7 +58,9 @@ test-torch: .venv-torch/installed
 	@KERAS_BACKEND=torch OMP_NUM_THREADS=1 .venv-torch/bin/python $(PYTEST) -m core $(ARGS)
 
 bench: .venv/installed
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py $(ARGS)
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py --layers batch layer rms group $(ARGS)
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/training.py
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/memory.py --layers batch layer rms group
 
 clean:
 	rm -rf .venv .venv-jax .venv-torch build *.egg-info

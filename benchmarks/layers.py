@@ -1,9 +1,9 @@
 """How long a step of normalization takes: ours, Keras's, PyTorch's, and the least possible.
 
-    make bench                                        # batch normalization, the whole grid
-    make bench ARGS="--shapes 256,32,32,64"           # one shape
-    make bench ARGS="--layers layer rms group"        # other layers, on their natural shapes
-    make bench ARGS="--compiled eager"                # or xla, TensorFlow only; default graph
+    python benchmarks/layers.py                            # batch normalization, the whole grid
+    python benchmarks/layers.py --shapes 256,32,32,64      # one shape
+    python benchmarks/layers.py --layers layer rms group   # others, on their natural shapes
+    python benchmarks/layers.py --compiled eager           # or xla; TensorFlow only
     KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
 
 One process, nothing else running. The contestants take turns, shape by shape, so that what else
@@ -153,23 +153,48 @@ def contestants(kind, shape, training, compiled):
     return result
 
 
+def finish():
+    """Waits for what was only queued: PyTorch's kernels on a GPU."""
+    if BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 def seconds(function):
+    finish()
     start = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - start
+
+
+def copying(x, tensor):
+    """A function that reads an array of x's size and writes another, where the layers run."""
+    if BACKEND == "torch" and tensor.is_cuda:
+        target = tensor.clone()
+        return lambda: target.copy_(tensor)
+    if BACKEND == "jax":
+        import jax
+
+        if jax.default_backend() != "cpu":
+            step = jax.jit(lambda a: a + 1)
+            return lambda: jax.block_until_ready(step(tensor))
+    target = np.empty_like(x)
+    return lambda: np.copyto(target, x)
 
 
 def measure(kind, shape, mode, compiled, repeats, minimum):
     """{contestant: seconds of every turn}, the turns alternating."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
-    target = np.empty_like(x)
     tensors = ops.convert_to_tensor(x), ops.convert_to_tensor(dy)
     turns = {
         name: lambda step=step: step(*tensors)
         for name, step in contestants(kind, shape, mode == "training", compiled).items()
     }
-    turns["floor"] = lambda: np.copyto(target, x)  # two sweeps: one read, one write
+    turns["floor"] = copying(x, tensors[0])  # two sweeps: one read, one write
     once = {}
     for name, turn in turns.items():
         turn()
@@ -224,8 +249,11 @@ def save(rows, out):
 
 
 def plot(rows, out):
-    from matplotlib import pyplot
-
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
     from keras_norm import plotting
 
     modes = list(dict.fromkeys(row["mode"] for row in rows))
@@ -320,9 +348,7 @@ def main():
     plot(rows, arguments.out)
     show(rows)
     print("\n".join(summary(rows)))
-    print(
-        f"milliseconds; medians of {arguments.repeats} turns; {arguments.out}/layers.csv and .png"
-    )
+    print(f"milliseconds; medians of {arguments.repeats} turns; written to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -597,7 +597,7 @@ class BatchNormalization(keras.layers.Layer):
         # Of the tensor: PyTorch's keras.Variable * float rounds the float to float32.
         old = ops.convert_to_tensor(variable)
         value = old * keep + ops.cast(value, variable.dtype) * rest
-        self._assign(variable, value, moves)
+        variable.assign(ops.where(moves, value, old))
         return value
 
     def _assign(self, variable: Any, value: Array, moves: Any) -> None:

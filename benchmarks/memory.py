@@ -1,0 +1,85 @@
+"""Peak memory of one training step of a normalization layer, beyond its input and gradient.
+
+    python benchmarks/memory.py                       # batch normalization at 256,32,32,64
+    python benchmarks/memory.py --layers batch layer group --shape 128,32,32,32
+
+Each figure comes from a process of its own: the highest resident memory of a compiled step less
+that before it, in units of the input's size. Linux only: it resets the peak that the kernel keeps.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+MEBIBYTE = 2**20
+
+
+def resident(field):
+    """A field of this process's status, in bytes."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def one(kind, who, shape):
+    """Measures in this process, and prints bytes."""
+    import layers as benchmark
+    import numpy as np
+    from keras import layers as keras_layers
+    from keras import ops
+
+    from keras_norm import layers
+
+    name, _, arguments, _ = benchmark.LAYERS[kind]
+    layer = getattr({"keras_norm": layers, "keras": keras_layers}[who], name)(**arguments)
+    layer.build(shape)
+    step = benchmark.step_of(layer, training=True)
+    small = [ops.ones((2, *shape[1:])) for _ in range(2)]
+    step(*small)  # what the libraries allocate once
+    rng = np.random.default_rng(0)
+    x, dy = (ops.convert_to_tensor(rng.standard_normal(shape, "float32")) for _ in range(2))
+    if hasattr(step, "get_concrete_function"):
+        step.get_concrete_function(x, dy)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    gradients = step(x, dy)
+    np.asarray(ops.convert_to_numpy(ops.sum(gradients[0] if who else gradients)))
+    print(resident("VmHWM") - before)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--layers", nargs="+", default=["batch"])
+    parser.add_argument("--shape", default="256,32,32,64", metavar="N,…,C")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    shape = tuple(map(int, arguments.shape.split(",")))
+    if arguments.one:
+        one(*arguments.one.split(":"), shape)
+        return
+    size = 4
+    for n in shape:
+        size *= n
+    print(f"input of {shape}: {size / MEBIBYTE:.0f} MiB; peak of a step beyond x and dy:")
+    for kind in arguments.layers:
+        peaks = {}
+        for who in ("keras_norm", "keras"):
+            command = [sys.executable, __file__, "--one", f"{kind}:{who}"]
+            command += ["--shape", arguments.shape]
+            peaks[who] = sorted(
+                int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                for _ in range(arguments.repeats)
+            )[arguments.repeats // 2]
+        text = ", ".join(
+            f"{w} {p / MEBIBYTE:.0f} MiB ({p / size:.1f} inputs)" for w, p in peaks.items()
+        )
+        print(f"{kind:>6}: {text}; ours / Keras's {peaks['keras_norm'] / peaks['keras']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

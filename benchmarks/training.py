@@ -1,0 +1,193 @@
+"""Examples per second of `model.fit`: with our normalization, with Keras's, and without any.
+
+    python benchmarks/training.py                     # four nets, on TensorFlow
+    python benchmarks/training.py --nets lenet --turns 20
+    KERAS_BACKEND=jax python benchmarks/training.py --out results/bench_training_jax
+
+One process, nothing else running. The three models of a net train in turns of some steps each;
+ratios are medians of the ratios within a turn. The images are random numbers in memory: speed does
+not depend on them. "pipeline" is the rate of the batches alone, with no model behind them: far
+above the rest, it cannot be what limits them.
+"""
+
+import argparse
+import csv
+import pathlib
+import time
+
+from keras_norm import quiet
+
+quiet.start()
+
+import keras
+import numpy as np
+from keras import layers as keras_layers
+from tqdm import tqdm
+
+from keras_norm import experiments, layers, models
+
+NORMALIZATIONS = {
+    "keras_norm": layers.BatchNormalization,
+    "keras": keras_layers.BatchNormalization,
+    "none": None,
+}
+
+
+def three_layer_convnet(normalization):
+    """Convolution 32 of 7 x 7, pooling, dense 100, dense 10; normalized before each ReLU."""
+    return sequence((32, 32, 3), [("conv", 32, 7), ("pool",), ("dense", 100)], normalization)
+
+
+def cifar_convnet(normalization):
+    """Six convolutions of 3 x 3, 58 million multiplications and additions for each image."""
+    blocks = [("conv", 32, 3), ("conv", 32, 3), ("pool",)]
+    blocks += [("conv", 64, 3), ("conv", 64, 3), ("pool",)]
+    blocks += [("conv", 128, 3), ("conv", 128, 3), ("pool",), ("dense", 128)]
+    return sequence((32, 32, 3), blocks, normalization)
+
+
+def sequence(shape, blocks, normalization):
+    """Convolution or dense layer, normalization, ReLU; maximum pooling; ten classes."""
+    model = keras.Sequential([keras.Input(shape)])
+    for kind, *sizes in blocks:
+        if kind == "pool":
+            model.add(keras_layers.MaxPooling2D())
+            continue
+        if kind == "conv":
+            width, kernel = sizes
+            model.add(keras_layers.Conv2D(width, kernel, padding="same"))
+        else:
+            model.add(keras_layers.Flatten())
+            model.add(keras_layers.Dense(*sizes))
+        if normalization is not None:
+            model.add(normalization())
+        model.add(keras_layers.ReLU())
+    if not any(isinstance(layer, keras_layers.Flatten) for layer in model.layers):
+        model.add(keras_layers.Flatten())
+    model.add(keras_layers.Dense(10))
+    return model
+
+
+NETS = {  # name: (builder, input shape, batch size, steps in a turn)
+    "lenet": (models.LeNet, (28, 28, 1), 256, 40),
+    "mlp 5x100": (
+        lambda n: models.MLP((100,) * 5, n, input_shape=(32, 32, 3)),
+        (32, 32, 3),
+        100,
+        100,
+    ),
+    "three-layer convnet": (three_layer_convnet, (32, 32, 3), 100, 10),
+    "cifar convnet": (cifar_convnet, (32, 32, 3), 128, 8),
+}
+
+
+class Times(keras.callbacks.Callback):
+    """The moments at which steps end."""
+
+    def on_train_begin(self, logs=None):
+        self.ends = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ends.append(time.perf_counter())
+
+
+class Contestant:
+    """A compiled model with its data."""
+
+    def __init__(self, build, normalization, shape, batch_size, steps):
+        keras.utils.set_random_seed(0)
+        self.model = build(normalization)
+        self.model.compile(
+            keras.optimizers.SGD(0.01),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        self.batch_size = batch_size
+        rng = np.random.default_rng(0)
+        self.x = rng.random((batch_size * steps, *shape)).astype("float32")
+        self.y = rng.integers(0, 10, batch_size * steps)
+
+    def rate(self):
+        """Examples per second of one `fit`, from its first step's end to its last one's."""
+        times = Times()
+        self.model.fit(
+            self.x, self.y, batch_size=self.batch_size, verbose=0, shuffle=False, callbacks=[times]
+        )
+        return (len(times.ends) - 1) * self.batch_size / (times.ends[-1] - times.ends[0])
+
+
+def pipeline_rate(contestant):
+    """Examples per second of the batches that `fit` draws, without training on them."""
+    keras.utils.set_random_seed(0)
+    shape = contestant.x.shape[1:]
+    idle = keras.Sequential(
+        [keras.Input(shape), keras_layers.GlobalAveragePooling2D(), keras_layers.Dense(10)]
+    )
+    idle.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    probe = object.__new__(Contestant)
+    probe.model, probe.batch_size = idle, contestant.batch_size
+    probe.x, probe.y = contestant.x, contestant.y
+    probe.rate()
+    return max(probe.rate() for _ in range(3))
+
+
+def measure(net, turns, bar):
+    build, shape, batch_size, steps = NETS[net]
+    contestants = {
+        name: Contestant(build, normalization, shape, batch_size, steps)
+        for name, normalization in NORMALIZATIONS.items()
+    }
+    for contestant in contestants.values():
+        contestant.rate()  # compiles
+    rates = {name: [] for name in contestants}
+    for _ in range(turns):
+        for name, contestant in contestants.items():
+            rates[name].append(contestant.rate())
+        bar.update()
+    return {name: np.array(r) for name, r in rates.items()}, pipeline_rate(contestants["keras"])
+
+
+def row_of(net, rates, pipeline):
+    row = {"net": net, "backend": keras.backend.backend(), "turns": len(rates["keras"])}
+    for name, r in rates.items():
+        low, median, high = (float(v) for v in np.quantile(r, [0.25, 0.5, 0.75]))
+        row |= {f"{name} /s": median, f"{name} /s 25%": low, f"{name} /s 75%": high}
+    row["ours over keras"] = float(np.median(rates["keras_norm"] / rates["keras"]))
+    row["ours over none"] = float(np.median(rates["keras_norm"] / rates["none"]))
+    row["pipeline /s"] = pipeline
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--turns", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_training"))
+    arguments = parser.parse_args()
+    if arguments.turns < 3:
+        parser.error("--turns must be at least 3, for a median with quartiles")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with tqdm(total=len(arguments.nets) * arguments.turns, unit="turn") as bar:
+        for net in arguments.nets:
+            bar.set_description(net)
+            rows.append(row_of(net, *measure(net, arguments.turns, bar)))
+            with (
+                experiments.replace_file(arguments.out / "training.csv") as path,
+                path.open("w", newline="") as file,
+            ):
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    header = ("net", "ours /s", "Keras /s", "none /s", "ours/Keras", "ours/none", "pipeline /s")
+    print("{:>20} {:>9} {:>9} {:>9} {:>11} {:>10} {:>12}".format(*header))
+    for r in rows:
+        print(
+            f"{r['net']:>20} {r['keras_norm /s']:9.0f} {r['keras /s']:9.0f} {r['none /s']:9.0f} "
+            f"{r['ours over keras']:11.2f} {r['ours over none']:10.2f} {r['pipeline /s']:12.0f}"
+        )
+    print(f"Examples per second, medians of {arguments.turns} alternating turns of `fit`.")
+    print(f"{experiments.describe_machine()['summary']}; {arguments.out}/training.csv")
+
+
+if __name__ == "__main__":
+    main()

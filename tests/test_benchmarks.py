@@ -1,0 +1,68 @@
+"""The benchmarks run, and save what they say; nothing is asserted about speed."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script, *arguments):
+    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("compiled", ["graph", "eager"])
+def test_layers(tmp_path, compiled):
+    options = ["--repeats", "3", "--shapes", "8,4,4,16", "--compiled", compiled]
+    printed = run("layers.py", "--layers", "batch", "group", *options, "--out", tmp_path)
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["layer"], r["mode"]) for r in rows] == [
+        (layer, mode) for layer in ("batch", "group") for mode in ("training", "inference")
+    ]
+    for row in rows:
+        assert float(row["speedup over keras"]) > 0
+        assert row["repeats"] == "3"
+    assert (tmp_path / "layers.png").stat().st_size > 1000
+    assert "group, inference: Keras/ours, geometric mean" in printed
+
+
+def test_training(tmp_path):
+    printed = run("training.py", "--nets", "mlp 5x100", "--turns", "3", "--out", tmp_path)
+    with (tmp_path / "training.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["net"] == "mlp 5x100"
+    assert float(row["pipeline /s"]) > 0
+    assert "ours/Keras" in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_memory():
+    printed = run("memory.py", "--shape", "64,32,32,16", "--repeats", "1")
+    assert "ours / Keras's" in printed
+
+
+def test_gpu_is_refused_without_one():
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "no GPU is in sight" in result.stderr or "is installed" in result.stderr
