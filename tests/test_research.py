@@ -1,5 +1,7 @@
 """Whitening, quantile and filter-response normalization: values, gradients, the layers."""
 
+import threading
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -703,6 +705,42 @@ def test_bad_batches_are_left_out(name, bad):
     layer(x, training=True, mask=np.arange(8) != 2)  # masked, it does no harm
     assert layer.skipped_batches == 2
     assert all(np.isfinite(array(v)).all() for v in layer._moving())
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_replicas_share_their_statistics(name, monkeypatch):
+    """Two replicas in step, with unequal parts of a batch, end with the statistics of both."""
+    x = data((12, 4), -1)[0].astype("float32")
+    parts, boxes, barrier = (x[:4], x[4:]), {}, threading.Barrier(2, timeout=60)
+
+    def all_sum(v):
+        boxes[threading.current_thread().name] = v
+        barrier.wait()
+        total = boxes["0"] + boxes["1"]
+        barrier.wait()
+        return total
+
+    replicas = [LAYERS[name](momentum=0.0) for _ in parts]
+    for layer in replicas:
+        layer.build(x.shape)
+    monkeypatch.setattr(research.distributed, "replicas", lambda: 2)
+    monkeypatch.setattr(research.distributed, "all_sum", all_sum)
+    threads = [
+        threading.Thread(target=layer, args=(part,), kwargs={"training": True}, name=str(i))
+        for i, (layer, part) in enumerate(zip(replicas, parts, strict=True))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if name == "zca":
+        expected = whitened(x.astype("float64"), size=2, method="zca")[1:]
+    else:  # the mean of the quantile functions, by counts
+        q = [ranked(v.astype("float64"), target="normal", quantiles=4)[1] for v in parts]
+        expected = [(4 * q[0] + 8 * q[1]) / 12]
+    for layer in replicas:
+        for v, exact in zip(layer._moving(), expected, strict=True):
+            np.testing.assert_allclose(array(v), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MOVING)
