@@ -584,8 +584,13 @@ def _products(
     d = math.prod(x.shape[-axes:])
     dtype = x.dtype
 
+    as_it_is = axes == 1 and len(x.shape) == 2
+
     def rows_of(v: Array) -> Array:
-        return ops.reshape(v, (-1, d))
+        return v if as_it_is else ops.reshape(v, (-1, d))
+
+    def like(x: Array, rows: Array) -> Array:
+        return rows if as_it_is else ops.reshape(rows, ops.shape(x))
 
     def row(v: Array) -> Array:
         return ops.reshape(ops.cast(v, dtype), (1, d))
@@ -602,7 +607,7 @@ def _products(
         x_hat = z * inv_std  # (L4) (R3)
         y = x_hat if gamma is None else x_hat * row(gamma)  # (R4)
         y = y if beta is None else y + row(beta)  # (L5)
-        return (ops.reshape(y, ops.shape(x)),), (x_hat, inv_std, gamma)
+        return (like(x, y),), (x_hat, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x_hat, inv_std, gamma = residuals
@@ -619,7 +624,7 @@ def _products(
         if centers:
             rest = rest + dy @ share
         dx = (dy if gamma is None else dy * g) - rest
-        return ops.reshape(dx * inv_std, ops.shape(upstream[0])), dgamma, dbeta  # (L9) (R6)
+        return like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)
 
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
     return y
@@ -713,10 +718,9 @@ def _by_channel(
     def mean(sums: Array, d: Any) -> Array:
         """Sums of each channel (N, 1, 1, C) -> the mean over its group, of the same shape."""
         if per_group > 1:
-            by_group = ops.reshape(sums, (-1, groups, per_group))
-            sums = ops.reshape(
-                ops.repeat(ops.sum(by_group, axis=2), per_group, axis=1), ops.shape(sums)
-            )
+            of_group = ops.sum(ops.reshape(sums, (-1, groups, per_group)), axis=2, keepdims=True)
+            spread = of_group * ops.ones((1, 1, per_group), dtype=dtype)
+            sums = ops.reshape(spread, (-1, *[1] * len(positions), channels))
         return sums / d
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
