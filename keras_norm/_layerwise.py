@@ -851,6 +851,13 @@ def _compiled_like(program: Program, model: Any) -> None:
 _Planned = TypeVar("_Planned", "Plan", "OnePass")
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Plans, in what Keras does not look into when it saves and loads: they hold the model."""
+
+    plans: dict[Any, Any]
+
+
 def _remembered(
     kind: type[_Planned], model: Any, layers: Sequence[Layer], example: Any
 ) -> _Planned:
@@ -862,13 +869,13 @@ def _remembered(
     parts = [model, *model._flatten_layers(include_self=False)]
     marks = [_mark(part) for part in parts]
     key = (str(structure), [id(y) for y in layers], [id(part) for part in parts], marks)
-    kept = vars(model).get(_KEPT, {})
-    if kind in kept and kept[kind][0] == key:
-        return kept[kind][1]  # type: ignore[no-any-return]
+    kept = vars(model).get(_KEPT) or _Kept({})
+    if kind in kept.plans and kept.plans[kind][0] == key:
+        return kept.plans[kind][1]  # type: ignore[no-any-return]
     plan = kind(model, layers, structure)
     for program in plan.programs:
         _compiled_like(program, model)
-    object.__setattr__(model, _KEPT, {**kept, kind: (key, plan, parts)})
+    object.__setattr__(model, _KEPT, _Kept({**kept.plans, kind: (key, plan, parts)}))
     return plan
 
 

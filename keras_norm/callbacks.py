@@ -1,20 +1,35 @@
 """What happens during `fit`: Keras callbacks."""
 
+import csv
+import importlib
 import math
 import numbers
 import os
+import time
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import keras
 import numpy as np
 import numpy.typing as npt
 
+from keras_norm import statistics
+from keras_norm._layerwise import rms
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LearningRateRangeTest", "LearningRateSuggestion"]
+__all__ = [
+    "AdaptStatistics",
+    "AverageWeights",
+    "LearningRateRangeTest",
+    "LearningRateSuggestion",
+    "ReestimateStatistics",
+    "StatisticsMonitor",
+    "in_order",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -516,3 +531,613 @@ def _view(loss: Floats, smoothed: Floats) -> tuple[float, float]:
     high = min(float(finite.max()), max(start, low) + (max(start, low) - low))
     margin = 0.05 * (high - low) or 0.5
     return low - margin, high + margin
+
+
+# Statistics and averages during `fit` -------------------------------------------------------------
+
+
+class _Exchange(keras.callbacks.Callback):
+    """Gives the model other values for validation, and its own back for training.
+
+    In an epoch of `fit` with validation data:
+
+        on_test_begin       the values come in: validation sees them,
+        on_epoch_end        and so do the callbacks that are listed before this one;
+                            then the model's own values go back in, for those that are listed
+                            after it, and for the next epoch.
+
+    An exception in a validation step puts them back as it passes through; one elsewhere when the
+    `with` block of the callback ends, at the next `fit`, or by `restore()`.
+    """
+
+    def __init__(self, every: int, keep: bool) -> None:
+        super().__init__()
+        if not (_is_int(every) and every >= 1):
+            raise ValueError(f"`every` must be an int >= 1, epochs. Received: every={every!r}.")
+        self.every = every
+        self.keep = keep
+        self._own: list[tuple[Any, npt.NDArray[Any]]] | None = None
+        self._fitting = False
+        self._epoch = 0
+        self._watch: tuple[Any, Any] | None = None
+
+    def _variables(self) -> list[Any]:
+        """What is exchanged."""
+        raise NotImplementedError
+
+    def _come_in(self) -> None:
+        """Assigns the other values."""
+        raise NotImplementedError
+
+    def _due(self, epoch: int) -> bool:
+        return (epoch + 1) % self.every == 0
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether the model has the other values at present."""
+        return self._own is not None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Puts back what an interrupted `fit` has left."""
+        self.restore()
+        self._fitting = True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Notes the epoch."""
+        self._epoch = epoch
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Brings the values in, before validation."""
+        if not (self._fitting and self._due(self._epoch)) or self.exchanged:
+            return
+        self._bring_in()
+        function = self.model.test_function
+        wrapper = _watched(function, self.restore)
+        self._watch = function, wrapper
+        self.model.test_function = wrapper
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Gives the model its step of validation back."""
+        self._unwatch()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Puts the model's own values back."""
+        self._put_back()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Ends; with `keep`, the model gets the other values for good."""
+        self._put_back()
+        self._fitting = False
+        if self.keep:
+            self._bring_in()
+            self._own = None
+
+    def restore(self) -> None:
+        """Puts the model's own values back; does nothing if it has them.
+
+        Example:
+            >>> AverageWeights().restore()
+        """
+        self._fitting = False
+        self._put_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def _bring_in(self) -> None:
+        _synchronized(self.model)
+        self._own = [(v, np.array(v.numpy())) for v in self._variables()]
+        try:
+            self._come_in()
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        self._unwatch()
+        own, self._own = self._own, None
+        if own is None:
+            return
+        if getattr(self.model, "_jax_state", None):
+            self.model._jax_state_synced = True  # the state is that of the variables from now on
+        statistics._assign_all(own)
+
+    def _unwatch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None and self.model.test_function is watch[1]:
+            self.model.test_function = watch[0]
+
+
+def _synchronized(model: Any) -> None:
+    """On JAX, the values of the training step go into the variables."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+class ReestimateStatistics(_Exchange):
+    """Validates with re-estimated batch normalization statistics.
+
+    Before the validation of every n-th epoch, `keras_norm.statistics.reestimate` replaces the
+    moving statistics; after it, training goes on with its own. List callbacks that shall see the
+    re-estimated ones (`ModelCheckpoint`, `EarlyStopping`) before this one, and `BackupAndRestore`
+    after it; `in_order` does.
+
+    Args:
+        data: as in `reestimate`, usually the training data; of a generator, which has an end, a
+            function without arguments that makes one.
+        every: int >= 1, epochs. Default: 1.
+        keep: whether the model ends `fit` with re-estimated statistics. Default: True.
+        options: of `reestimate`.
+
+    Attributes:
+        reports: epoch -> `keras_norm.statistics.Report`; "end" for that at the end.
+
+    Raises:
+        ValueError: for `every` out of range; from `fit`, as `reestimate`: the model then has its
+            own statistics.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,), classes=2)
+        >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x, y = np.eye(3, dtype="float32"), np.array([0, 1, 1])
+        >>> callback = ReestimateStatistics(x)
+        >>> _ = model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=[callback])
+        >>> list(callback.reports)
+        [0, 'end']
+    """
+
+    def __init__(self, data: Any, *, every: int = 1, keep: bool = True, **options: Any) -> None:
+        super().__init__(every, keep)
+        self.data = data
+        self.options = options
+        self.reports: dict[int | str, statistics.Report] = {}
+
+    def _variables(self) -> list[Any]:
+        layers = statistics._normalizations(self.model).values()
+        return [v for layer in layers for v in statistics._statistics_of(layer)]
+
+    def _come_in(self) -> None:
+        data = self.data() if callable(self.data) else self.data
+        self.reports[self._epoch if self._fitting else "end"] = self._operate(data)
+
+    def _operate(self, data: Any) -> statistics.Report:
+        return statistics.reestimate(self.model, data, **self.options)
+
+
+class AdaptStatistics(ReestimateStatistics):
+    """Validates with statistics that are adapted to another domain.
+
+    As `ReestimateStatistics`, by `keras_norm.statistics.adapt`: what validation data of that
+    domain would show after adaptation.
+
+    Args:
+        target: as in `adapt`, or a function without arguments that makes it.
+        prior: N of `adapt`, number of pseudo-examples. Default: 0.
+        every: int >= 1, epochs. Default: 1.
+        keep: whether the model ends `fit` with adapted statistics. Default: False.
+        options: of `adapt`.
+
+    Example:
+        >>> AdaptStatistics(np.zeros((9, 3)), prior=16).keep
+        False
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        prior: float = 0.0,
+        every: int = 1,
+        keep: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(target, every=every, keep=keep, **options)
+        self.prior = prior
+
+    def _operate(self, data: Any) -> statistics.Report:
+        return statistics.adapt(self.model, data, prior=self.prior, **self.options)
+
+
+class AverageWeights(_Exchange):
+    """Validates with the average of the weights, and with statistics of its own.
+
+    Exponential moving average, or the plain mean (stochastic weight averaging), of the trainable
+    weights w after each update of the average, k = 1, 2, ...:
+
+        "ema":  a <- d a + (1 - d) w,   d = min(decay, k / (k + 9))
+        "swa":  a <- a + (w - a) / k
+
+    Before validation the model gets the average, and, if there is `data`, the batch
+    normalization statistics of it: those of the training weights belong to other activations.
+    List callbacks that shall see the average (`ModelCheckpoint`, `EarlyStopping`) before this
+    one, and `BackupAndRestore` after it; `in_order` does.
+
+    Args:
+        kind: "ema" or "swa". Default: "ema".
+        decay: number in (0, 1), of "ema". Default: 0.999.
+        start: int >= 0, first epoch whose weights are averaged. Default: 0.
+        steps: int >= 1, batches between two updates of the average, or None: once at the end of
+            each epoch. Default: None for "swa", 1 for "ema" (given as "auto").
+        data: for the statistics, as in `ReestimateStatistics`; None to average the moving
+            statistics like weights. Default: None.
+        every: int >= 1, epochs. Default: 1.
+        keep: whether the model ends `fit` with the average. If another callback has changed the
+            weights when training ended (`EarlyStopping` puts its best back), these stay.
+            Default: True.
+        backup: .npz file for the average, written at the end of each epoch and read when `fit` is
+            resumed by `BackupAndRestore`, removed when `fit` ends. Default: None.
+        options: of `keras_norm.statistics.reestimate`.
+
+    Raises:
+        ValueError: for arguments out of range; from `fit`, if a backup is of another model.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,), classes=2)
+        >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x, y = np.eye(3, dtype="float32"), np.array([0, 1, 1])
+        >>> average = AverageWeights("swa", data=x)
+        >>> _ = model.fit(x, y, epochs=2, verbose=0, callbacks=[average])
+        >>> average.updates
+        2
+
+    Reference: Izmailov et al., 2018, Averaging Weights Leads to Wider Optima and Better
+    Generalization. The warm-up of the decay is that of Polyak averages in common use.
+    """
+
+    def __init__(
+        self,
+        kind: str = "ema",
+        *,
+        decay: float = 0.999,
+        start: int = 0,
+        steps: int | str | None = "auto",
+        data: Any = None,
+        every: int = 1,
+        keep: bool = True,
+        backup: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(every, keep)
+        if kind not in ("ema", "swa"):
+            raise ValueError(f"`kind` must be 'ema' or 'swa'. Received: kind={kind!r}.")
+        if not (_is_real(decay) and 0 < decay < 1):
+            raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}.")
+        if not (_is_int(start) and start >= 0):
+            raise ValueError(f"`start` must be an int >= 0, an epoch. Received: start={start!r}.")
+        if not (steps is None or steps == "auto" or (_is_int(steps) and int(steps) >= 1)):
+            raise ValueError(
+                "`steps` must be an int >= 1, batches, None for once in an epoch, or 'auto'. "
+                f"Received: steps={steps!r}."
+            )
+        self.kind, self.decay, self.start, self.steps = kind, decay, start, steps
+        self.data, self.backup, self.options = data, backup, options
+        self.updates = 0
+        self._averages: list[Floats] = []
+        self._left: list[npt.NDArray[Any]] | None = None  # weights when the last epoch ended
+        self._updated = -1  # the last epoch with its one update
+
+    def _variables(self) -> list[Any]:
+        moving = self.model.non_trainable_variables if self.data is None else self._statistics()
+        floats = [v for v in moving if keras.backend.is_float_dtype(v.dtype)]
+        return [*self.model.trainable_variables, *floats]
+
+    def _statistics(self) -> list[Any]:
+        layers = statistics._normalizations(self.model).values()
+        return [v for layer in layers for v in statistics._statistics_of(layer)]
+
+    def _due(self, epoch: int) -> bool:
+        return super()._due(epoch) and self.updates > 0
+
+    def _come_in(self) -> None:
+        for variable, value in zip(self._variables(), self._averages, strict=True):
+            variable.assign(value.astype(variable.numpy().dtype))
+        if self.data is not None:
+            data = self.data() if callable(self.data) else self.data
+            statistics.reestimate(self.model, data, **self.options)
+
+    def _update(self) -> None:
+        """One update of the average by the weights of now."""
+        _synchronized(self.model)
+        self.updates += 1
+        k = self.updates
+        share = 1 / k if self.kind == "swa" else 1 - min(self.decay, k / (k + 9))
+        now = [np.array(v.numpy(), np.float64) for v in self._variables()]
+        if not self._averages:
+            self._averages = now
+            return
+        for average, value in zip(self._averages, now, strict=True):
+            average += share * (value - average)
+
+    def _every_batches(self) -> int | None:
+        if self.steps == "auto":
+            return 1 if self.kind == "ema" else None
+        return None if self.steps is None else int(self.steps)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Begins a new average."""
+        super().on_train_begin(logs)
+        self.updates, self._averages, self._left = 0, [], None
+        self._updated = -1
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Takes the average of a `fit` that is resumed here up again."""
+        super().on_epoch_begin(epoch, logs)
+        if self.backup is not None and epoch > 0 and not self._averages:
+            self._load(epoch)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Updates the average, every so many batches."""
+        number = self._every_batches()
+        if number is not None and self._epoch >= self.start and (batch + 1) % number == 0:
+            self._update()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Updates the average, once in an epoch, and brings it in."""
+        if self._fitting and not self.exchanged:
+            self._update_in_epoch()
+        super().on_test_begin(logs)
+
+    def _update_in_epoch(self) -> None:
+        due = self._every_batches() is None and self._epoch >= self.start
+        if due and self._updated != self._epoch:
+            self._updated = self._epoch
+            self._update()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Puts the weights of training back, and writes the backup."""
+        super().on_epoch_end(epoch, logs)
+        self._update_in_epoch()
+        self._left = [np.array(v.numpy()) for v in self.model.trainable_variables]
+        if self.backup is not None and self._averages:
+            self._save(epoch)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Gives the model the average, if it is to keep it."""
+        self._put_back()
+        now = [np.array(v.numpy()) for v in self.model.trainable_variables]
+        changed = self._left is not None and not all(map(np.array_equal, now, self._left))
+        keep = self.keep and self.updates > 0 and not changed
+        if self.backup is not None:
+            Path(self.backup).unlink(missing_ok=True)
+        self._fitting = False
+        if keep:
+            self._bring_in()
+            self._own = None
+
+    def _save(self, epoch: int) -> None:
+        from keras_norm.experiments import replace_file
+
+        arrays: Any = {f"a{i}": value for i, value in enumerate(self._averages)}
+        with replace_file(Path(self.backup or "")) as temporary, temporary.open("wb") as file:
+            np.savez(file, epoch=epoch, updates=self.updates, **arrays)
+
+    def _load(self, epoch: int) -> None:
+        path = Path(self.backup or "")
+        if not path.exists():
+            return
+        with np.load(path) as arrays:
+            written, updates = int(arrays["epoch"]), int(arrays["updates"])
+            averages = [arrays[f"a{i}"] for i in range(len(arrays.files) - 2)]
+        if [v.shape for v in averages] != [tuple(v.shape) for v in self._variables()]:
+            raise ValueError(
+                "A backup of an average must be of the same model. Received: "
+                f"backup={str(path)!r}, of other shapes. Remove it to begin anew."
+            )
+        if written != epoch - 1:
+            warnings.warn(
+                f"The average in {path} was written after epoch {written}, but training goes on "
+                f"with epoch {epoch}: a new average begins.",
+                stacklevel=2,
+            )
+            return
+        self.updates, self._averages = updates, averages
+
+
+def in_order(callbacks: Sequence[Any]) -> list[Any]:
+    """Callbacks in the order that those which exchange weights or statistics need.
+
+    First what looks at the model after validation (checkpoints, early stopping, and all others),
+    then `StatisticsMonitor`, `ReestimateStatistics`, `AdaptStatistics` after `AverageWeights`,
+    and last `keras.callbacks.BackupAndRestore`, which is to find the weights of training.
+
+    Args:
+        callbacks: of Keras.
+
+    Returns:
+        A new list; callbacks of one kind keep their order.
+
+    Example:
+        >>> order = in_order([keras.callbacks.BackupAndRestore("/tmp/b"), AverageWeights()])
+        >>> [type(callback).__name__ for callback in order]
+        ['AverageWeights', 'BackupAndRestore']
+    """
+
+    def rank(callback: Any) -> int:
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            return 3
+        if isinstance(callback, _Exchange):
+            return 2
+        return 1 if isinstance(callback, StatisticsMonitor) else 0
+
+    return sorted(callbacks, key=rank)
+
+
+class StatisticsMonitor(keras.callbacks.Callback):
+    """Records, per layer and epoch, how the moving statistics compare with those of data.
+
+    Of each batch normalization layer, root mean squares over its channels, in units of sigma:
+
+        shift   moving mean against the exact mean of the data (`statistics.reestimate`)
+        scale   geometric mean of sigma of the data / moving sigma
+        drift   moving mean against that of the epoch before
+        gamma_min, gamma_max, beta_rms    the parameters, 1 and 0 for a layer without
+
+    Training is not touched: the statistics are put back, bit by bit.
+
+    Args:
+        data: of which the statistics are taken, as in `reestimate`; a few hundred examples are
+            enough. None to record only what needs no data. Default: None.
+        every: int >= 1, epochs. Default: 1.
+        csv: file for the record, written anew, whole, after each epoch. Default: None.
+        tensorboard: folder for TensorBoard events, one scalar "layer/quantity" each; needs the
+            package tensorboard. Default: None.
+
+    Attributes:
+        records: list of dicts, one for each layer and epoch, with "epoch", "layer" and the above.
+
+    Raises:
+        ValueError: for `every` out of range; from `fit`, as `reestimate`.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,), classes=2)
+        >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x, y = np.eye(3, dtype="float32"), np.array([0, 1, 1])
+        >>> monitor = StatisticsMonitor(x)
+        >>> _ = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
+        >>> [(r["epoch"], r["layer"]) for r in monitor.records]
+        [(0, 'dense1_norm'), (1, 'dense1_norm')]
+    """
+
+    def __init__(
+        self,
+        data: Any = None,
+        *,
+        every: int = 1,
+        csv: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not (_is_int(every) and every >= 1):
+            raise ValueError(f"`every` must be an int >= 1, epochs. Received: every={every!r}.")
+        self.data, self.every, self.csv, self.tensorboard = data, every, csv, tensorboard
+        self.records: list[dict[str, Any]] = []
+        self._before: statistics.Snapshot | None = None
+        self._writer: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Notes where the statistics start."""
+        self.records = []
+        self._before = statistics.snapshot(self.model)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Records, and writes."""
+        if (epoch + 1) % self.every:
+            return
+        now = statistics.snapshot(self.model)
+        exact = self._exact(now)
+        drift = statistics.diff(self._before or now, now)
+        layers = statistics._normalizations(self.model)
+        new = []
+        for name, layer in layers.items():
+            record: dict[str, Any] = {"epoch": epoch, "layer": name}
+            if exact is not None:
+                part = exact[name]
+                record["shift"] = rms(part.shift)
+                record["scale"] = float(np.exp(np.mean(np.log(part.scale))))
+            record["drift"] = rms(drift[name].shift)
+            gamma, beta = (
+                np.array([default]) if v is None else np.array(v.numpy(), np.float64)
+                for v, default in ((layer.gamma, 1.0), (layer.beta, 0.0))
+            )
+            record["gamma_min"], record["gamma_max"] = float(gamma.min()), float(gamma.max())
+            record["beta_rms"] = rms(beta)
+            new.append(record)
+        self._before = now
+        self.records += new
+        self._write(new, epoch)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Closes the events of TensorBoard."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _exact(self, now: statistics.Snapshot) -> statistics.Report | None:
+        if self.data is None:
+            return None
+        data = self.data() if callable(self.data) else self.data
+        try:
+            return statistics.reestimate(self.model, data)
+        finally:
+            statistics.restore(self.model, now)
+
+    def _write(self, new: Sequence[Mapping[str, Any]], epoch: int) -> None:
+        if self.csv is not None:
+            from keras_norm.experiments import replace_file
+
+            with replace_file(self.csv) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.records[0]))
+                writer.writeheader()
+                writer.writerows(self.records)
+        if self.tensorboard is not None:
+            self._write_events(new, epoch)
+
+    def _write_events(self, new: Sequence[Mapping[str, Any]], epoch: int) -> None:
+        protos = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        summaries = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        files = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        if self._writer is None:
+            self._writer = files.EventFileWriter(os.fspath(self.tensorboard or ""))
+        values = [
+            summaries.Summary.Value(tag=f"{record['layer']}/{key}", simple_value=value)
+            for record in new
+            for key, value in record.items()
+            if key not in ("epoch", "layer")
+        ]
+        summary = summaries.Summary(value=values)
+        self._writer.add_event(protos.Event(wall_time=time.time(), step=epoch, summary=summary))
+        self._writer.flush()
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """Draws shift (with data), drift, and the range of gamma over the epochs.
+
+        Args:
+            path: .png, .pdf or .svg file to write, whole or not at all. Default: None, the
+                figure is returned only.
+
+        Returns:
+            The Matplotlib figure.
+
+        Raises:
+            ValueError: if nothing has been recorded.
+        """
+        from keras_norm.experiments import replace_file
+        from keras_norm.plotting import style
+
+        if not self.records:
+            raise ValueError(
+                "A plot needs records. Received: records=[]. Pass the callback to `fit` first."
+            )
+        with style():
+            figure = self._draw()
+            if path is not None:
+                with replace_file(path) as temporary:
+                    figure.savefig(temporary)
+        return figure
+
+    def _draw(self) -> "Figure":
+        from matplotlib.figure import Figure
+
+        labels = {
+            "shift": "moving mean against the data's (σ)",
+            "drift": "moving mean, change in an epoch (σ)",
+            "gamma_max": "largest gamma",
+        }
+        panels = [key for key in labels if key in self.records[0]]
+        figure = Figure(figsize=(6.4, 1.0 + 2.2 * len(panels)))
+        for number, key in enumerate(panels, start=1):
+            axes = figure.add_subplot(len(panels), 1, number)
+            for name in dict.fromkeys(r["layer"] for r in self.records):
+                rows = [r for r in self.records if r["layer"] == name]
+                axes.plot([r["epoch"] for r in rows], [r[key] for r in rows], label=name)
+            axes.set_ylabel(labels[key])
+            axes.set_xlabel("epoch")
+            if number == 1:
+                axes.legend()
+        return figure

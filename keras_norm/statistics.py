@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -48,6 +48,9 @@ from keras_norm.experiments import replace_file
 from keras_norm.layers import BatchNormalization
 from keras_norm.moments import Moments
 
+if TYPE_CHECKING:
+    from keras_norm._diagnosis import Diagnosis
+
 __all__ = [
     "DomainStatistics",
     "LayerStatistics",
@@ -55,6 +58,7 @@ __all__ = [
     "RunningAdaptation",
     "Snapshot",
     "adapt",
+    "diagnose",
     "diff",
     "reestimate",
     "restore",
@@ -1166,3 +1170,69 @@ class DomainStatistics:
 
 def _plain_dtype(value: npt.NDArray[Any]) -> Any:
     return value.dtype if value.dtype.kind in "biuf" else np.float32
+
+
+# Diagnosis ---------------------------------------------------------------------------------------
+
+
+def diagnose(
+    model: Any,
+    data: Any,
+    *,
+    samples: int = 1024,
+    batch_size: int = 32,
+    seed: int = 0,
+    name: str | None = None,
+) -> Diagnosis:
+    """Says why the loss differs between training and inference mode, layer by layer.
+
+    The same examples, in the same batches, with the same random seeds, from inference mode to
+    training mode in steps of one layer each: exact statistics of the examples in the place of
+    the moving ones, then those of the batch, then dropout and its like. What each step takes off
+    the loss is put down to a cause:
+
+    - non-finite values: in the data, in a variable, or made by a layer;
+    - cold statistics: the moving ones are still a mixture of 0 and 1 and of the data's;
+    - masks: a layer gets no mask although there was one below it, and padding counts;
+    - domain shift: the moving statistics are of other data, or of weights long past;
+    - frozen layers: statistics that are off but used in both modes, so that both losses suffer;
+    - small batches: statistics of a batch, in training, are noisy;
+    - dropout: noise layers that work in training only;
+    - other layers: what else depends on the mode.
+
+    Nothing of the model is changed.
+
+    Args:
+        model: as in `reestimate`, compiled with a loss.
+        data: (x, y) or (x, y, weights) as arrays, or batches of these: a PyDataset, a
+            `tf.data.Dataset`, a generator.
+        samples: how many examples, at most: of arrays a random part, of streams the first.
+            Default: 1024.
+        batch_size: of arrays: as in training. Streams have theirs. Default: 32.
+        seed: of the random part. Default: 0.
+        name: of the data, for the table. Default: what they are.
+
+    Returns:
+        A `Diagnosis`: `causes` in the order of their importance, each with its layers, its change
+        of the loss and standard error, evidence and `remedy`; `first`, the name of the most
+        important; `plot()`; prints as a table.
+
+    Raises:
+        ValueError: for a model without a loss or without built batch normalization layers, data
+            without labels or examples, numbers out of range. The model is as before.
+
+    Example:
+        >>> from keras_norm.models import MLP
+        >>> model = MLP((4,), input_shape=(3,), classes=2)
+        >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x = np.random.default_rng(0).normal(5, 20, (256, 3)).astype("float32")
+        >>> diagnose(model, (x, (x[:, 0] > 5).astype(int))).first
+        'cold statistics'
+
+    Numerics:
+        The model runs eagerly, once over the examples for each step: 2 + 2 K + J times for K
+        normalization and J random layers.
+    """
+    from keras_norm import _diagnosis
+
+    return _diagnosis.diagnose(model, data, samples, batch_size, seed, name)

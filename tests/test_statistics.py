@@ -966,6 +966,10 @@ def test_the_model_can_be_changed_saved_and_estimated_again(tmp_path):
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras", custom_objects=custom)
     assert diff(model, loaded).largest_shift == 0
+    model.save_weights(tmp_path / "m.weights.h5")
+    reestimate(model, x + 1)
+    model.load_weights(tmp_path / "m.weights.h5")
+    assert diff(model, loaded).largest_shift == 0
     copied = keras.models.clone_model(model)
     reestimate(copied, x)
     assert len(statistics._normalizations(copied)) == 2

@@ -1,0 +1,248 @@
+"""The doctor of the gap between training and inference: each disease is made, and named first."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_norm.layers
+from keras_norm._diagnosis import Diagnosis
+from keras_norm.statistics import diagnose, reestimate
+
+pytestmark = pytest.mark.core
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def examples(n=192, seed=0, shift=20.0, scale=5.0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, n)
+    x = rng.normal(size=(n, 4)) + 1.5 * (2 * y[:, None] - 1)
+    return (scale * x + shift).astype("float32"), y
+
+
+MADE = {}
+
+
+def network(dropout=0.0):
+    """Two normalizations, one of ours and one of Keras; weights that separate the classes.
+
+    Made once, and then put back: what is compiled for its statistics stays compiled.
+    """
+    if dropout not in MADE:
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((4,))
+        x = keras_norm.layers.BatchNormalization(name="a")(inputs)
+        x = layers.BatchNormalization(name="b")(layers.Dense(6, activation="relu")(x))
+        x = layers.Dropout(dropout, name="drop", seed=1)(x)
+        model = keras.Model(inputs, layers.Dense(2)(x))
+        model.compile(keras.optimizers.SGD(0.1), LOSS)
+        fit_last(model)
+        reestimate(model, examples()[0])
+        MADE[dropout] = model, [(v, np.array(v.numpy())) for v in model.variables]
+    model, values = MADE[dropout]
+    for variable, value in values:
+        variable.assign(value)
+    for layer in model.layers:
+        layer.trainable = True
+    return model
+
+
+def fit_last(model):
+    """A last kernel by least squares, on exact statistics: no training step is compiled."""
+    x, y = examples()
+    reestimate(model, x)
+    features = keras.Model(model.input, model.layers[-1].input)
+    z = np.asarray(ops.convert_to_numpy(features(ops.convert_to_tensor(x), training=False)))
+    w = np.linalg.solve(z.T @ z + 10 * np.eye(6), z.T @ (4.0 * (2 * y - 1)))
+    model.layers[-1].kernel.assign(np.stack([-w / 2, w / 2], axis=1))
+
+
+def bits(model):
+    return [np.array(v.numpy()).tobytes() for v in model.variables]
+
+
+def test_nothing_is_wrong():
+    model = network()
+    before = bits(model)
+    found = diagnose(model, examples(), batch_size=96)
+    assert bits(model) == before
+    assert found.samples == 192
+    assert abs(found.gap) < 0.01
+    assert sum(abs(c.change) for c in found.causes) < 0.05
+    assert {"cold statistics", "frozen layers", "masks"}.isdisjoint(c.name for c in found.causes)
+
+
+def test_losses_are_those_of_keras():
+    model = network(dropout=0.8)
+    x, y = examples(96)
+    found = diagnose(model, (x, y), batch_size=32)
+    assert found.inference_loss == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-4)
+    assert sum(c.change for c in found.causes) == pytest.approx(found.gap, abs=1e-5)
+    assert [name for name, _ in found["small batches"].layers] == ["a", "b"]
+
+
+def test_cold_statistics():
+    model = network()
+    for name in ("a", "b"):
+        layer = model.get_layer(name)
+        for variable, initial in ((layer.moving_mean, 0.0), (layer.moving_variance, 1.0)):
+            value = np.array(variable.numpy())
+            variable.assign(0.4 * value + 0.6 * initial)
+    found = diagnose(model, examples())
+    assert found.first == "cold statistics", str(found)
+    assert (
+        "60% of its statistics are still the initial 0 and 1" in found["cold statistics"].evidence
+    )
+    assert "reestimate" in found.causes[0].remedy
+    reestimate(model, examples()[0])
+    assert diagnose(model, examples()).first != "cold statistics"
+
+
+def test_untouched_statistics():
+    model = network()
+    for layer in (model.get_layer("a"), model.get_layer("b")):
+        layer.moving_mean.assign(np.zeros(layer.moving_mean.shape))
+        layer.moving_variance.assign(np.ones(layer.moving_mean.shape))
+    found = diagnose(model, examples())
+    assert found.first == "cold statistics", str(found)
+    assert "a: 100% of" in found.causes[0].evidence
+
+
+def test_domain_shift():
+    found = diagnose(network(), examples(shift=60.0, scale=12.0))
+    assert found.first == "domain shift", str(found)
+    assert found["domain shift"].layers[0][0] == "a"
+    assert found.gap > 0.1
+    assert "adapt" in found.causes[0].remedy
+
+
+def test_small_batches():
+    found = diagnose(network(), examples(64), batch_size=2)
+    assert found.first == "small batches", str(found)
+    assert found["small batches"].change < 0  # training is the worse
+
+
+def test_dropout():
+    found = diagnose(network(dropout=0.8), examples(), batch_size=96)
+    assert found.first == "dropout", str(found)
+    assert found["dropout"].layers[0][0] == "drop"
+    assert found["dropout"].change == pytest.approx(found.gap, abs=0.05)
+
+
+def test_frozen_layers():
+    model = network()
+    layer = model.get_layer("a")
+    layer.moving_mean.assign(layer.moving_mean.numpy() + 12.0)
+    layer.trainable = False
+    reestimate(model, examples()[0], layers=["b"])  # as training would
+    found = diagnose(model, examples(), batch_size=96)
+    assert found.first == "frozen layers", str(found)
+    assert [name for name, _ in found["frozen layers"].layers] == ["a"]
+    assert found["frozen layers"].change > 0.02
+    assert "a" not in dict(found["small batches"].layers)
+
+
+def padded(n, length, rng, y=None):
+    y = rng.integers(0, 2, n) if y is None else y
+    tokens = np.where(y[:, None] == 1, rng.integers(5, 10, (n, 12)), rng.integers(1, 6, (n, 12)))
+    return np.where(np.arange(12) < length, tokens, 0), y
+
+
+def test_masks():
+    """A function drops the mask: padding, of which there is more than in training, counts."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((12,), dtype="int32")
+    embedding = layers.Embedding(10, 3, mask_zero=True)
+    x = keras_norm.layers.BatchNormalization(name="norm")(ops.tanh(embedding(inputs)))
+    x = ops.sum(x * ops.expand_dims(ops.cast(inputs > 0, "float32"), -1), axis=1)
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    model.compile("sgd", LOSS)
+    rng = np.random.default_rng(0)
+    table = 0.2 * rng.normal(size=(10, 3))
+    table[0] = 4.0
+    table[5:] += 0.6
+    embedding.embeddings.assign(table)
+    model.layers[-1].kernel.assign([[-1.0, 1.0]] * 3)
+    reestimate(model, padded(512, 11, rng)[0])
+    found = diagnose(model, padded(512, 5, rng))
+    assert found.first == "masks", str(found)
+    assert "norm: gets no mask" in found["masks"].evidence
+
+
+def test_masks_that_arrive_are_no_cause():
+    inputs = keras.Input((12,), dtype="int32")
+    x = layers.Embedding(10, 3, mask_zero=True)(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling1D()(x)))
+    model.compile("sgd", LOSS)
+    found = diagnose(model, padded(64, 5, np.random.default_rng(0)))
+    assert "masks" not in [c.name for c in found.causes]
+
+
+def test_values_that_are_not_finite():
+    x, y = examples(64)
+    model = network()
+    before = bits(model)
+    x[40, 1] = np.nan
+    found = diagnose(model, (x, y))
+    assert (found.first, found.causes[0].layers[0][0]) == ("non-finite values", "data")
+    assert "batch" in found.causes[0].evidence
+    assert bits(model) == before
+    model.get_layer("b").moving_variance.assign(np.full(6, np.inf))
+    before = bits(model)
+    found = diagnose(model, examples(64))
+    assert (found.first, found.causes[0].layers[0][0]) == ("non-finite values", "b")
+    assert "moving_variance of layer 'b'" in found.causes[0].evidence
+    assert bits(model) == before
+    with pytest.raises(ValueError, match="non-finite values"):
+        found.plot()
+
+
+def test_a_layer_that_makes_them():
+    inputs = keras.Input((4,))
+    x = layers.BatchNormalization()(inputs)
+    x = layers.Activation(lambda v: 1.0 / (v - v), name="division")(x)
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    model.compile("sgd", LOSS)
+    found = diagnose(model, examples(64))
+    assert found.causes[0].layers[0][0] == "division"
+    assert "finite inputs, in inference mode" in found.causes[0].evidence
+
+
+def test_batches_and_report(tmp_path):
+    model = network(dropout=0.8)
+    x, y = examples(100)
+    arrays = diagnose(model, (x, y), batch_size=100, name="all")
+    stream = diagnose(model, ((x[i : i + 50], y[i : i + 50]) for i in (0, 50)))
+    assert (stream.samples, stream.batch_size) == (100, 50)
+    assert stream.inference_loss == pytest.approx(arrays.inference_loss, rel=1e-5)
+    text = str(arrays).splitlines()
+    assert text[0].startswith("100 examples of all in batches of 100: loss ")
+    assert any(line.startswith("dropout") for line in text)
+    json.dumps(arrays.to_dict(), allow_nan=False)
+    pytest.importorskip("matplotlib")
+    figure = arrays.plot(tmp_path / "gap.png")
+    labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert labels.count("a") == 2
+    assert labels.count("drop") == 1
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_diagnosed():
+    model = network()
+    x, y = examples(32)
+    for data, message in (
+        (x, "needs labels.*ndarray"),
+        ([(x,)], "batch without y"),
+        ((x[:0], y[:0]), "at least one example"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diagnose(model, data)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        diagnose(model, (x, y), batch_size=0)
+    with pytest.raises(ValueError, match="not compiled"):
+        diagnose(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()]), (x, y))
+    assert Diagnosis("d", 1, 1, 0.0, 0.0).first is None

@@ -1,0 +1,294 @@
+"""Callbacks that exchange statistics and weights in `fit`: what each sees; all comes back."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_norm import statistics
+from keras_norm.callbacks import (
+    AdaptStatistics,
+    AverageWeights,
+    ReestimateStatistics,
+    StatisticsMonitor,
+    in_order,
+)
+from keras_norm.layers import BatchNormalization
+
+pytestmark = pytest.mark.core
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(2.0, 3.0, (64, 4)).astype("float32")
+Y = X[:, :1] * 0.5 + 1.0
+MADE = []
+
+
+def network():
+    """Made once, and put back for each test: its training step is compiled once."""
+    if not MADE:
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,))
+        x = BatchNormalization(name="a")(layers.Dense(5)(inputs))
+        x = layers.BatchNormalization(name="b")(layers.Dense(3, activation="tanh")(x))
+        model = keras.Model(inputs, layers.Dense(1)(x))
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.5), "mse")
+        model.optimizer.build(model.trainable_variables)
+        variables = [*model.variables, *model.optimizer.variables]
+        MADE.append((model, [(v, np.array(v.numpy())) for v in variables]))
+    model, values = MADE[0]
+    for variable, value in values:
+        variable.assign(value)
+    return model
+
+
+def state(model):
+    return [np.array(v.numpy()) for v in model.variables]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def fit(model, callbacks, epochs=3, validation=True, **kwargs):
+    data = (X[:32], Y[:32]) if validation else None
+    settings = {"batch_size": 16, "shuffle": False, "verbose": 0, "epochs": epochs, **kwargs}
+    return model.fit(X, Y, validation_data=data, callbacks=callbacks, **settings)
+
+
+class Spy(keras.callbacks.Callback):
+    """The state of the model, as this callback gets to see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.validation, self.epochs = [], [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        self.steps.append(state(self.model))
+
+    def on_test_begin(self, logs=None):
+        self.validation.append(state(self.model))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(state(self.model))
+
+
+def plain(epochs=3):
+    model, spy = network(), Spy()
+    fit(model, [spy], epochs)
+    return spy
+
+
+def test_reestimation_before_validation_and_back():
+    expected = plain()
+    model, before, after = network(), Spy(), Spy()
+    callback = ReestimateStatistics(X, every=2, batch_size=32)
+    history = fit(model, [before, callback, after], epochs=4)
+    assert list(callback.reports) == [1, 3, "end"]
+    assert same(before.epochs[0], after.epochs[0])
+    assert not same(before.epochs[1], after.epochs[1])
+    for mine, theirs in zip(before.steps, [*expected.steps], strict=False):
+        assert same(mine, theirs)  # training is what it would have been
+    assert same(after.epochs[1], after.steps[7])
+    # What validation and the callbacks before saw are the statistics of the data, exactly.
+    model_at_2 = network()
+    for variable, value in zip(model_at_2.variables, before.epochs[1], strict=True):
+        variable.assign(value)
+    assert statistics.reestimate(model_at_2, X, batch_size=32).largest_shift < 1e-5
+    loss = model_at_2.evaluate(X[:32], Y[:32], batch_size=16, verbose=0)
+    assert history.history["val_loss"][1] == pytest.approx(loss, rel=1e-5)
+
+
+def test_at_the_end_it_keeps_or_not():
+    expected = plain(1)
+    model = network()
+    fit(model, [ReestimateStatistics(X, keep=False)], epochs=1)
+    assert same(state(model), expected.epochs[-1])
+    model = network()
+    fit(model, [ReestimateStatistics(lambda: iter([X]), batch_size=64)], 1, validation=False)
+    assert statistics.reestimate(model, X).largest_shift < 1e-5
+
+
+def test_adaptation():
+    expected = plain(1)
+    model, spy = network(), Spy()
+    callback = AdaptStatistics(3 * X + 7, prior=32)
+    fit(model, [callback, spy], epochs=1)
+    assert same(state(model), expected.epochs[-1])
+    assert callback.reports[0].settings["prior"] == 32
+    share = 64 / (64 + 32)
+    part = callback.reports[0]["a"]
+    kernel, bias = expected.epochs[0][:2]
+    mean = ((3 * X + 7) @ kernel + bias).mean(axis=0)
+    np.testing.assert_allclose(part.mean, part.old_mean + share * (mean - part.old_mean), rtol=1e-4)
+    np.testing.assert_allclose(spy.validation[0][4], part.mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_average_of_the_weights(kind):
+    """By hand, from the weights after each step; statistics of the average itself."""
+    model, before, after = network(), Spy(), Spy()
+    steps = 2 if kind == "ema" else None
+    average = AverageWeights(kind, decay=0.9, steps=steps, data=X, batch_size=64)
+    fit(model, [before, average, after])
+    trained = [i for i, v in enumerate(model.variables) if v.trainable]
+    used = [s for i, s in enumerate(before.steps) if (i + 1) % (steps or 4) == 0]
+    expected = [np.array(used[0][i], np.float64) for i in trained]
+    for k, weights in enumerate(used[1:], start=2):
+        share = 1 / k if kind == "swa" else 1 - min(0.9, k / (k + 9))
+        expected = [e + share * (weights[i] - e) for e, i in zip(expected, trained, strict=True)]
+    assert average.updates == len(used)
+    for i, value in zip(trained, expected, strict=True):
+        np.testing.assert_allclose(before.epochs[-1][i], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state(model)[i], value, rtol=1e-5, atol=1e-6)
+    assert same(after.epochs[-1], after.steps[-1])  # weights of training
+    assert same(before.steps[4], plain(2).steps[4])
+    model_after = network()
+    for variable, value in zip(model_after.variables, before.epochs[-1], strict=True):
+        variable.assign(value)
+    assert statistics.reestimate(model_after, X, batch_size=64).largest_shift < 1e-5
+
+
+def test_checkpoints_see_the_average(tmp_path):
+    model, path = network(), tmp_path / "best.weights.h5"
+    average = AverageWeights("swa", data=X, keep=False, batch_size=64)
+    saved = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+    spy = Spy()
+    stop = keras.callbacks.EarlyStopping(patience=9, restore_best_weights=False)
+    fit(model, [spy, *in_order([average, saved, stop])])
+    raw = state(model)
+    assert same(raw, spy.steps[-1])
+    model.load_weights(path)
+    assert same(state(model), spy.epochs[-1])
+
+
+def test_early_stopping_has_the_last_word():
+    model = network()
+    stop = keras.callbacks.EarlyStopping(
+        monitor="val_loss", mode="max", patience=1, restore_best_weights=True
+    )
+    spy = Spy()
+    fit(model, [spy, *in_order([AverageWeights("swa"), stop])], epochs=4)
+    assert same(state(model), spy.epochs[stop.best_epoch])
+
+
+def test_order():
+    backup = keras.callbacks.BackupAndRestore("/tmp/unused")
+    average, monitor = AverageWeights(), StatisticsMonitor()
+    checkpoint = keras.callbacks.ModelCheckpoint("x.keras")
+    given = [backup, average, monitor, checkpoint]
+    assert in_order(given) == [checkpoint, monitor, average, backup]
+
+
+class Interrupt(keras.callbacks.Callback):
+    def __init__(self, at, batch=0):
+        super().__init__()
+        self.at, self.batch, self.epoch = at, batch, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.at == "training" and (self.epoch, batch) == (2, self.batch):
+            raise KeyboardInterrupt
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if self.at == "validation" and self.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_in_validation():
+    expected = plain(2)
+    model, callback = network(), AverageWeights("swa", data=X, batch_size=64)
+    with pytest.raises(KeyboardInterrupt), callback:
+        fit(model, [callback, Interrupt("validation")])
+    assert same(state(model), expected.epochs[-1])
+    assert not callback.exchanged
+    # Data that is bad: the statistics are put back before the error is out.
+    model = network()
+    with pytest.raises(ValueError, match="NaN"):
+        fit(model, [ReestimateStatistics(X * np.nan)], epochs=1)
+    assert same(state(model), plain(1).epochs[-1])
+
+
+def test_a_fit_that_is_resumed(tmp_path):
+    """Interrupted in epoch 2 and resumed from the backup: the same as without, average included."""
+
+    def callbacks():
+        average = AverageWeights("swa", data=X, backup=tmp_path / "average.npz", batch_size=64)
+        return in_order([keras.callbacks.BackupAndRestore(tmp_path / "backup"), average])
+
+    model = network()
+    fit(model, callbacks(), epochs=4)
+    expected = state(model)
+    assert not (tmp_path / "average.npz").exists()
+    model, first = network(), callbacks()
+    with pytest.raises(KeyboardInterrupt), first[0]:
+        fit(model, [*first, Interrupt("training", 1)], epochs=4)
+    assert (tmp_path / "average.npz").exists()
+    model, second = network(), callbacks()
+    fit(model, second, epochs=4)
+    assert second[0].updates == 4
+    for a, b in zip(state(model), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_monitor(tmp_path):
+    expected = plain(2)
+    model, spy = network(), Spy()
+    monitor = StatisticsMonitor(X, csv=tmp_path / "log.csv")
+    fit(model, [monitor, spy], epochs=2)
+    assert same(state(model), expected.epochs[-1])
+    assert [(r["epoch"], r["layer"]) for r in monitor.records] == [
+        (0, "a"), (0, "b"), (1, "a"), (1, "b")
+    ]  # fmt: skip
+    record = monitor.records[2]
+    kernel, bias, gamma, beta, mean, variance = expected.epochs[1][:6]
+    z = (X @ kernel + bias).astype(np.float64)
+    sigma = np.sqrt(z.var(axis=0) + 1e-3)
+    shift = np.sqrt(np.mean(((z.mean(axis=0) - mean) / sigma) ** 2))
+    assert record["shift"] == pytest.approx(shift, rel=1e-3)
+    scale = np.exp(np.mean(np.log(sigma / np.sqrt(variance + 1e-3))))
+    assert record["scale"] == pytest.approx(scale, rel=1e-3)
+    drift = (mean - expected.epochs[0][4]) / np.sqrt(variance + 1e-3)
+    assert record["drift"] == pytest.approx(np.sqrt(np.mean(drift**2)), rel=1e-3)
+    assert record["gamma_max"] == pytest.approx(gamma.max())
+    assert record["beta_rms"] == pytest.approx(np.sqrt(np.mean(beta**2)))
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["shift"]) for r in rows] == [r["shift"] for r in monitor.records]
+    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_monitor_plots_and_writes_events(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = network()
+    monitor = StatisticsMonitor(tensorboard=tmp_path / "events")
+    with pytest.raises(ValueError, match=r"records=\[\]"):
+        monitor.plot()
+    fit(model, [monitor], epochs=2)
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [e.step for e in events.Scalars("a/drift")] == [0, 1]
+    assert events.Scalars("b/drift")[1].value == pytest.approx(monitor.records[3]["drift"])
+    figure = monitor.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert len(figure.axes) == 2  # no data, no shift
+
+
+def test_arguments_out_of_range():
+    for make, message in [
+        (lambda: ReestimateStatistics(X, every=0), "every=0"),
+        (lambda: StatisticsMonitor(every=1.5), r"every=1\.5"),
+        (lambda: AverageWeights("mean"), "kind='mean'"),
+        (lambda: AverageWeights(decay=1.0), r"decay=1\.0"),
+        (lambda: AverageWeights(start=-1), "start=-1"),
+        (lambda: AverageWeights(steps=0), "steps=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
