@@ -93,6 +93,57 @@ def test_no_cold_start():
     ours_alone(check)
 
 
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+def test_large_mean_in_float32(mean):
+    """The built-in layer's variance is off: on PyTorch, by E[x^2] - E[x]^2, even negative."""
+    x = (mean + np.random.default_rng(0).normal(size=(64, 64, 64, 3))).astype("float32")
+    wide = x.astype("float64")
+    axes = (0, 1, 2)
+
+    def check(cls):
+        layer = cls(momentum=0.0)
+        y = array(layer(x, training=True))
+        np.testing.assert_allclose(array(layer.moving_variance), wide.var(axes), rtol=1e-5)
+        expected = (wide - wide.mean(axes)) / np.sqrt(wide.var(axes) + 1e-3)
+        np.testing.assert_allclose(y, expected, atol=1e-7 * mean)
+
+    if BACKEND == "jax" and mean == 1e3:
+        check(BatchNormalization)
+        check(keras.layers.BatchNormalization)  # right on JAX, up to here
+    else:
+        ours_alone(check)
+
+
+def test_constant_channels():
+    """y is beta and the variance 0, where the built-in layer finds a variance, or NaN."""
+
+    def check(cls):
+        layer = cls(momentum=0.0)
+        y = layer(np.full((8, 5, 3), 1000.1, "float32"), training=True)
+        np.testing.assert_allclose(array(y), 0, atol=1e-6)
+        np.testing.assert_allclose(array(layer.moving_variance), 0, atol=1e-9)
+
+    ours_alone(check)
+
+
+def test_frozen_parameters_are_no_inference():
+    """`trainable = False` also stops the statistics and normalizes by them; here each is apart."""
+
+    def check(cls):
+        layer, x = cls(momentum=0.0), x_of(8, 3)
+        layer.build(x.shape)
+        if cls is BatchNormalization:
+            layer.train_parameters = False
+        else:
+            layer.trainable = False
+        assert not layer.trainable_variables
+        y = array(layer(x, training=True))
+        np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+        np.testing.assert_allclose(array(layer.moving_mean), x.mean(0), rtol=1e-5)
+
+    ours_alone(check)
+
+
 def test_mean_of_many_float16_numbers():
     """Statistics stay in float32 under a pure float16 policy; 6e4 squared does not fit float16."""
 
