@@ -1,5 +1,7 @@
 """What the tests of several files need: a derivative of a derivative, and compiled functions."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -16,6 +18,48 @@ def fast(function):
     import jax
 
     return jax.jit(function)
+
+
+def fast_gradients(function, arrays):
+    """`gradients`, compiled as one on JAX."""
+    return fast(lambda *arrays: gradients(function, arrays))(*arrays)
+
+
+def step_in_training(layer, x, mix, **given):
+    """y of a call in training, whose state it leaves in the layer, and the gradients of sum y mix.
+
+    The gradients are those of x and of the trainable variables, in one list. Compiled on JAX.
+    """
+    if BACKEND != "jax":
+        _, grads = gradients(
+            lambda x: _sum_of_product(layer, layer(x, training=True, **given), mix),
+            [x],
+            variables=layer.trainable_variables,
+        )
+        return layer(x, training=True, **given), grads
+    both = layer.trainable_variables, layer.non_trainable_variables
+    (dx, slopes), (y, after) = _jax_step(layer)(
+        x, *([v.value for v in variables] for variables in both), mix, given
+    )
+    for variable, value in zip(both[1], after, strict=True):
+        variable.assign(value)
+    return y, [dx, *slopes]
+
+
+@functools.lru_cache(maxsize=4)
+def _jax_step(layer):
+    import jax
+
+    def scalar(x, trained, rest, mix, given):
+        y, after = layer.stateless_call(trained, rest, x, training=True, **given)
+        return _sum_of_product(layer, y, mix), (y, after)
+
+    return jax.jit(jax.grad(scalar, (0, 1), has_aux=True))
+
+
+def _sum_of_product(layer, y, mix):
+    wide = "float64" if layer.compute_dtype == "float64" else "float32"
+    return ops.sum(ops.cast(y, wide) * ops.cast(mix, wide))
 
 
 def value_and_gradients(function, arrays, mix):
