@@ -38,6 +38,7 @@ def network():
         variables = [*model.variables, *model.optimizer.variables]
         MADE.append((model, [(v, np.array(v.numpy())) for v in variables]))
     model, values = MADE[0]
+    model._initial_epoch = None  # BackupAndRestore has left its own there
     for variable, value in values:
         variable.assign(value)
     return model
