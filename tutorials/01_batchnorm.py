@@ -526,7 +526,7 @@ plotting.lines(
     xlabel="epoch",
     ylabel="test accuracy",
     reference={} if data.fallback else {"published: a reader's single run, 0.878": 0.878},
-    title=f"The same weights, tested with two kinds of statistics ({WITH}, {data.title})",
+    title=f"The same weights, two kinds of statistics ({WITH})",
     path=out / "statistics.png",
 )
 moving, cured = (results.values(WITH, m) for m in ("test_accuracy", "reestimated_accuracy"))
