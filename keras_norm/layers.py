@@ -3,6 +3,8 @@
 Import these in place of `keras.layers`' of the same name:
 
     from keras_norm.layers import BatchNormalization
+
+The layers of `keras_norm.research` can be imported from here as well.
 """
 
 import functools
@@ -30,6 +32,15 @@ __all__ = [
 ]
 
 Array = Any
+
+
+def __getattr__(name: str) -> Any:
+    # When asked for: that module is built on this one.
+    from keras_norm import research
+
+    if name in research.__all__ and isinstance(getattr(research, name), type):
+        return getattr(research, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _check_dtype(layer: keras.layers.Layer) -> None:

@@ -954,3 +954,10 @@ class TestErrors:
         layer.build((None, 3))
         with pytest.raises(ValueError, match="Received: momentum=None"):
             layer.momentum = None
+
+
+def test_found_among_the_layers():
+    from keras_norm import layers
+
+    assert layers.FilterResponseNormalization is FilterResponseNormalization
+    assert not hasattr(layers, "whiten")  # a function
