@@ -56,7 +56,7 @@ def test_every_other_name_fits_after_dense_layers(name):
     assert model.predict(np.zeros((1, 28, 28, 1), "float32"), verbose=0).shape == (1, 10)
 
 
-@pytest.mark.parametrize("name", OF_POSITIONS)
+@pytest.mark.parametrize("name", sorted(OF_POSITIONS))
 def test_a_mapping_places_those_that_need_images(name):
     model = LeNet({"conv1": name, "conv2": name})
     assert model.get_layer("conv2_norm").name == "conv2_norm"
