@@ -21,7 +21,11 @@ NOT_CORE = {"plotting", "tuning", "cli"}
 
 
 def pytest_collection_modifyitems(items):
-    """Doctests of the package belong to the core tests, but for those of `NOT_CORE`."""
+    """Doctests of the package belong to the core tests, but for those of `NOT_CORE`.
+
+    Slow tests come first: in several processes, none is left alone with one at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         of_package = isinstance(item, pytest.DoctestItem) and item.path.suffix == ".py"
         if of_package and item.path.stem not in NOT_CORE:
