@@ -1,6 +1,7 @@
 """What every test and doctest needs, on every backend."""
 
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # the gradient checks are in float64
@@ -39,5 +40,7 @@ def same_start(doctest_namespace):
     keras.utils.set_random_seed(0)
     floats, policy = keras.config.floatx(), keras.config.dtype_policy()
     yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     keras.config.set_floatx(floats)
     keras.config.set_dtype_policy(policy)

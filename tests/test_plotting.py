@@ -279,6 +279,7 @@ def test_files(tmp_path):
 def test_a_failed_write_leaves_the_old_plot(tmp_path, monkeypatch):
     path = tmp_path / "curves.png"
     path.write_text("old")
+    before = pyplot.get_fignums()
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -288,7 +289,7 @@ def test_a_failed_write_leaves_the_old_plot(tmp_path, monkeypatch):
         plotting.learning_curves(study(), "loss", path=path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["curves.png"]
-    assert pyplot.get_fignums() == []
+    assert pyplot.get_fignums() == before
     with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg file. Received: path='x.jpg'"):
         plotting.learning_curves(study(), "loss", path="x.jpg")
     assert pyplot.get_fignums() == []
