@@ -5,7 +5,8 @@
 # Environments are made when they are missing, or older than pyproject.toml, and only then.
 
 PYTHON ?= python3
-PIP_FLAGS := -qq --disable-pip-version-check --no-input
+# Modules are compiled when they are first imported: most of TensorFlow's never are.
+PIP_FLAGS := -qq --disable-pip-version-check --no-input --no-compile
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
@@ -49,7 +50,10 @@ lint: .venv/installed
 test: lint
 	@KERAS_BACKEND=tensorflow .venv/bin/python $(PYTEST) $(ARGS)
 
-test-backends: test-jax test-torch
+test-backends:
+	@$(MAKE) --no-print-directory -j2 .venv-jax/installed .venv-torch/installed
+	@$(MAKE) --no-print-directory test-jax
+	@$(MAKE) --no-print-directory test-torch
 
 test-jax: .venv-jax/installed
 	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu .venv-jax/bin/python $(PYTEST) -m core $(ARGS)

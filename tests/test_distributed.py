@@ -15,7 +15,8 @@ from replicas import CASES, data, layer_for, mean_100, state
 from keras_norm import distributed
 from keras_norm._gradients import gradients
 
-pytestmark = [pytest.mark.core, pytest.mark.slow]
+# One group: the results, which take half a minute, are computed in one process only.
+pytestmark = [pytest.mark.core, pytest.mark.slow, pytest.mark.xdist_group("replicas")]
 
 BACKEND = keras.backend.backend()
 TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="a strategy of TensorFlow")
