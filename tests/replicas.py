@@ -11,8 +11,11 @@ import os
 import sys
 import tempfile
 
-if os.environ.get("KERAS_BACKEND") == "jax":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+# Only in the process of its own: the tests import this module, and their processes' children
+# must compute with the same flags as they do.
+if __name__ == "__main__" and os.environ.get("KERAS_BACKEND") == "jax":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
     os.environ["JAX_ENABLE_X64"] = "1"
 
 import keras

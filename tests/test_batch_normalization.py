@@ -799,9 +799,7 @@ def test_saved_model_goes_on_training_in_a_fresh_process(tmp_path):
     model.fit(x, y, epochs=2, **options)
     here = [*model.get_weights(), model.predict(x, verbose=0)]
     for a, b in zip(resumed, here, strict=True):
-        # On JAX another process may compile to other roundings, which Adam makes larger.
-        close = {"rtol": 1e-2, "atol": 5e-4} if BACKEND == "jax" else {"rtol": 1e-6, "atol": 1e-7}
-        np.testing.assert_allclose(np.array(a), b, **close)
+        np.testing.assert_allclose(np.array(a), b, rtol=1e-6, atol=1e-7)
 
 
 def test_config():

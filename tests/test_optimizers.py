@@ -806,10 +806,7 @@ def test_resumed_in_a_fresh_process_to_the_same_numbers(tmp_path):
         resumed = list(np.load(tmp_path / f"{name}.npz").values())
         assert len(resumed) == len(values)
         for left, right in zip(resumed, values, strict=True):
-            if BACKEND == "jax":  # another process may compile to other roundings
-                np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
-            else:
-                assert np.array_equal(left, right)
+            assert np.array_equal(left, right)
 
 
 MIRRORED = """
