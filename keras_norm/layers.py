@@ -19,6 +19,14 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_norm import autodiff, distributed, functional, kernels
+from keras_norm._moving import (
+    MovingStatistics,
+    check_dtype,
+    check_fraction,
+    check_switch,
+    parameter_config,
+    weights_of,
+)
 from keras_norm._state import LiveNumbers
 
 __all__ = [
@@ -43,28 +51,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _check_dtype(layer: keras.layers.Layer) -> None:
-    """Normalization divides: the layer must compute in a floating dtype."""
-    for what, dtype in (("compute", layer.compute_dtype), ("variable", layer.variable_dtype)):
-        if not keras.backend.is_float_dtype(dtype):
-            raise ValueError(
-                f"{type(layer).__name__} divides by a standard deviation, so its {what} dtype "
-                f"must be a floating one. Received: dtype={dtype!r}. Use 'float32', 'float64', "
-                "'mixed_float16' or 'mixed_bfloat16'."
-            )
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"`{name}` is the weight of the old value in a moving average and must lie in "
-            f"[0, 1). Received: {name}={value!r}. Keras's default is 0.99; PyTorch's 0.1 is "
-            "the weight of the new value, 0.9 here."
-        )
-
-
 @keras.saving.register_keras_serializable(package="keras_norm")
-class BatchNormalization(keras.layers.Layer):
+class BatchNormalization(MovingStatistics):
     """Normalizes each channel by the mean and variance of the batch, then scales and shifts it.
 
     In training, equations (B1) to (B5) of `keras_norm.functional`:
@@ -220,9 +208,9 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_dtype(self)
+        check_dtype(self)
         functional.check_epsilon(epsilon)
-        _check_fraction("renorm_momentum", renorm_momentum)
+        check_fraction("renorm_momentum", renorm_momentum)
         _check_renorm_clipping(renorm, renorm_clipping)
         _check_virtual_batch_size(virtual_batch_size, renorm, synchronized)
         self.axis = axis
@@ -265,48 +253,16 @@ class BatchNormalization(keras.layers.Layer):
     # What may be changed after a function was compiled ----------------------------------------
 
     @property
-    def momentum(self) -> float | None:
-        """Weight of the old value in the moving statistics; None for the average of all."""
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, value: float | None) -> None:
-        if value is not None:
-            _check_fraction("momentum", value)
-        elif self.built and self.moving_count is None:
-            raise ValueError(
-                "The average over all batches needs their count from the beginning. Received: "
-                "momentum=None for a layer that was built without. Pass momentum=None, or "
-                "debiased=True, to the constructor."
-            )
-        number = 1.0 if value is None else float(value)
-        self._live.update(momentum=number, rest=1 - number)
-        self._momentum = value
-        if self.moving_count is not None and value is not None:
-            self.debiased = True  # it goes on from the average that it has
-
-    @property
     def train_parameters(self) -> bool:
         """Whether gamma and beta are trained (while the layer is trainable)."""
         return self._train_parameters
 
     @train_parameters.setter
     def train_parameters(self, value: bool) -> None:
-        _check_switch("train_parameters", value, (True, False))
+        check_switch("train_parameters", value, (True, False))
         self._live.update(train=float(value))
         self._train_parameters = value
         self._mark_parameters()
-
-    @property
-    def update_statistics(self) -> bool:
-        """Whether the moving statistics move in training (while the layer is trainable)."""
-        return self._update_statistics
-
-    @update_statistics.setter
-    def update_statistics(self, value: bool) -> None:
-        _check_switch("update_statistics", value, (True, False))
-        self._live.update(update=float(value))
-        self._update_statistics = value
 
     @property
     def use_batch_statistics(self) -> bool | None:
@@ -315,7 +271,7 @@ class BatchNormalization(keras.layers.Layer):
 
     @use_batch_statistics.setter
     def use_batch_statistics(self, value: bool | None) -> None:
-        _check_switch("use_batch_statistics", value, (True, False, None))
+        check_switch("use_batch_statistics", value, (True, False, None))
         if value is not None and self._traced and not self._chooses:
             raise ValueError(
                 "A function with this layer was compiled for use_batch_statistics=None, without a "
@@ -342,16 +298,6 @@ class BatchNormalization(keras.layers.Layer):
         for parameter in (self.gamma, self.beta):
             if parameter is not None:
                 parameter.trainable = self.trainable and self.train_parameters
-
-    @property
-    def skipped_batches(self) -> int:
-        """How many batches left the moving statistics as they were: not finite, or no weight."""
-        return self._live.counted
-
-    @property
-    def variables(self) -> list[Any]:
-        """The weights, and the state that compiled functions read the switches from."""
-        return [*super().variables, *self._live.variables]
 
     # State ------------------------------------------------------------------------------------
 
@@ -386,45 +332,10 @@ class BatchNormalization(keras.layers.Layer):
             self.renorm_stddev = self._add_statistic("renorm_stddev", shape, stddev)
         if self.debiased or self.momentum is None:
             self.moving_count = self._add_statistic("moving_count", shape, "zeros")
-        self._live.build(self._statistics_dtype)
-        self._let_tensorflow_save(self._live.variables)
+        self._build_switches()
         self._mark_parameters()
         self.input_spec = keras.layers.InputSpec(
             ndim=len(input_shape), axes={a: input_shape[a] for a in axes}
-        )
-
-    def _let_tensorflow_save(self, variables: Iterable[Any]) -> None:
-        """A SavedModel holds what is an attribute; as Keras variables they would be weights."""
-        if hasattr(self, "_track_trackable"):
-            for variable in variables:
-                if variable._value is not None:
-                    setattr(self, f"_{variable.name}", variable._value)
-
-    @property
-    def _statistics_dtype(self) -> str:
-        return "float64" if self.variable_dtype == "float64" else "float32"
-
-    def _add_parameter(self, name: str, shape: tuple[int | None, ...]) -> Any:
-        # autocast=False: under a mixed policy the float32 values themselves are used.
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=getattr(self, f"{name}_initializer"),
-            regularizer=getattr(self, f"{name}_regularizer"),
-            constraint=getattr(self, f"{name}_constraint"),
-            trainable=True,
-            autocast=False,
-        )
-
-    def _add_statistic(self, name: str, shape: tuple[int | None, ...], initializer: Any) -> Any:
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            dtype=self._statistics_dtype,
-            initializer=initializer,
-            trainable=False,
-            autocast=False,
-            aggregation="only_first_replica",  # they are equal: see _whole_batch
         )
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -449,7 +360,7 @@ class BatchNormalization(keras.layers.Layer):
         if not (updates or self._chooses):
             return self._infer(x)
         now = self._live.read()
-        weights = _weights_of(mask, sample_weight, x)
+        weights = weights_of(mask, sample_weight, x)
         use_moving: Any = False
         if self._chooses:
             use_moving = _decided(now["moving_in_training" if updates else "moving"])
@@ -611,10 +522,6 @@ class BatchNormalization(keras.layers.Layer):
         variable.assign(ops.where(moves, value, old))
         return value
 
-    def _assign(self, variable: Any, value: Array, moves: Any) -> None:
-        value = ops.cast(value, variable.dtype)
-        variable.assign(ops.where(moves, value, ops.convert_to_tensor(variable)))
-
     def _warn_if_untouched(self) -> None:
         for variable, initializer in (
             (self.moving_mean, self.moving_mean_initializer),
@@ -640,14 +547,10 @@ class BatchNormalization(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""
         config = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
-        for name in ("beta", "gamma", "moving_mean", "moving_variance"):
+        for name in ("moving_mean", "moving_variance"):
             key = f"{name}_initializer"
             config[key] = initializers.serialize(getattr(self, key))
-        for name in ("beta", "gamma"):
-            regularizer, constraint = f"{name}_regularizer", f"{name}_constraint"
-            config[regularizer] = regularizers.serialize(getattr(self, regularizer))
-            config[constraint] = constraints.serialize(getattr(self, constraint))
-        return {**super().get_config(), **config}
+        return {**super().get_config(), **config, **parameter_config(self)}
 
 
 _PLAIN_ARGUMENTS = (
@@ -701,38 +604,6 @@ def _gated(parameter: Any, trained: Any) -> Array | None:
     value = ops.convert_to_tensor(parameter)
     constant = ops.stop_gradient(value)
     return constant if trained is False else ops.where(trained, value, constant)
-
-
-def _weights_of(mask: Array | None, sample_weight: Array | None, x: Array) -> Array | None:
-    """Mask and weights as one array of the rank of x that broadcasts against it."""
-    if mask is not None:
-        mask = ops.cast(_aligned("mask", mask, x), "bool")
-    if sample_weight is None:
-        return mask
-    weights = _aligned("sample_weight", sample_weight, x)
-    return weights if mask is None else ops.where(mask, weights, ops.zeros_like(weights))
-
-
-def _aligned(name: str, weights: Array, x: Array) -> Array:
-    """With ones for the axes that it lacks at the end."""
-    weights = ops.convert_to_tensor(weights)
-    shape = [*ops.shape(weights), *[1] * (len(x.shape) - len(weights.shape))]
-    fits = len(shape) == len(x.shape) and all(
-        not isinstance(n, int) or n == 1 or size is None or n == size
-        for n, size in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"`{name}` must broadcast to the inputs, with axes of size 1 or of theirs; if it has "
-            f"fewer axes, they are the first of the inputs'. Received: {name}.shape="
-            f"{tuple(weights.shape)}, inputs.shape={tuple(x.shape)}. Add axes of size 1."
-        )
-    return ops.reshape(weights, shape)
-
-
-def _check_switch(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value is a for a in allowed):
-        raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}.")
 
 
 def _check_renorm_clipping(renorm: bool, clipping: dict[str, float] | None) -> None:
@@ -846,7 +717,7 @@ class _WithinExample(keras.layers.Layer):
 
     def __init__(self, axis: Any, epsilon: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _check_dtype(self)
+        check_dtype(self)
         functional.check_epsilon(epsilon)
         self.axis = axis
         self.epsilon = epsilon
@@ -920,13 +791,7 @@ class _Affine(_WithinExample):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""
         config = {**super().get_config(), "center": self.center, "scale": self.scale}
-        for name in ("beta", "gamma"):
-            initializer, regularizer = f"{name}_initializer", f"{name}_regularizer"
-            constraint = f"{name}_constraint"
-            config[initializer] = initializers.serialize(getattr(self, initializer))
-            config[regularizer] = regularizers.serialize(getattr(self, regularizer))
-            config[constraint] = constraints.serialize(getattr(self, constraint))
-        return config
+        return {**config, **parameter_config(self)}
 
 
 @keras.saving.register_keras_serializable(package="keras_norm")

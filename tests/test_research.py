@@ -18,7 +18,7 @@ from differentiation import (
 from keras import ops
 from reference import complex_step, relative_error
 
-from keras_norm import functional, research
+from keras_norm import distributed, functional, research
 from keras_norm._gradients import gradients
 from keras_norm.gradient_check import check
 from keras_norm.research import (
@@ -733,8 +733,8 @@ def test_replicas_share_their_statistics(name, monkeypatch):
     replicas = [LAYERS[name](momentum=0.0) for _ in parts]
     for layer in replicas:
         layer.build(x.shape)
-    monkeypatch.setattr(research.distributed, "replicas", lambda: 2)
-    monkeypatch.setattr(research.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(distributed, "replicas", lambda: 2)
+    monkeypatch.setattr(distributed, "all_sum", all_sum)
     threads = [
         threading.Thread(target=layer, args=(part,), kwargs={"training": True}, name=str(i))
         for i, (layer, part) in enumerate(zip(replicas, parts, strict=True))

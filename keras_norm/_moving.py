@@ -1,0 +1,185 @@
+"""What all layers with moving statistics have in common: switches, variables, configuration."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+from keras import constraints, initializers, ops, regularizers
+
+from keras_norm._state import LiveNumbers
+
+__all__ = [
+    "MovingStatistics",
+    "check_dtype",
+    "check_fraction",
+    "check_switch",
+    "parameter_config",
+    "weights_of",
+]
+
+Array = Any
+
+
+def check_dtype(layer: keras.layers.Layer) -> None:
+    """Normalization divides: the layer must compute in a floating dtype."""
+    for what, dtype in (("compute", layer.compute_dtype), ("variable", layer.variable_dtype)):
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(
+                f"{type(layer).__name__} divides by a standard deviation, so its {what} dtype "
+                f"must be a floating one. Received: dtype={dtype!r}. Use 'float32', 'float64', "
+                "'mixed_float16' or 'mixed_bfloat16'."
+            )
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuses what is no momentum."""
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` is the weight of the old value in a moving average and must lie in "
+            f"[0, 1). Received: {name}={value!r}. Keras's default is 0.99; PyTorch's 0.1 is "
+            "the weight of the new value, 0.9 here."
+        )
+
+
+def check_switch(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuses what is none of the positions of a switch."""
+    if not any(value is a for a in allowed):
+        raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}.")
+
+
+def weights_of(mask: Array | None, sample_weight: Array | None, x: Array) -> Array | None:
+    """Mask and weights as one array of the rank of x that broadcasts against it."""
+    if mask is not None:
+        mask = ops.cast(_aligned("mask", mask, x), "bool")
+    if sample_weight is None:
+        return mask
+    weights = _aligned("sample_weight", sample_weight, x)
+    return weights if mask is None else ops.where(mask, weights, ops.zeros_like(weights))
+
+
+def _aligned(name: str, weights: Array, x: Array) -> Array:
+    """With ones for the axes that it lacks at the end."""
+    weights = ops.convert_to_tensor(weights)
+    shape = [*ops.shape(weights), *[1] * (len(x.shape) - len(weights.shape))]
+    fits = len(shape) == len(x.shape) and all(
+        not isinstance(n, int) or n == 1 or size is None or n == size
+        for n, size in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must broadcast to the inputs, with axes of size 1 or of theirs; if it has "
+            f"fewer axes, they are the first of the inputs'. Received: {name}.shape="
+            f"{tuple(weights.shape)}, inputs.shape={tuple(x.shape)}. Add axes of size 1."
+        )
+    return ops.reshape(weights, shape)
+
+
+def parameter_config(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Initializers, regularizers and constraints of gamma and beta, serialized."""
+    config: dict[str, Any] = {}
+    for name in ("beta", "gamma"):
+        for kind, library in (
+            ("initializer", initializers),
+            ("regularizer", regularizers),
+            ("constraint", constraints),
+        ):
+            config[f"{name}_{kind}"] = library.serialize(getattr(layer, f"{name}_{kind}"))
+    return config
+
+
+class MovingStatistics(keras.layers.Layer):
+    """A layer with moving statistics, whose momentum and updates may be changed at any time.
+
+    A subclass sets `moving_count` to None and `_live` to `LiveNumbers` with at least momentum,
+    rest and update before it assigns `momentum` and `update_statistics`; in `build` it creates
+    the variables, and calls `_build_switches`.
+    """
+
+    moving_count: Any
+    debiased: bool
+    _live: LiveNumbers
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the old value in the moving statistics; None for the average of all."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if value is not None:
+            check_fraction("momentum", value)
+        elif self.built and self.moving_count is None:
+            raise ValueError(
+                "The average over all batches needs their count from the beginning. Received: "
+                "momentum=None for a layer that was built without. Pass momentum=None, or "
+                "debiased=True, to the constructor."
+            )
+        number = 1.0 if value is None else float(value)
+        self._live.update(momentum=number, rest=1 - number)
+        self._momentum = value
+        if self.moving_count is not None and value is not None:
+            self.debiased = True  # it goes on from the average that it has
+
+    @property
+    def update_statistics(self) -> bool:
+        """Whether the moving statistics move in training (while the layer is trainable)."""
+        return self._update_statistics
+
+    @update_statistics.setter
+    def update_statistics(self, value: bool) -> None:
+        check_switch("update_statistics", value, (True, False))
+        self._live.update(update=float(value))
+        self._update_statistics = value
+
+    @property
+    def skipped_batches(self) -> int:
+        """How many batches left the moving statistics as they were: not finite, or no weight."""
+        return self._live.counted
+
+    @property
+    def variables(self) -> list[Any]:
+        """The weights, and the state that compiled functions read the switches from."""
+        return [*super().variables, *self._live.variables]
+
+    def _build_switches(self) -> None:
+        self._live.build(self._statistics_dtype)
+        self._let_tensorflow_save(self._live.variables)
+
+    def _let_tensorflow_save(self, variables: Iterable[Any]) -> None:
+        """A SavedModel holds what is an attribute; as Keras variables they would be weights."""
+        if hasattr(self, "_track_trackable"):
+            for variable in variables:
+                if variable._value is not None:
+                    setattr(self, f"_{variable.name}", variable._value)
+
+    @property
+    def _statistics_dtype(self) -> str:
+        return "float64" if self.variable_dtype == "float64" else "float32"
+
+    def _add_parameter(self, name: str, shape: Sequence[int | None]) -> Any:
+        # autocast=False: under a mixed policy the float32 values themselves are used.
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            trainable=True,
+            autocast=False,
+        )
+
+    def _add_statistic(self, name: str, shape: Sequence[int | None], initializer: Any) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            dtype=self._statistics_dtype,
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",  # they are equal: those of the replicas are merged
+        )
+
+    def _assign(self, variable: Any, value: Array, moves: Any) -> None:
+        """Where `moves` says so."""
+        value = ops.cast(value, variable.dtype)
+        variable.assign(ops.where(moves, value, ops.convert_to_tensor(variable)))
