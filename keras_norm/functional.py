@@ -715,8 +715,9 @@ def renormalization(
 
 
 def _clip(x: Array, low: float | None, high: float | None) -> Array:
-    x = x if low is None else ops.where(x < low, low, x)
-    return x if high is None else ops.where(x > high, high, x)
+    # full_like: a Python number in `where` is rounded to float32 on PyTorch.
+    x = x if low is None else ops.where(x < low, ops.full_like(x, low), x)
+    return x if high is None else ops.where(x > high, ops.full_like(x, high), x)
 
 
 # Normalization by given statistics: inference, and whatever is merged across devices -----------

@@ -387,3 +387,20 @@ def test_wrong_epsilon(epsilon):
 def test_wrong_dtype(dtype):
     with pytest.raises(ValueError, match=r"floating dtype. Received: x.dtype="):
         functional.batch_normalization(np.ones((2, 3), dtype))
+
+
+def test_bounds_of_renormalization_in_float64():
+    """To the last digits: 1.1 and 0.3 are no numbers of float32."""
+    mean, variance = np.array([3.0, -3.0, 0.1, 0.0]), np.array([16.0, 1e-4, 1.0, 1.0])
+    moving_mean, moving_stddev = np.array([1.0, 1.0, 0.0, 0.0]), np.array([2.0, 1.0, 0.9, 0.0])
+    bounds = {"rmin": 0.7, "rmax": 1.1, "dmax": 0.3}
+    r, d = functional.renormalization(
+        mean, variance, moving_mean, moving_stddev, epsilon=1e-3, **bounds
+    )
+    stddev = np.maximum(moving_stddev, np.sqrt(1e-3))
+    np.testing.assert_allclose(
+        array(r), np.clip(np.sqrt(variance + 1e-3) / stddev, 0.7, 1.1), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        array(d), np.clip((mean - moving_mean) / stddev, -0.3, 0.3), rtol=1e-12, atol=1e-15
+    )
