@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_norm.moments import Moments, example_sums
+from keras_norm.moments import Covariance, Moments, Quantiles, example_sums
 
 pytestmark = pytest.mark.core
 
@@ -252,3 +252,202 @@ def test_tensors_are_taken():
     x = np.random.default_rng(15).normal(size=(6, 2)).astype("float32")
     assert_same(Moments().update(keras.ops.convert_to_tensor(x)), Moments().update(x))
     assert repr(Moments().update(x)) == "Moments(axis=-1, channels=(2,), count=6, examples=6)"
+
+
+# Covariances --------------------------------------------------------------------------------------
+
+
+def correlated(n, channels, seed=0, mean=1000.0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, channels)) @ rng.normal(size=(channels, channels)) + mean
+
+
+def numpys_covariance(rows, size, **options):
+    return np.stack(
+        [np.cov(rows[:, i : i + size].T, **options) for i in range(0, rows.shape[1], size)]
+    )
+
+
+@pytest.mark.parametrize(("axis", "size"), [(-1, None), (1, 2), (2, 3)])
+def test_covariances_are_numpys(axis, size):
+    rows = correlated(60, 6)
+    x = np.moveaxis(rows.reshape(5, 4, 3, 6), -1, axis)
+    m = Covariance(axis, size).update(x[:2]).update(x[2:])
+    expected = numpys_covariance(rows, size or 6, bias=True)
+    np.testing.assert_allclose(m.covariance(), expected, rtol=1e-10, atol=1e-10)
+    unbiased = numpys_covariance(rows, size or 6)
+    np.testing.assert_allclose(m.covariance(unbiased=True), unbiased, rtol=1e-10, atol=1e-10)
+    assert_same(Moments(axis).update(x), m)
+    diagonal = np.diagonal(m.covariance(), axis1=1, axis2=2).ravel()
+    np.testing.assert_allclose(diagonal, m.variance(), rtol=1e-12)
+
+
+def test_covariances_with_weights():
+    rng = np.random.default_rng(1)
+    x, w = correlated(40, 4), rng.integers(0, 3, 40)
+    m = Covariance(group_size=2).update(np.where(w[:, None] > 0, x, np.nan), weights=w)
+    expected = numpys_covariance(x, 2, fweights=w, bias=True)
+    np.testing.assert_allclose(m.covariance(), expected, rtol=1e-10)
+    half = m.scaled(0.5)
+    np.testing.assert_allclose(half.covariance(), expected, rtol=1e-10)
+    np.testing.assert_allclose(half.count, w.sum() / 2)
+    both = Covariance(group_size=2).update(x[:10], mask=w[:10] > 0, weights=w[:10])
+    both.update(x[10:], weights=w[10:])
+    np.testing.assert_allclose(both.covariance(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_covariances_of_any_batches_in_any_order(size):
+    x = correlated(150, 4)
+    whole = Covariance().update(x)
+    parts = Covariance()
+    order = np.argsort(x[:, 0])
+    for i in range(0, len(x), size):
+        parts.update(x[order[i : i + size]])
+    np.testing.assert_allclose(parts.comoment, whole.comoment, rtol=1e-10, atol=1e-8)
+
+
+def test_two_halves_make_one_covariance():
+    """By way of JSON, as from another process: 1e-10, and empty ones change nothing."""
+    x = correlated(201, 5)
+    whole = Covariance().update(x)
+    other = json.loads(json.dumps(Covariance().update(x[1::2]).to_dict()))
+    halves = Covariance().update(x[::2]) + Covariance.from_dict(other)
+    np.testing.assert_allclose(halves.covariance(), whole.covariance(), rtol=1e-10, atol=1e-10)
+    assert_same(halves, whole)
+    empty = Covariance.from_dict(Covariance().to_dict())
+    for sum_ in (empty + whole, whole + empty):
+        np.testing.assert_array_equal(sum_.comoment, whole.comoment)
+    assert Covariance().empty
+
+
+def test_covariances_refuse():
+    m = Covariance(group_size=2).update(correlated(9, 4))
+    before = m.to_dict()
+    with pytest.raises(ValueError, match="group_size=2, channels=5"):
+        Covariance(group_size=2).update(correlated(9, 5))
+    with pytest.raises(ValueError, match="group_size=2 and group_size=None"):
+        m.merge(Covariance().update(correlated(9, 4)))
+    with pytest.raises(ValueError, match="Covariance and Moments"):
+        m.merge(Moments().update(correlated(9, 4)))
+    with pytest.raises(ValueError, match="the same for all channels"):
+        m.update(correlated(9, 4), weights=np.ones((9, 4)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        m.update(np.full((2, 4), np.nan))
+    with pytest.raises(ValueError, match="Use `update`"):
+        m.update_from_sums(0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"Received: format='keras_norm\.moments/1'"):
+        Covariance.from_dict(Moments().to_dict())
+    assert m.to_dict() == before
+
+
+# Quantiles ----------------------------------------------------------------------------------------
+
+LEVELS = (np.arange(16) + 0.5) / 16
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_quantiles_are_exact_up_to_the_capacity(axis):
+    rows = np.random.default_rng(0).standard_cauchy((240, 3))
+    x = np.moveaxis(rows.reshape(10, 6, 4, 3), -1, axis)
+    q = Quantiles(axis, capacity=240).update(x[:3]).update(x[3:])
+    expected = np.quantile(rows, LEVELS, axis=0, method="hazen")
+    np.testing.assert_allclose(q.quantile(LEVELS), expected, rtol=1e-12)
+    np.testing.assert_allclose(q.quantile(0.0), rows.min(axis=0))
+    assert q.rank_error == 0
+    assert_same(Moments(axis).update(x), q)
+
+
+def ranks_of(rows, values):
+    """How far the ranks of a quantile's value are from its level: 0 if the level is between."""
+    errors = []
+    for p, v in zip(LEVELS, values, strict=True):
+        low, high = (rows < v).mean(axis=0), (rows <= v).mean(axis=0)
+        errors.append(np.maximum(np.maximum(low - p, p - high), 0).max())
+    return max(errors)
+
+
+ORDERS = {
+    "random": lambda x: x,
+    "ascending": np.sort,
+    "descending": lambda x: -np.sort(-x),
+    "inwards": lambda x: np.sort(x)[np.argsort(np.r_[0 : len(x) : 2, 1 : len(x) : 2])],
+    "few values": lambda x: np.round(x),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("n", "capacity"), [(20_000, 64), (9_999, 1_000), (5_003, 2)])
+def test_rank_errors_are_within_their_bound(order, n, capacity):
+    x = ORDERS[order](np.random.default_rng(1).normal(size=n))
+    rows = np.stack([x, -x], axis=1)
+    q = Quantiles(capacity=capacity)
+    for part in np.array_split(rows, 37):
+        q.update(part)
+    top = np.ceil(np.log2(n / capacity))
+    assert 0 < q.rank_error <= (top / 2 + 1) / capacity
+    assert ranks_of(rows, q.quantile(LEVELS)) <= q.rank_error + 0.5 / n
+    items, weights = q._held
+    assert weights.sum() == n  # nothing is lost
+    assert len(items) <= capacity * (top + 1)
+
+
+def test_merged_quantiles():
+    """Parts of a sorted whole, merged pairwise: as JSON, and within the sum of their bounds."""
+    x = np.sort(np.random.default_rng(2).exponential(size=(16_000, 2)), axis=0)
+    parts = [Quantiles(capacity=256).update(part) for part in np.split(x, 8)]
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [a + Quantiles.from_dict(json.loads(json.dumps(b.to_dict()))) for a, b in pairs]
+    (q,) = parts
+    assert_same(q, Moments().update(x))
+    assert q.rank_error < 0.03
+    assert ranks_of(x, q.quantile(LEVELS)) <= q.rank_error + 0.5 / len(x)
+    half = Quantiles(capacity=16_000).update(x[1::2])
+    exact = Quantiles.from_dict(half.to_dict()) + Quantiles(capacity=16_000).update(x[::2])
+    np.testing.assert_allclose(
+        exact.quantile(LEVELS), np.quantile(x, LEVELS, axis=0, method="hazen"), rtol=1e-10
+    )
+    copied = q.copy().update(x)
+    assert copied.count[0] == 2 * q.count[0]
+    assert q._held[1].sum() == 16_000
+
+
+def test_quantiles_under_a_mask():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(30, 6, 3))
+    keep = rng.uniform(size=(30, 6)) < 0.5
+    x[~keep] = np.inf
+    q = Quantiles().update(x, mask=keep)
+    expected = np.quantile(x[keep], LEVELS, axis=0, method="hazen")
+    np.testing.assert_allclose(q.quantile(LEVELS), expected, rtol=1e-12)
+    assert np.isnan(Quantiles().update(x, mask=np.zeros(30, bool)).quantile(0.5)).all()
+
+
+def test_float32_is_held_as_it_is():
+    x = np.random.default_rng(4).normal(size=(50, 2)).astype("float32")
+    q = Quantiles().update(x).update(ops.cast(x, "bfloat16"))
+    assert q._held[0].dtype == np.float32
+    assert Quantiles().update(x.astype("float64"))._held[0].dtype == np.float64
+
+
+def test_quantiles_refuse():
+    q = Quantiles(capacity=4).update(np.arange(6.0).reshape(3, 2))
+    before = q.to_dict()
+    for capacity in (0, 3, 4.0, True):
+        with pytest.raises(ValueError, match="`capacity` is a number of elements"):
+            Quantiles(capacity=capacity)
+    with pytest.raises(ValueError, match="Ranks have no weights"):
+        q.update(np.ones((2, 2)), weights=[1, 2])
+    with pytest.raises(ValueError, match=r"capacity=4, scale=1.0 and capacity=8"):
+        q.merge(Quantiles(capacity=8).update(np.ones((2, 2))))
+    with pytest.raises(ValueError, match=r"scale=1.0 and capacity=4, scale=0.5"):
+        q.merge(q.scaled(0.5))
+    with pytest.raises(ValueError, match=r"levels=1\.5"):
+        q.quantile(1.5)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        q.update(np.array([[1.0, np.inf]]))
+    with pytest.raises(ValueError, match="Use `update`"):
+        q.update_from_sums(0, 0, 0, 0)
+    assert q.to_dict() == before
+    np.testing.assert_array_equal(q.scaled(0.5).quantile(LEVELS), q.quantile(LEVELS))
