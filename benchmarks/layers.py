@@ -203,8 +203,9 @@ def measure(kind, shape, mode, compiled, repeats, minimum):
     inner = {name: max(1, int(minimum / t)) for name, t in once.items()}
     times = {name: [] for name in turns}
     for _ in range(repeats):
-        for name, turn in turns.items():
-            n = inner[name]
+        for name in rng.permutation(list(turns)):  # nobody always runs after the same neighbour
+            turn, n = turns[name], inner[name]
+            turn()
             times[name].append(seconds(lambda: [turn() for _ in range(n)]) / n)  # noqa: B023
     times["floor"] = [t * SWEEPS[mode] / 2 for t in times["floor"]]
     return {name: np.array(t) for name, t in times.items()}

@@ -148,7 +148,9 @@ class _Layout(NamedTuple):
         return cls(tuple(ops.shape(x)), channels, reduced)
 
     def expand(self, v: Array) -> Array:
-        """A vector (C,) as an array that broadcasts against x: (1, 1, 1, C) for images."""
+        """A vector (C,) as an array that broadcasts against x: (1, C, 1, 1) for axis 1."""
+        if self.channels == (len(self.shape) - 1,):
+            return v
         shape = [self.shape[a] if a in self.channels else 1 for a in range(len(self.shape))]
         return ops.reshape(v, shape)
 

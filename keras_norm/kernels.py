@@ -51,7 +51,8 @@ Axis = int | Sequence[int]
 FEWEST_CHANNELS_FUSED = 12
 # So many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
-# Below so many elements the call of the fused kernel costs more than the sweeps that it saves.
+# Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
+# sweeps that it saves.
 FEWEST_ELEMENTS_FUSED = 2**18
 
 
@@ -79,7 +80,9 @@ def choose(
         return "composed"
     if keras.backend.backend() != "tensorflow" or axes[0] != len(shape) - 1 or _on_gpu():
         return "composed"
-    if len(shape) > 2 and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":
+    known = math.prod(size or 1 for size in shape)
+    large = len(shape) > 2 or known >= FEWEST_ELEMENTS_FUSED
+    if large and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":
         return "fused"
     return "folded" if dtype in ("float32", "float64") else "composed"
 
@@ -241,12 +244,14 @@ def _float32_or(default: Any, v: Array | None, channels: int) -> Array:
 def _folded(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
+    # Where arrays are small every operation counts: vectors stay (1, C), and the means are
+    # products with a row of 1 / N, so that there is nothing to reshape nor to divide.
     channels = x.shape[-1]
     folds = _folds(x.shape, channels)
     columns = folds * channels
     dtype = functional.compute_dtype(x)
 
-    as_it_is = len(x.shape) == 2 and folds == 1  # each operation counts where arrays are small
+    as_it_is = len(x.shape) == 2 and folds == 1
 
     def fold(x: Array) -> Array:
         x = ops.cast(x, dtype)
@@ -255,43 +260,52 @@ def _folded(
     def unfold(z: Array, x: Array) -> Array:
         return z if as_it_is else ops.reshape(z, ops.shape(x))
 
-    def sum_rows(z: Array) -> Array:
-        sums = ops.matmul(ops.ones((1, ops.shape(z)[0]), dtype=dtype), z)
+    def mean_of(z: Array, share: Array) -> Array:
+        means = ops.matmul(ops.broadcast_to(share, (1, ops.shape(z)[0])), z)  # (1, f C)
         if folds == 1:
-            return ops.reshape(sums, (channels,))
-        return ops.sum(ops.reshape(sums, (folds, channels)), axis=0)  # -> (C,)
+            return means
+        return ops.sum(ops.reshape(means, (folds, channels)), axis=0, keepdims=True)  # (1, C)
 
     def spread(v: Array) -> Array:
-        return ops.tile(v, (folds,)) if folds > 1 else v  # (C,) -> (f C,)
+        return ops.tile(v, (1, folds)) if folds > 1 else v  # (1, C) -> (1, f C)
 
-    def share_of(z: Array) -> Array:
-        return 1 / ops.maximum(ops.cast(ops.shape(z)[0] * folds, dtype), 1)
+    def elements(z: Array) -> Any:
+        """How many each channel has; a number where it is known."""
+        rows = ops.shape(z)[0]
+        if isinstance(rows, int):
+            return float(max(rows * folds, 1))
+        return ops.maximum(ops.cast(rows * folds, dtype), 1)
+
+    def row(v: Array) -> Array:
+        return ops.cast(v, dtype)  # (C,) broadcasts as (1, C)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         z = fold(x)
-        share = share_of(z)
-        first = sum_rows(z) * share
+        n = ops.convert_to_tensor(elements(z), dtype=dtype)
+        share = 1 / n
+        first = mean_of(z, share)
         centered = z - spread(first)
-        rest = sum_rows(centered) * share
+        rest = mean_of(centered, share)  # what rounding lost of the mean
         mean = first + rest  # (B1)
-        squares = sum_rows(centered * centered) * share
-        variance = ops.maximum(squares - rest * rest, 0)  # (B2)
+        variance = ops.maximum(mean_of(centered * centered, share) - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
-        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
-        offset = -rest * scale if beta is None else ops.cast(beta, dtype) - rest * scale
+        scale = inv_std if gamma is None else inv_std * row(gamma)
+        offset = -rest * scale if beta is None else row(beta) - rest * scale
         y = centered * spread(scale) + spread(offset)  # (B4) (B5)
         y = ops.cast(unfold(y, x), x.dtype)
-        return (y, mean, variance), (x, mean, inv_std, scale)
+        statistics = (ops.reshape(v, (channels,)) for v in (mean, variance))
+        return (y, *statistics), (x, mean, inv_std, scale, n)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        x, mean, inv_std, scale = residuals
+        x, mean, inv_std, scale, n = residuals
         dy, centered = fold(upstream[0]), fold(x) - spread(mean)
-        share = share_of(dy)
-        dbeta = sum_rows(dy)  # (B6)
-        dgamma = sum_rows(dy * centered) * inv_std  # (B7)
-        a = -scale * dbeta * share  # (B8)
-        b = -scale * inv_std * dgamma * share  # (B9), with the 2 of (B10)
-        dx = dy * spread(scale) + (centered * spread(b) + spread(a))  # (B10)
+        share = 1 / n
+        of_dy = mean_of(dy, share)
+        of_dy_x_hat = mean_of(dy * centered, share) * inv_std
+        dbeta = ops.reshape(of_dy * n, (channels,))  # (B6)
+        dgamma = ops.reshape(of_dy_x_hat * n, (channels,))  # (B7)
+        along = spread(of_dy_x_hat * inv_std)
+        dx = (dy - spread(of_dy) - centered * along) * spread(scale)  # (B8) (B9) (B10)
         return unfold(dx, x), dgamma, dbeta
 
     y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
@@ -414,7 +428,8 @@ def _fused_inference(
     folds = _folds(x.shape, channels) if len(x.shape) > 2 else 1
     gamma = tf.ones(channels) if gamma is None else gamma
     beta = tf.zeros(channels) if beta is None else beta
-    mean, variance, gamma, beta = (tf.tile(v, [folds]) for v in (mean, variance, gamma, beta))
+    if folds > 1:
+        mean, variance, gamma, beta = (tf.tile(v, [folds]) for v in (mean, variance, gamma, beta))
     y = tf.raw_ops.FusedBatchNormV3(
         x=tf.reshape(x, [1, 1, -1, folds * channels]),
         scale=gamma,

@@ -364,7 +364,7 @@ class BatchNormalization(MovingStatistics):
         use_moving: Any = False
         if self._chooses:
             use_moving = _decided(now["moving_in_training" if updates else "moving"])
-        gamma, beta = (_gated(v, _decided(now["train"])) for v in (self.gamma, self.beta))
+        gamma, beta = _gated(self.gamma, self.beta, _decided(now["train"]))
         if self.renorm or (self.synchronized and distributed.replicas() > 1):
             y, *statistics = self._normalize_in_steps(x, weights, gamma, beta, use_moving, updates)
         else:
@@ -474,7 +474,7 @@ class BatchNormalization(MovingStatistics):
         sound = ops.all(ops.isfinite(mean + variance))
         sound = sound if weight is None else ops.logical_and(sound, ops.any(present))
         moves = sound if update is True else ops.logical_and(sound, update)
-        self._live.count(ops.logical_xor(moves, update))
+        self._live.count(ops.where(sound, 0.0, now["update"]))
         moves = moves if weight is None else ops.logical_and(moves, present)
         keep, rest = now["momentum"], now["rest"]
         if self.moving_count is not None:
@@ -517,7 +517,7 @@ class BatchNormalization(MovingStatistics):
 
     def _move(self, variable: Any, value: Array, keep: Any, rest: Any, moves: Any) -> Array:
         # Of the tensor: PyTorch's keras.Variable * float rounds the float to float32.
-        old = ops.convert_to_tensor(variable)
+        old = ops.stop_gradient(variable.value)  # a tensor, read once
         value = old * keep + ops.cast(value, variable.dtype) * rest
         variable.assign(ops.where(moves, value, old))
         return value
@@ -597,13 +597,21 @@ def _decided(number: Any) -> Any:
     return bool(number) if isinstance(number, float) else number > 0.5
 
 
-def _gated(parameter: Any, trained: Any) -> Array | None:
-    """gamma or beta, with a gradient only where the switch says so."""
-    if parameter is None or trained is True:
-        return parameter
-    value = ops.convert_to_tensor(parameter)
-    constant = ops.stop_gradient(value)
-    return constant if trained is False else ops.where(trained, value, constant)
+def _gated(gamma: Any, beta: Any, trained: Any) -> tuple[Array | None, Array | None]:
+    """gamma and beta, with a gradient only where the switch says so."""
+    given = [v for v in (gamma, beta) if v is not None]
+    if trained is True or not given:
+        return gamma, beta
+    if trained is False:
+        gated = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in given]
+    else:
+
+        def backward(residuals: Any, upstream: Any) -> list[Array]:
+            return [ops.where(residuals[0], dv, 0.0) for dv in upstream] + [None]
+
+        gated = autodiff.custom_vjp(lambda *v: (v[:-1], v[-1:]), backward, *given, trained)
+    remaining = iter(gated)
+    return tuple(None if v is None else next(remaining) for v in (gamma, beta))
 
 
 def _check_renorm_clipping(renorm: bool, clipping: dict[str, float] | None) -> None:

@@ -129,6 +129,7 @@ def test_the_table():
         kernels.choose(shape, "float32", axis=1),
     ]
     assert asked == expected
+    assert kernels.choose((1024, 1024), "float32") == expected[0]
     assert kernels.choose(shape, "float32", weighted=True) == "composed"
     assert kernels.choose(shape, "float32", axis=(1, 3)) == "composed"
 
