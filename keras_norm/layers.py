@@ -602,16 +602,17 @@ def _gated(gamma: Any, beta: Any, trained: Any) -> tuple[Array | None, Array | N
     given = [v for v in (gamma, beta) if v is not None]
     if trained is True or not given:
         return gamma, beta
+    gated: Iterable[Array]
     if trained is False:
         gated = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in given]
     else:
 
-        def backward(residuals: Any, upstream: Any) -> list[Array]:
-            return [ops.where(residuals[0], dv, 0.0) for dv in upstream] + [None]
+        def backward(residuals: Any, upstream: Any) -> list[Array | None]:
+            return [*(ops.where(residuals[0], dv, 0.0) for dv in upstream), None]
 
         gated = autodiff.custom_vjp(lambda *v: (v[:-1], v[-1:]), backward, *given, trained)
-    remaining = iter(gated)
-    return tuple(None if v is None else next(remaining) for v in (gamma, beta))
+    gates = iter(gated)
+    return None if gamma is None else next(gates), None if beta is None else next(gates)
 
 
 def _check_renorm_clipping(renorm: bool, clipping: dict[str, float] | None) -> None:
