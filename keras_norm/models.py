@@ -39,6 +39,7 @@ __all__ = [
     "LeNet",
     "fold_batch_normalization",
     "make_normalization",
+    "restart",
     "swap_normalization",
 ]
 
@@ -486,3 +487,69 @@ def _carry_over(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         source = values.get(variable.name, values.get(_SAME.get(variable.name, "")))
         if source is not None and tuple(source.shape) == tuple(variable.shape):
             variable.assign(ops.convert_to_numpy(source))
+
+
+# A model that exists, from the beginning again -------------------------------------------------
+
+
+def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -> None:
+    """Puts a compiled model back to where training begins, without compiling it again.
+
+    A search trains the same net many times, and compiling can take longer than training. This
+    draws new weights by the initializers of the layers, and sets moving statistics, seed
+    generators and the state of the optimizer to what they are in a new model. The functions that
+    `fit` has compiled stay.
+
+    Args:
+        model: functional or Sequential, compiled; changed in place.
+        seed: given to `keras.utils.set_random_seed` before the weights are drawn.
+        learning_rate: number >= 0, the new rate. Default: None, the rate that the optimizer has.
+
+    Returns:
+        None.
+
+    Raises:
+        ValueError: for a model without an optimizer, or a subclassed one.
+        TypeError: from Keras, for a new rate where a schedule sets the rate. Nothing has changed
+            then.
+
+    Example:
+        >>> import numpy as np
+        >>> model = MLP([4], None, input_shape=(3,), classes=2)
+        >>> model.compile("adam", "mse")
+        >>> restart(model, seed=0, learning_rate=0.5)
+        >>> x, y = np.ones((8, 3), "float32"), np.ones((8, 2), "float32")
+        >>> first = model.fit(x, y, verbose=0).history["loss"]
+        >>> restart(model, seed=0)
+        >>> first == model.fit(x, y, verbose=0).history["loss"]
+        True
+        >>> int(model.optimizer.iterations), float(model.optimizer.learning_rate)
+        (1, 0.5)
+
+    Numerics: equal seeds give equal weights to the last bit. An initializer with a seed of its
+    own draws the same weights each time.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(
+            "`restart` is for compiled models. Received: "
+            f"model={getattr(model, 'name', model)!r} without an optimizer. Call `compile` first."
+        )
+    if learning_rate is not None:
+        optimizer.learning_rate = learning_rate
+    keras.utils.set_random_seed(seed)
+    twin = keras.models.clone_model(model)
+    optimizer.build(model.trainable_variables)
+    fresh = type(optimizer).from_config(optimizer.get_config())
+    fresh.build(model.trainable_variables)
+    pairs = [
+        *zip(_layer_variables(model), _layer_variables(twin), strict=True),
+        *zip(optimizer.variables, fresh.variables, strict=True),
+    ]
+    for variable, initial in pairs:
+        variable.assign(initial)
+
+
+def _layer_variables(model: keras.Model) -> list[Any]:
+    """All variables of the layers, also those of seed generators; none of metrics."""
+    return [variable for layer in model.layers for variable in layer.variables]

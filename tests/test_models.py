@@ -8,8 +8,15 @@ import pytest
 from keras import ops
 
 from keras_norm import layers as ours
-from keras_norm import research
-from keras_norm.models import MLP, NORMALIZATIONS, LeNet, make_normalization, swap_normalization
+from keras_norm import optimizers, research
+from keras_norm.models import (
+    MLP,
+    NORMALIZATIONS,
+    LeNet,
+    make_normalization,
+    restart,
+    swap_normalization,
+)
 
 pytestmark = pytest.mark.core
 
@@ -244,3 +251,58 @@ def test_swap_errors():
     with pytest.raises(ValueError, match=r"axis=\(1, 2, 3\) of 'n', to become GroupNormalization"):
         swap_normalization(several, "group")
     assert swap_normalization(several, "rms").get_layer("n").axis == (1, 2, 3)
+
+
+# From the beginning again
+
+
+def net_to_restart(learning_rate=0.05):
+    net = MLP([6, 5], "batch", dropout=0.25, input_shape=(4,), classes=3)
+    net.compile(
+        optimizers.Adagrad(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return net
+
+
+def fitted(net):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4)).astype("float32"), rng.integers(0, 3, 40)
+    losses = net.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0).history["loss"]
+    return losses, [ops.convert_to_numpy(w) for w in net.weights]
+
+
+def test_restarted_model_trains_like_a_new_one():
+    net = net_to_restart()
+    fitted(net)  # on PyTorch, Keras lets the first `fit` of a model run its dropout once more
+    restart(net, seed=3)
+    first_losses, first = fitted(net)
+    restart(net, seed=4, learning_rate=0.5)
+    other_losses, _ = fitted(net)
+    assert other_losses[-1] != first_losses[-1]
+    new = net_to_restart(0.01)
+    fitted(new)
+    for each in (net, new):
+        restart(each, seed=3, learning_rate=0.05)
+        losses, weights = fitted(each)
+        assert losses == first_losses
+        for a, b in zip(weights, first, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert int(net.optimizer.iterations) == 8
+
+
+def test_restart_needs_an_optimizer():
+    with pytest.raises(ValueError, match="without an optimizer"):
+        restart(MLP([4], None, input_shape=(4,)), seed=0)
+
+
+def test_restart_refuses_a_new_rate_where_a_schedule_sets_it():
+    net = MLP([4], None, input_shape=(4,))
+    net.compile(optimizers.SGD(optimizers.CyclicalLearningRate(0.1, 0.2, 3)), "mse")
+    before = [array(w) for w in net.weights]
+    with pytest.raises(TypeError, match="LearningRateSchedule"):
+        restart(net, seed=0, learning_rate=0.1)
+    for a, b in zip(net.weights, before, strict=True):
+        np.testing.assert_array_equal(array(a), b)
+    restart(net, seed=123)
+    assert any((array(a) != b).any() for a, b in zip(net.weights, before, strict=True))
