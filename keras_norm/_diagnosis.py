@@ -28,7 +28,8 @@ import numpy.typing as npt
 from keras import ops, tree
 
 from keras_norm import statistics
-from keras_norm._layerwise import _intercepted, _mask_of, copy_of, movement, rms
+from keras_norm._kinds import copy_of, kind_by_names
+from keras_norm._layerwise import _intercepted, _mask_of, movement, rms
 from keras_norm._sample import as_numpy, describe, is_structure
 from keras_norm.experiments import replace_file
 from keras_norm.moments import Moments
@@ -451,11 +452,10 @@ class _Stale:
 
 def _stale(name: str, old: statistics.Snapshot, new: statistics.Snapshot) -> _Stale:
     """A decaying average of n updates is (1 - m^n) of the data's and m^n of the initial values."""
-    mean, variance = new.moments(name)
-    old_mean, old_variance = old.moments(name)
-    total = np.maximum(variance + new.epsilons[name], 1e-30)
-    off = np.stack([(old_mean - mean) / np.sqrt(total), (old_variance - variance) / total])
-    initial = np.stack([-mean / np.sqrt(total), (1 - variance) / total])
+    kind, epsilon = kind_by_names(new.statistics[name]), new.epsilons[name]
+    values, old_values = new.values(name), old.values(name)
+    off = kind.offset(old_values, values, epsilon)
+    initial = kind.offset(kind.initial(values), values, epsilon)
     if rms(initial) < _STALE or rms(off) == 0:
         return _Stale(rms(off), 0.0 if rms(initial) >= _STALE else math.nan, 0.0)
     share = float(np.sum(off * initial) / np.sum(initial**2))

@@ -24,17 +24,17 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops, tree
 
-from keras_norm import functional
+from keras_norm._kinds import Values, copy_of, kind_of, weights_in
 from keras_norm._sample import Chunk, Environment, Sample, Store, nothing_came
-from keras_norm.moments import Moments, example_sums
+from keras_norm.moments import Moments
 
 __all__ = ["Found", "Job", "Rule", "copy_of", "current_statistics", "error_of", "movement", "rms"]
 
 Array = Any
 Layer = Any
 Floats = npt.NDArray[np.float64]
-Rule = Callable[[Layer, Moments], tuple[Floats, Floats]]
-Statistics = Mapping[int, tuple[Floats, Floats]]  # number of a layer -> (mean, variance)
+Rule = Callable[[Layer, Moments], Values]
+Statistics = Mapping[int, Values]  # by the number of the layer
 
 _FIXED_POINT = 1e-6  # in units of sigma: a few times the rounding of a float32 forward pass
 _MAX_ROUNDS = 100
@@ -46,15 +46,8 @@ _TRIED_FIRST, _TRIED = 4, 20  # one pass is tried on the first four batches, and
 # Statistics of one layer -----------------------------------------------------------------------
 
 
-def copy_of(variable: Any) -> npt.NDArray[Any]:
-    return np.array(ops.convert_to_numpy(variable), copy=True)
-
-
-def set_statistics(layer: Layer, mean: Floats, variance: Floats) -> None:
-    layer.moving_mean.assign(mean.reshape(tuple(layer.moving_mean.shape)))
-    layer.moving_variance.assign(variance.reshape(tuple(layer.moving_variance.shape)))
-    if getattr(layer, "moving_stddev", None) is not None:  # Keras's batch renormalization
-        layer.moving_stddev.assign(np.sqrt(variance + layer.epsilon))
+def set_statistics(layer: Layer, values: Values) -> None:
+    kind_of(layer).assign(layer, values)
 
 
 def movement(
@@ -342,20 +335,10 @@ class _AttachMask(keras.layers.Layer):
         return inputs[1]
 
 
-def _measured(
-    layer: Layer, inputs: Array, mask: Array | None = None, sample_weight: Array | None = None
-) -> dict[str, Array]:
-    """The sums of the examples of one input of a normalization layer."""
+def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str, Array]:
+    """What is needed of one input of a normalization layer, and of its mask and weights."""
     x = ops.cast(inputs, layer.compute_dtype)
-    weights = None
-    for given in (mask, sample_weight):
-        if given is not None:
-            w = ops.cast(given, functional.compute_dtype(x))
-            # One of lower rank belongs to the first axes, as Keras's masks do.
-            w = ops.reshape(w, (*ops.shape(w), *[1] * (len(x.shape) - len(w.shape))))
-            weights = w if weights is None else weights * w
-    sums = example_sums(x, axis=layer.axis, weights=weights)
-    return dict(zip(("shift", "first", "second", "count"), sums, strict=True))
+    return kind_of(layer).measured(layer, x, weights_in(layer, x, given))
 
 
 @contextlib.contextmanager
@@ -417,8 +400,7 @@ class Program(keras.Model):
         def record(layer: Layer, value: Array, weights: dict[str, Any]) -> dict[str, Array]:
             index = next(i for i, y in self._measures.items() if y is layer)
             call = calls[index] = calls.get(index, -1) + 1
-            known = {k: v for k, v in weights.items() if k in ("mask", "sample_weight")}
-            sums = _measured(layer, value, **known)
+            sums = _measured(layer, value, weights)
             found.update({f"s.{index}.{call}.{name}": v for name, v in sums.items()})
             return sums
 
@@ -427,9 +409,9 @@ class Program(keras.Model):
             if flag is None:
                 return call(inputs, *args, **kwargs)
             if self._sweep:
-                return _normalized_by_batch(layer, inputs, sums, flag)
+                return _normalized_by_batch(layer, inputs, sums, kwargs, flag)
             y = call(inputs, *args, **kwargs)
-            return ops.where(flag, _normalized_by_batch(layer, inputs, sums), y)
+            return ops.where(flag, _normalized_by_batch(layer, inputs, sums, kwargs), y)
 
         flag = inputs.get("by_batch")
         for item in self._items:
@@ -473,20 +455,15 @@ class Program(keras.Model):
 
 
 def _normalized_by_batch(
-    layer: Layer, inputs: Array, sums: dict[str, Array], flag: Array | None = None
+    layer: Layer,
+    inputs: Array,
+    sums: dict[str, Array],
+    given: Mapping[str, Any],
+    flag: Array | None = None,
 ) -> Array:
     """By the batch's own statistics; with a flag that is not set, by the moving ones."""
     x = ops.cast(inputs, layer.compute_dtype)
-    count = ops.sum(ops.broadcast_to(sums["count"], ops.shape(sums["first"])), axis=0)
-    count = ops.where(count > 0, count, 1)
-    d = ops.sum(sums["first"], axis=0) / count
-    mean = sums["shift"] + d
-    variance = ops.maximum(ops.sum(sums["second"], axis=0) / count - d * d, 0)
-    if flag is not None:
-        mean = ops.where(flag, mean, ops.cast(layer.moving_mean, mean.dtype))
-        variance = ops.where(flag, variance, ops.cast(layer.moving_variance, mean.dtype))
-    parameters = (layer.gamma, layer.beta)
-    y = functional.normalize(x, mean, variance, *parameters, axis=layer.axis, epsilon=layer.epsilon)
+    y = kind_of(layer).by_batch(layer, x, weights_in(layer, x, given), sums, flag)
     return ops.cast(y, layer.compute_dtype)
 
 
@@ -536,29 +513,26 @@ def _found_in(
     keys = sorted({tuple(map(int, key.split(".")[1:3])) for key in outputs if key[:2] == "s."})
     found: dict[int, Found] = {}
     for i, calls in itertools.groupby(keys, key=lambda key: key[0]):
-        axis = layers[i].axis
-        moments = Moments(axis if isinstance(axis, int) else tuple(axis))
-        sums = [_sums_of(outputs, f"s.{i}.{call}.", chunk) for _, call in calls]
-        finite = all(np.all(np.isfinite(v)) for one in sums for v in one)
-        if finite:
-            shift, first, second, count = sums[0]
-            for other in sums[1:]:  # an example is one, however often the layer is called on it
-                d = other[0] - shift
-                first = first + other[1] + d * other[3]
-                second = second + other[2] + 2 * d * other[1] + d * d * other[3]
-                count = count + other[3]
-            moments.update_from_sums(shift, first, second, count)
-        found[i] = Found(moments if finite else None, len(sums))
+        names = list(calls)
+        measured = [_of_call(outputs, f"s.{i}.{call}.", chunk) for _, call in names]
+        found[i] = Found(kind_of(layers[i]).taken(layers[i], measured), len(names))
     return found
 
 
-def _sums_of(outputs: Mapping[str, Array], key: str, chunk: Chunk) -> tuple[Floats, ...]:
-    shift, first, second, count = (
-        np.asarray(ops.convert_to_numpy(outputs[key + name]), np.float64)
-        for name in ("shift", "first", "second", "count")
-    )
-    rows = len(first)
-    return shift, *(_per_example(v, rows, chunk) for v in (first, second, count))
+def _of_call(outputs: Mapping[str, Array], key: str, chunk: Chunk) -> dict[str, Any]:
+    """What was measured in one call, by examples."""
+    arrays = {
+        name.removeprefix(key): np.asarray(ops.convert_to_numpy(value))
+        for name, value in outputs.items()
+        if name.startswith(key)
+    }
+    if "x" in arrays:  # the inputs themselves, and the weights of positions
+        return {name: _positions_of_examples(v, chunk) for name, v in arrays.items()}
+    rows = len(arrays["first"])
+    return {
+        name: v.astype(np.float64) if name == "shift" else _per_example(v, rows, chunk)
+        for name, v in arrays.items()
+    }
 
 
 def _per_example(sums: Floats, rows: int, chunk: Chunk) -> Floats:
@@ -566,17 +540,30 @@ def _per_example(sums: Floats, rows: int, chunk: Chunk) -> Floats:
 
     A model may fold other axes into the first, time steps or windows; R is then a multiple of N.
     """
-    sums = np.broadcast_to(sums, (rows, *sums.shape[1:]))
+    sums = np.broadcast_to(sums.astype(np.float64), (rows, *sums.shape[1:]))
     if rows % chunk.size == 0:
         sums = sums.reshape(chunk.size, rows // chunk.size, *sums.shape[1:]).sum(axis=1)
         return sums[: chunk.rows]
+    _require_no_filling(rows, chunk)
+    return sums
+
+
+def _positions_of_examples(x: npt.NDArray[Any], chunk: Chunk) -> npt.NDArray[Any]:
+    """(R, P, C) -> (N, R / N P, C), likewise."""
+    rows = len(x)
+    if rows % chunk.size == 0:
+        return x.reshape(chunk.size, -1, x.shape[-1])[: chunk.rows]
+    _require_no_filling(rows, chunk)
+    return x
+
+
+def _require_no_filling(rows: int, chunk: Chunk) -> None:
     if chunk.rows != chunk.size:
         raise ValueError(
             "The inputs of a normalization layer must have their examples on axis 0, or batches "
             f"must be equal. Received: {rows} rows for a batch of {chunk.size}, in a sample that "
             "is no multiple of `batch_size`. Choose a `batch_size` that divides it."
         )
-    return sums
 
 
 class Solver:
@@ -671,8 +658,8 @@ class Solver:
                 best = min(best, moved)
                 history.append(({i: current_statistics(self._layer(i)) for i in targets}, targets))
                 targets = self._accelerated(history)
-            for i, (mean, variance) in targets.items():
-                set_statistics(self._layer(i), mean, variance)
+            for i, values in targets.items():
+                set_statistics(self._layer(i), values)
         for i, f in found.items():
             f.residual = moved if shared else 0.0
             self._set(i, f)
@@ -717,35 +704,35 @@ class Solver:
 
     def _moved(self, targets: Statistics) -> float:
         """The largest difference between these statistics and those of now, in sigma."""
-        moves = [
-            movement(*values, *current_statistics(self._layer(i)), self._layer(i).epsilon)
-            for i, values in targets.items()
-        ]
+        moves = []
+        for i, values in targets.items():
+            layer, kind = self._layer(i), kind_of(self._layer(i))
+            moves.append(kind.distance(kind.current(layer), values, kind.epsilon(layer)))
         return max((float(np.max(m, initial=0)) for m in moves), default=math.inf)
 
     def _accelerated(self, history: Sequence[tuple[Statistics, Statistics]]) -> Statistics:
         """The next statistics of the fixed-point iteration, by Anderson's acceleration.
 
-        In means and log sigmas, in units of the present sigmas; at most 3 of either at once.
+        In units of the present sigmas (of batch normalization, in means and log sigmas); at most
+        3 at once.
         """
-        now, targets = history[-1]
-        epsilons = {i: self._layer(i).epsilon + 1e-30 for i in now}
-        units = {i: np.sqrt(variance + epsilons[i]) for i, (_, variance) in targets.items()}
+        now, units = history[-1]
+        kinds = {i: kind_of(self._layer(i)) for i in now}
+        epsilons = {i: kinds[i].epsilon(self._layer(i)) for i in now}
 
-        def vector(values: Statistics) -> Floats:
-            parts = [(m / units[i], np.log(v + epsilons[i]) / 2) for i, (m, v) in values.items()]
-            return np.concatenate([x.ravel() for pair in parts for x in pair])
+        def parts(values: Statistics) -> list[Floats]:
+            return [kinds[i].vector(v, units[i], epsilons[i]) for i, v in values.items()]
 
-        states = [vector(before) for before, _ in history]
-        steps = [vector(after) - x for (_, after), x in zip(history, states, strict=True)]
+        states = [np.concatenate(parts(before)) for before, _ in history]
+        steps = [
+            np.concatenate(parts(after)) - x for (_, after), x in zip(history, states, strict=True)
+        ]
         state = states[-1] + np.clip(_anderson(states, steps), -3, 3)
-        found: dict[int, tuple[Floats, Floats]] = {}
-        for i, unit in units.items():
-            mean, log_sigma = (x.reshape(unit.shape) for x in np.split(state[: 2 * unit.size], 2))
-            variance = np.maximum(np.exp(2 * log_sigma) - epsilons[i], 0)
-            found[i] = mean * unit, variance
-            state = state[2 * unit.size :]
-        return found
+        ends = np.cumsum([part.size for part in parts(units)])
+        return {
+            i: kinds[i].of_vector(part, units[i], epsilons[i])
+            for i, part in zip(units, np.split(state, ends[:-1]), strict=True)
+        }
 
 
 def _as_many(part: Found, whole: Found) -> Found:
@@ -765,12 +752,13 @@ def _leak(pairs: Sequence[Floats], batches: int) -> float:
     if not pairs:
         return 0.0
     if batches == 1:
-        return rms(np.hypot(*pairs[0]))
-    errors = 2 * (1 - 1 / batches) * np.stack(pairs)  # (pairs, 2, C)
+        return rms(np.sqrt(np.sum(np.square(pairs[0]), axis=0)))
+    errors = 2 * (1 - 1 / batches) * np.stack(pairs)  # (pairs, D, C)
     number = len(pairs)
     spread = float(np.mean(errors.var(axis=0, ddof=1))) if number > 1 else 0.0
     systematic = float(np.mean(errors.mean(axis=0) ** 2)) - spread / number
-    return math.sqrt(2 * (max(systematic, 0.0) + spread / max(batches, 2 * number)))
+    left = max(systematic, 0.0) + spread / max(batches, 2 * number)
+    return math.sqrt(errors.shape[1] * left)
 
 
 def _add(total: dict[int, Found], more: Mapping[int, Found]) -> None:
@@ -795,7 +783,7 @@ def _set(layer: Layer, found: Found, rule: Rule, name: str) -> None:
             "layers below."
         )
     if not found.moments.empty:
-        set_statistics(layer, *rule(layer, found.moments))
+        set_statistics(layer, rule(layer, found.moments))
 
 
 def _feed(env: Environment, program: Program) -> dict[str, Array]:
@@ -803,9 +791,8 @@ def _feed(env: Environment, program: Program) -> dict[str, Array]:
     return feed | {f"m{n}": env[n][1] for n in program.needs if env[n][1] is not None}
 
 
-def current_statistics(layer: Layer) -> tuple[Floats, Floats]:
-    mean, variance = (copy_of(v) for v in (layer.moving_mean, layer.moving_variance))
-    return mean.astype(np.float64), variance.astype(np.float64)
+def current_statistics(layer: Layer) -> Values:
+    return kind_of(layer).current(layer)
 
 
 def _anderson(states: Sequence[Floats], steps: Sequence[Floats]) -> Floats:
@@ -970,7 +957,7 @@ class Job:
         total: Mapping[int, Found],
         part: Sequence[tuple[Chunk, Mapping[int, Found]]],
     ) -> dict[int, Floats]:
-        """How much one pass over one or two batches is wrong: (2, C) in sigma, for each layer.
+        """How much one pass over one or two batches is wrong: (D, C) in sigma, for each layer.
 
         They are pooled, and run once more with the statistics that came of it. What is first
         order in their deviations from each other cancels, as it does between all batches.
@@ -989,11 +976,9 @@ class Job:
             if f.moments is None or other.moments is None or f.moments.empty:
                 continue
             layer = self.layers[i]
-            mean, variance = self.rule(layer, f.moments)
-            new_mean, new_variance = self.rule(layer, other.moments)
-            sigma = np.sqrt(np.maximum(variance + layer.epsilon, 1e-30))
-            new_sigma = np.sqrt(np.maximum(new_variance + layer.epsilon, 0))
-            leaks[i] = np.stack([new_mean - mean, new_sigma - sigma]) / sigma
+            values, new = self.rule(layer, f.moments), self.rule(layer, other.moments)
+            kind = kind_of(layer)
+            leaks[i] = kind.deviation(new, values, kind.epsilon(layer))
         return leaks
 
     def _worst_error(self, found: Mapping[int, Found]) -> float:
@@ -1002,7 +987,7 @@ class Job:
             if f.moments is not None and not f.moments.empty:
                 some, m = f.moments.count > 0, f.moments
                 of_mean, of_variance = m.standard_error_of_mean(), m.standard_error_of_variance()
-                epsilon = self.layers[i].epsilon
+                epsilon = kind_of(self.layers[i]).epsilon(self.layers[i])
                 error = error_of(m.variance()[some], of_mean[some], of_variance[some], epsilon)
                 errors.append(error)
         return max(errors)

@@ -13,6 +13,10 @@ all layers. A layer's inputs depend on the statistics of the layers below, so th
 are solved from below: exactly, layer by layer (`method="layerwise"`), or approximately in one
 sweep in which every layer normalizes by the batch (`method="one_pass"`).
 
+The same is done for the other layers with moving statistics: the mean and the covariances of
+`DecorrelatedBatchNormalization`, and the quantiles of `QuantileNormalization`. What is said below
+of batch normalization holds for them; where an operation has no meaning for a layer, it is refused.
+
 Reference: Wu and Johnson, 2021, Rethinking "Batch" in BatchNorm, section 3; Ioffe and Szegedy,
 2015, algorithm 2.
 """
@@ -30,10 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import keras
+import keras  # noqa: F401 (in an example)
 import numpy as np
 import numpy.typing as npt
 
+from keras_norm._kinds import Values, has_statistics, kind_by_names, kind_of
 from keras_norm._layerwise import (
     Found,
     Job,
@@ -45,8 +50,7 @@ from keras_norm._layerwise import (
 )
 from keras_norm._sample import Sample, Store, as_numpy, describe, is_array
 from keras_norm.experiments import replace_file
-from keras_norm.layers import BatchNormalization
-from keras_norm.moments import Moments
+from keras_norm.moments import Moments, Quantiles
 
 if TYPE_CHECKING:
     from keras_norm._diagnosis import Diagnosis
@@ -78,13 +82,12 @@ _TINY = 0.2  # sigma: the standard error from which a sample is too small
 
 
 def _normalizations(model: Any) -> dict[str, Layer]:
-    """All built batch normalization layers of a model, by the names of what they stand in."""
+    """All built layers with moving statistics, by the names of what they stand in."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()  # in the middle of `fit` on JAX the values are elsewhere
-    kinds = (BatchNormalization, keras.layers.BatchNormalization)
     layers: dict[str, Layer] = {}
     for path, layer in _inside(model, "", set()):
-        if isinstance(layer, kinds) and getattr(layer, "moving_mean", None) is not None:
+        if has_statistics(layer):
             name, number = path, 2
             while name in layers:
                 name, number = f"{path}#{number}", number + 1
@@ -92,8 +95,9 @@ def _normalizations(model: Any) -> dict[str, Layer]:
     if not layers:
         raise ValueError(
             "The model must have built batch normalization layers, of keras_norm.layers or "
-            f"keras.layers. Received: model={getattr(model, 'name', model)!r} without any. Build "
-            "a subclassed model first, by calling it on a batch."
+            "keras.layers, or others with moving statistics, of keras_norm.research. Received: "
+            f"model={getattr(model, 'name', model)!r} without any. Build a subclassed model "
+            "first, by calling it on a batch."
         )
     return layers
 
@@ -145,7 +149,7 @@ def _transaction(model: Any, keep: Sequence[Layer]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The statistics of every batch normalization layer at one moment.
+    """The statistics of every layer with moving statistics at one moment.
 
     Args:
         statistics: layer -> variable -> value.
@@ -156,18 +160,25 @@ class Snapshot:
     epsilons: Mapping[str, float]
 
     def moments(self, name: str) -> tuple[Floats, Floats]:
-        """The moving mean and variance of a layer, in float64."""
-        values = self.statistics[name]
-        mean, variance = values["moving_mean"], values["moving_variance"]
-        return mean.astype(np.float64), variance.astype(np.float64)
+        """The moving mean and variance of a layer's channels, in float64.
+
+        Of quantiles those of the distribution that they stand for.
+        """
+        return kind_by_names(self.statistics[name]).marginals(self.values(name))
+
+    def values(self, name: str) -> Values:
+        """A layer's statistics in float64: (mean, variance), (mean, covariance) or (quantiles,)."""
+        statistics = self.statistics[name]
+        return kind_by_names(statistics).of_snapshot(statistics)
 
 
 def snapshot(model: Any) -> Snapshot:
-    """Copies the statistics of every batch normalization layer of a model.
+    """Copies the statistics of every layer of a model that has moving statistics.
 
     Args:
         model: a built `keras.Model` (or layer) with batch normalization layers of
-            `keras_norm.layers` or `keras.layers`.
+            `keras_norm.layers` or `keras.layers`, or layers with moving statistics of
+            `keras_norm.research`.
 
     Returns:
         A `Snapshot`, independent of the model.
@@ -187,7 +198,7 @@ def snapshot(model: Any) -> Snapshot:
     layers = _normalizations(model)
     return Snapshot(
         {name: {v.name: copy_of(v) for v in _statistics_of(y)} for name, y in layers.items()},
-        {name: float(y.epsilon) for name, y in layers.items()},
+        {name: kind_of(y).epsilon(y) for name, y in layers.items()},
     )
 
 
@@ -255,6 +266,12 @@ class LayerStatistics:
             units of sigma, root mean square over the channels. From few batches it is an
             estimate: in half of the layers within a factor of 2, rather too large than too
             small, up to ten times in deep layers at batches of 20. Else 0.
+        old, new: for layers whose statistics are more than means and variances, all of them, by
+            the names of the variables: "moving_mean" (C,) and "moving_covariance" (C / S, S, S),
+            or "moving_quantiles" (K, C). The means, variances and standard errors above are those
+            of the channels then, of quantiles those of the distribution that they stand for.
+        rank_error: of quantiles: by how much their ranks may be off, as a fraction of the
+            elements; 0 if they are exact.
         drift: for `layerwise`, how far the mean of the first half of the examples is from that of
             all, root mean square over the channels, in units of what is to be expected if they
             came in random order: about 1. Much more means that they are sorted, or changed on
@@ -276,6 +293,24 @@ class LayerStatistics:
     residual: float = 0.0
     leak: float = 0.0
     drift: float = 0.0
+    old: Mapping[str, Floats] = field(default_factory=dict)
+    new: Mapping[str, Floats] = field(default_factory=dict)
+    rank_error: float = 0.0
+
+    @property
+    def distance(self) -> float:
+        """How far all statistics moved, root mean square over the channels, in units of sigma.
+
+        Of means and variances together; of covariances after whitening by the new ones, so that a
+        changed correlation counts as well; of quantiles, root mean square over them.
+        """
+        if self.new:
+            kind = kind_by_names(self.new)
+            return rms(
+                kind.distance(tuple(self.old.values()), tuple(self.new.values()), self.epsilon)
+            )
+        sigma_ratio = 1 / self.scale - 1
+        return rms(np.sqrt(self.shift**2 + sigma_ratio**2))
 
     @property
     def shift(self) -> Floats:
@@ -308,6 +343,11 @@ class LayerStatistics:
         """All of it as JSON values; infinite standard errors are None."""
         found: dict[str, Any] = {}
         for key, value in dataclasses.asdict(self).items():
+            if key in ("old", "new"):
+                value = {
+                    name: {"shape": list(v.shape), "values": v.ravel().tolist()}
+                    for name, v in value.items()
+                }
             if isinstance(value, np.ndarray):
                 value = [x if math.isfinite(x) else None for x in value.ravel().tolist()]
             found[key] = value
@@ -318,6 +358,11 @@ class LayerStatistics:
         """What `to_dict` gave."""
         values = {k: v for k, v in state.items() if k != "shape"}
         for key, value in values.items():
+            if key in ("old", "new"):
+                values[key] = {
+                    name: np.array(v["values"], np.float64).reshape(v["shape"])
+                    for name, v in value.items()
+                }
             if isinstance(value, list):
                 array = np.array([math.inf if x is None else x for x in value], np.float64)
                 values[key] = array.reshape(state["shape"]) if array.size else array
@@ -357,8 +402,11 @@ class Report:
 
     @property
     def largest_shift(self) -> float:
-        """The largest root mean square shift of a layer, in units of sigma."""
-        return max((rms(y.shift) for y in self.updated), default=0.0)
+        """The largest root mean square shift of a layer, in units of sigma.
+
+        Of covariances and quantiles their `distance`.
+        """
+        return max((y.distance if y.new else rms(y.shift) for y in self.updated), default=0.0)
 
     @property
     def error(self) -> float:
@@ -368,15 +416,17 @@ class Report:
     def __str__(self) -> str:
         head = f"{self.method}: {self.samples} examples of {self.data}"
         columns = ["layer", "channels", "uses", "elements", "shift/σ", "σ/old σ", "error/σ"]
-        extra = [k for k in ("leak", "residual") if any(getattr(y, k) for y in self.layers)]
-        rows = [columns + [f"{k}/σ" for k in extra]]
+        units = {"leak": "leak/σ", "residual": "residual/σ", "rank_error": "rank error"}
+        extra = [k for k in units if any(getattr(y, k) for y in self.layers)]
+        rows = [columns + [units[k] for k in extra]]
         for y in self.layers:
             row = [y.name, str(y.mean.size), str(y.uses)]
             if y.status != "updated":
                 rows.append([*row, y.status] + [""] * (3 + len(extra)))
                 continue
             scale = float(np.exp(np.mean(np.log(y.scale)))) if y.scale.size else 1.0
-            row += [f"{float(np.max(y.elements, initial=0)):.0f}", f"{rms(y.shift):.3g}"]
+            moved = y.distance if y.new else rms(y.shift)
+            row += [f"{float(np.max(y.elements, initial=0)):.0f}", f"{moved:.3g}"]
             row += [f"{scale:.3f}", f"{y.error:.2g}"]
             rows.append(row + [f"{getattr(y, k):.2g}" for k in extra])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -533,24 +583,30 @@ def diff(a: Any, b: Any) -> Report:
                 elements=zeros,
                 standard_error_of_mean=zeros,
                 standard_error_of_variance=zeros,
+                old=_beyond_variance(old.statistics[name]),
+                new=_beyond_variance(new.statistics[name]),
             )
         )
     return Report("diff", "two snapshots", 0, 0, tuple(layers))
 
 
+def _beyond_variance(statistics: Mapping[str, npt.NDArray[Any]]) -> dict[str, Floats]:
+    """The statistics by name, where they are more than a mean and a variance."""
+    kind = kind_by_names(statistics)
+    if "moving_variance" in kind.names:
+        return {}
+    return dict(zip(kind.names, kind.of_snapshot(statistics), strict=True))
+
+
 # Re-estimation -----------------------------------------------------------------------------------
 
 
-def _population(layer: Layer, moments: Moments) -> tuple[Floats, Floats]:
-    """(S1) and (S2); a channel without any element keeps its statistics.
+def _population(layer: Layer, moments: Moments) -> Values:
+    """(S1) and (S2), and their like; a channel without any element keeps its statistics.
 
     A layer whose moving variance is the unbiased one, of N - 1, gets that.
     """
-    mean, variance = current_statistics(layer)
-    unbiased = bool(getattr(layer, "unbiased", False))
-    new = moments.variance(unbiased=unbiased and bool(np.all(moments.count[moments.count > 0] > 1)))
-    some = moments.count > 0
-    return np.where(some, moments.mean, mean), np.where(some, new, variance)
+    return kind_of(layer).population(layer, moments)
 
 
 Selection = Callable[[Any], bool] | Iterable[Any] | None
@@ -638,6 +694,13 @@ def reestimate(
     themselves, and found by iterating until they reproduce themselves to 1e-6 sigma
     (`residual` in the report).
 
+    Of a `DecorrelatedBatchNormalization`, the covariances of the data are taken in the same way,
+    equally exact. Of a `QuantileNormalization`, all elements are held up to 2^24 / C of each of
+    its C channels (at least 4096, at most 2^20), and the quantiles are exact so far; of more, they
+    come from a sketch whose largest possible rank error the report states (`rank_error`, in
+    general below 0.01%), and which does depend on batches and order to that degree. The inputs
+    of both are taken to the host to be measured.
+
     Calls that are code (subclassed models and layers with normalization layers inside) are run
     as a whole: once more for each normalization layer in them, since a pass makes only the next
     one right. The result is exact all the same.
@@ -649,7 +712,8 @@ def reestimate(
 
     Args:
         model: a built `keras.Model`, functional, Sequential or subclassed, with batch
-            normalization layers of `keras_norm.layers` or `keras.layers`.
+            normalization layers of `keras_norm.layers` or `keras.layers`, or decorrelated batch
+            or quantile normalization of `keras_norm.research`.
         data: arrays x or (x, y), a list or dict of them for several inputs; a
             `keras.utils.PyDataset`; a `tf.data.Dataset`, data loader or generator of batches x,
             (x, y) or (x, y, weights). Labels and sample weights are not used.
@@ -773,11 +837,13 @@ def _layer_reports(
     for name in [*found, *(n for n in everything if n not in found)]:
         layer, f = everything[name], found.get(name, Found(None))
         old_mean, old_variance = before.moments(name)
-        mean, variance = current_statistics(layer)
+        values = current_statistics(layer)
+        mean, variance = kind_of(layer).marginals(values)
+        old = _beyond_variance(before.statistics[name])
         part = LayerStatistics(
             name=name,
             status="did not run" if name in chosen else "not selected",
-            epsilon=float(layer.epsilon),
+            epsilon=kind_of(layer).epsilon(layer),
             old_mean=old_mean,
             old_variance=old_variance,
             mean=mean,
@@ -787,6 +853,8 @@ def _layer_reports(
             residual=f.residual,
             leak=f.leak,
             drift=f.drift,
+            old=old,
+            new=dict(zip(old, values, strict=True)) if old else {},
         )
         if f.moments is not None and not f.moments.empty:
             part = dataclasses.replace(
@@ -796,6 +864,7 @@ def _layer_reports(
                 examples=int(f.moments.examples.max()),
                 standard_error_of_mean=f.moments.standard_error_of_mean(),
                 standard_error_of_variance=f.moments.standard_error_of_variance(),
+                rank_error=f.moments.rank_error if isinstance(f.moments, Quantiles) else 0.0,
             )
         parts.append(part)
     return tuple(parts)
@@ -804,18 +873,20 @@ def _layer_reports(
 # Adaptation --------------------------------------------------------------------------------------
 
 
-def _blend(sources: Mapping[int, tuple[Floats, Floats]], prior: float) -> Rule:
+def _blend(sources: Mapping[int, Values], prior: float) -> Rule:
     """(S3) and (S4), from the statistics of the source, by the id of the layer."""
 
-    def rule(layer: Layer, moments: Moments) -> tuple[Floats, Floats]:
-        mean, variance = sources[id(layer)]
+    def rule(layer: Layer, moments: Moments) -> Values:
+        source = sources[id(layer)]
         n = moments.examples
         share = (
             np.ones(n.shape) if prior == 0 else n / (n + prior) if math.isfinite(prior) else 0 * n
         )
         share = np.where(moments.count > 0, share, 0.0)
-        new = np.nan_to_num(moments.variance())
-        return mean + share * (moments.mean - mean), variance + share * (new - variance)
+        if any(v.shape != share.shape for v in source):  # positions count for all channels alike
+            share = np.asarray(np.max(share, initial=0.0))
+        new = [np.nan_to_num(v) for v in kind_of(layer).of_data(moments, source)]
+        return tuple(old + share * (v - old) for old, v in zip(source, new, strict=True))
 
     return rule
 
@@ -853,7 +924,9 @@ def adapt(
         (S3)  mean     = N / (N + n) mean_source     + n / (N + n) mean_target
         (S4)  variance = N / (N + n) variance_source + n / (N + n) variance_target
 
-    Both are applied layer by layer: a layer's target statistics are those of the inputs that it
+    Covariances are blended as variances are, and quantiles one by one, which blends the two
+    distributions half-way in transport cost. All are applied layer by layer: a layer's target
+    statistics are those of the inputs that it
     receives from layers that have been adapted.
 
     Args:
@@ -955,6 +1028,11 @@ class RunningAdaptation:
 
     As a context manager it gives the source statistics back at its end.
 
+    Raises:
+        ValueError: for a prior or a half-life out of range; and for a selected
+            `QuantileNormalization` with a finite half-life, because a distribution cannot forget a
+            part of what it was made of. Leave it out by `layers`, or forget nothing.
+
     Example:
         >>> from keras_norm.models import MLP
         >>> model = MLP((4,), input_shape=(3,))
@@ -987,6 +1065,8 @@ class RunningAdaptation:
         self.model, self.prior, self.half_life, self.layers = model, prior, half_life, layers
         self._source = snapshot(model)
         self._layers = _normalizations(model)
+        if math.isfinite(half_life):
+            _require_scalable(_selected(self._layers, layers), half_life)
         self._past: dict[int, Moments] = {}
         self.weight = 0.0
 
@@ -1003,11 +1083,11 @@ class RunningAdaptation:
         Raises:
             ValueError: as `reestimate`. Model and adaptation are as before.
         """
-        sources = {id(y): self._source.moments(name) for name, y in self._layers.items()}
+        sources = {id(y): self._source.values(name) for name, y in self._layers.items()}
         blend = _blend(sources, self.prior)
         merged: dict[int, Moments] = {}
 
-        def rule(layer: Layer, moments: Moments) -> tuple[Floats, Floats]:
+        def rule(layer: Layer, moments: Moments) -> Values:
             past = self._past.get(id(layer))
             if past is not None:
                 n = float(moments.examples.max(initial=0))
@@ -1044,6 +1124,16 @@ class RunningAdaptation:
 
     def __exit__(self, *_: object) -> None:
         restore(self.model, self._source)
+
+
+def _require_scalable(layers: Mapping[str, Layer], half_life: float) -> None:
+    ranked = [n for n, y in layers.items() if isinstance(kind_of(y).empty(y), Quantiles)]
+    if ranked:
+        raise ValueError(
+            "The quantiles of a stream cannot forget what is long past: ranks have no weights. "
+            f"Received: half_life={half_life!r} for {ranked}. Leave them out by `layers`, or pass "
+            "half_life=math.inf."
+        )
 
 
 class DomainStatistics:

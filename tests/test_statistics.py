@@ -836,12 +836,12 @@ def test_an_interrupt_while_statistics_are_assigned(monkeypatch):
     for fail_at in range(1, 5):
         calls, assign = [0], _layerwise.set_statistics
 
-        def interrupted(layer, mean, variance, fail_at=fail_at, calls=calls, assign=assign):
+        def interrupted(layer, values, fail_at=fail_at, calls=calls, assign=assign):
             calls[0] += 1
-            layer.moving_mean.assign(mean)
+            layer.moving_mean.assign(values[0])
             if calls[0] == fail_at:
                 raise KeyboardInterrupt
-            assign(layer, mean, variance)
+            assign(layer, values)
 
         with monkeypatch.context() as patch:
             patch.setattr(_layerwise, "set_statistics", interrupted)
