@@ -10,7 +10,7 @@
     native           PyTorch's native_batch_norm and its gradient; on request only, for on one
                      thread its float32 sums keep five digits of a mean far from 0
     products         layer and RMS normalization: backward, the sums over an example and over the
-                     examples as products of matrices with gamma and with ones; x_hat is kept
+                     examples as products of matrices with gamma and with ones; x is kept
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
@@ -614,31 +614,33 @@ def _products(
         return ops.sum(z, axis=1, keepdims=True) / max(d, 1)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        z = rows_of(x)
+        z, first = rows_of(x), None
         if centers:
-            z = z - mean(z)
-            z = z - mean(z)  # what rounding lost of (L1)
+            first = mean(z)
+            z = z - first
+            rest = mean(z)  # what rounding lost of (L1)
+            z, first = z - rest, first + rest
         inv_std = ops.rsqrt(mean(z * z) + epsilon)  # (L2) (L3), (R1) (R2)
-        x_hat = z * inv_std  # (L4) (R3)
-        y = x_hat if gamma is None else x_hat * row(gamma)  # (R4)
+        y = z * inv_std  # (L4) (R3)
+        y = y if gamma is None else y * row(gamma)  # (R4)
         y = y if beta is None else y + row(beta)  # (L5)
-        return (like(x, y),), (x_hat, inv_std, gamma)
+        return (like(x, y),), (x, inv_std, gamma, first)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        x_hat, inv_std, gamma = residuals
-        dy = rows_of(upstream[0])
+        x, inv_std, gamma, first = residuals
+        dy, z = rows_of(upstream[0]), rows_of(x)
+        z = z if first is None else z - first  # x_hat / inv_std
         # `@`, for `ops.matmul` rounds float64 to float32 on PyTorch.
-        ones = ops.ones((1, ops.shape(dy)[0]), dtype=dtype)
-        dy_x_hat = dy * x_hat
+        dy_z = dy * z
         sizes = x.shape[-axes:]
-        dbeta = ops.reshape(ones @ dy, sizes)  # (L6)
-        dgamma = ops.reshape(ones @ dy_x_hat, sizes)  # (L7) (R5)
+        dbeta = ops.reshape(ops.ones_like(ops.transpose(inv_std)) @ dy, sizes)  # (L6)
+        dgamma = ops.reshape(ops.transpose(inv_std) @ dy_z, sizes)  # (L7) (R5)
         g = ops.ones((1, d), dtype=dtype) if gamma is None else row(gamma)
         share = ops.reshape(g / max(d, 1), (d, 1))
-        rest = x_hat * (dy_x_hat @ share)  # mean of g dy x_hat over each example
+        along = inv_std * inv_std * (dy_z @ share)  # mean of g dy x_hat over each example
+        dx = (dy if gamma is None else dy * g) - z * along
         if centers:
-            rest = rest + dy @ share
-        dx = (dy if gamma is None else dy * g) - rest
+            dx = dx - dy @ share
         return like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)
 
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
@@ -740,7 +742,8 @@ def _by_channel(
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         d = elements(x)
-        centered = x - mean(functional.sum_in_stages(x, positions), d)
+        first = mean(functional.sum_in_stages(x, positions), d)
+        centered = x - first
         rest = mean(functional.sum_in_stages(centered, positions), d)  # what rounding lost
         squares = functional.sum_in_stages(centered * centered, positions)
         variance = mean(squares, d) - rest * rest
@@ -748,11 +751,12 @@ def _by_channel(
         inv_std = ops.rsqrt(variance + epsilon)
         scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
         offset = -rest * scale if beta is None else ops.cast(beta, dtype) - rest * scale
-        return (centered * scale + offset,), (centered, rest, inv_std, gamma)  # (GN2) (GN3)
+        return (centered * scale + offset,), (x, first, rest, inv_std, gamma)  # (GN2) (GN3)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        centered, rest, inv_std, gamma = residuals
+        x, first, rest, inv_std, gamma = residuals
         (dy,) = upstream
+        centered = x - first
         d = elements(dy)
         s = functional.sum_in_stages(dy, positions)  # of each example and channel, (N, 1, 1, C)
         t = (functional.sum_in_stages(dy * centered, positions) - rest * s) * inv_std
