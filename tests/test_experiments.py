@@ -21,11 +21,12 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 import keras_norm
 from keras_norm import experiments
 from keras_norm.experiments import Results, Run, replace_file, run, tutorial_arguments
+from keras_norm.layers import BatchNormalization, Dropout
 
 pytestmark = [
     pytest.mark.core,
@@ -970,6 +971,161 @@ def test_comparison_as_a_sentence(two):
     )
     few = str(two[0].select(seeds=range(4)).compare("a", "b", "accuracy"))
     assert "at best 0.12 with 4 pairs" in few
+
+
+# ------------------------------------------------------------------ short runs
+
+
+def test_classification_metrics_are_those_of_scipy_and_keras():
+    rng = np.random.default_rng(0)
+    logits, y = rng.normal(0, 5, (40, 7)), rng.integers(0, 7, 40)
+    metrics = experiments.classification_metrics(logits, y)
+    p = special.softmax(logits, axis=1)
+    assert metrics["confidence"] == pytest.approx(p.max(axis=1).mean(), rel=1e-12)
+    assert metrics["loss"] == pytest.approx(-np.log(p[np.arange(40), y]).mean(), rel=1e-12)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    assert metrics["loss"] == pytest.approx(float(loss(y, logits.astype("float32"))), rel=1e-5)
+    assert metrics["accuracy"] == (logits.argmax(axis=1) == y).mean()
+
+
+def test_classification_metrics_of_extreme_logits():
+    metrics = experiments.classification_metrics([[1e300, -1e300], [0.0, 0.0]], [0, 0])
+    assert metrics == {"loss": pytest.approx(np.log(2) / 2), "accuracy": 1.0, "confidence": 0.75}
+    assert math.isnan(experiments.classification_metrics([[math.nan, 0.0]], [0])["loss"])
+
+
+@pytest.mark.parametrize(
+    ("logits", "y", "received"),
+    [
+        ([0.0, 1.0], [0, 1], r"logits of shape \(2,\)"),
+        ([[0.0, 1.0]], [0, 1], r"y of shape \(2,\)"),
+        (np.empty((0, 3)), [], r"logits of shape \(0, 3\)"),
+        ([[0.0, 1.0]], [2], "y from 2 to 2"),
+        ([[0.0, 1.0]], [-1], "y from -1 to -1"),
+    ],
+)
+def test_classification_metrics_refuse_what_does_not_fit(logits, y, received):
+    with pytest.raises(ValueError, match=received):
+        experiments.classification_metrics(logits, y)
+
+
+def small_net(settings, seed):
+    """Weights by the seed; with everything that has a state: dropout, batch norm, Adam."""
+    net = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(6, kernel_initializer=keras.initializers.HeNormal(seed=seed)),
+            BatchNormalization(),
+            Dropout(settings["rate"], seed=seed),
+            keras.layers.Dense(2, kernel_initializer=keras.initializers.HeNormal(seed=seed + 1)),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net.compile(keras.optimizers.Adam(0.05), loss, jit_compile=False)
+    return net
+
+
+def examples(n=48):
+    x = np.random.default_rng(3).normal(size=(n, 3)).astype("float32")
+    return x, (x[:, 0] > x[:, 1]).astype("int32")
+
+
+def test_training_on_arrays_learns_and_keeps_its_history():
+    (x, y), progress = examples(), experiments.Progress("a", 0)
+    net = small_net({"rate": 0.2}, 0)
+    history = experiments.train_on_arrays(
+        net,
+        x,
+        y,
+        epochs=5,
+        batch_size=20,  # 48 = 20 + 20 + 8
+        evaluate={"train": (x, y), "val": (x[:7], y[:7])},
+        every=2,
+        progress=progress,
+    )
+    assert history["epoch"] == [2, 4, 5]
+    assert set(history) == {"epoch", "loss"} | {
+        f"{part}_{name}" for part in ("train", "val") for name in ("loss", "accuracy")
+    }
+    assert int(net.optimizer.iterations) == 5 * 3
+    assert history["train_accuracy"][-1] > 0.85
+    assert history["loss"][-1] < history["loss"][0]
+    logits = keras.ops.convert_to_numpy(net(x, training=False))  # inference mode, last weights
+    judged = experiments.classification_metrics(logits, y)
+    assert history["train_loss"][-1] == pytest.approx(judged["loss"], rel=1e-6)
+    assert progress.history["val_accuracy"] == history["val_accuracy"]
+
+
+def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
+    class Recorder:
+        compiled = True
+
+        def __init__(self):
+            self.seen = []
+
+        def train_on_batch(self, x, y, return_dict):
+            assert (x[:, 0] == y).all()
+            self.seen += y.tolist()
+            return {"loss": float(y.mean())}
+
+    def order(seed):
+        recorder, y = Recorder(), np.arange(10)
+        history = experiments.train_on_arrays(
+            recorder, y[:, None], y, epochs=2, batch_size=4, seed=seed
+        )
+        assert history == {"epoch": [1, 2], "loss": [4.5, 4.5]}  # a mean over examples, not steps
+        return recorder.seen[:10], recorder.seen[10:]
+
+    first, second = order(0)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert (first, second) == order(0) != order(1)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "every"])
+def test_training_on_arrays_refuses_counts_below_1(name):
+    counts = {"epochs": 1, "batch_size": 1, "every": 1} | {name: 0}
+    with pytest.raises(ValueError, match=f"Received: {name}=0"):
+        experiments.train_on_arrays(small_net({"rate": 0.0}, 0), *examples(), **counts)
+
+
+def test_training_on_arrays_refuses_a_model_that_is_not_compiled():
+    net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="raw")
+    with pytest.raises(ValueError, match="Received: 'raw'"):
+        experiments.train_on_arrays(net, *examples(), epochs=1, batch_size=8)
+
+
+def test_a_pooled_model_trains_as_a_new_one():
+    """Weights, moving statistics, dropout masks and moments of Adam start anew with each seed."""
+    x, y = examples()
+
+    def trained(net, seed):
+        keras.utils.set_random_seed(seed)
+        experiments.train_on_arrays(net, x, y, epochs=2, batch_size=16, seed=seed)
+        return net.get_weights()
+
+    pool = experiments.ModelPool(small_net)
+    used = pool({"rate": 0.5}, 0)
+    trained(used, 0)
+    again = pool({"rate": 0.5}, 7)
+    assert again is used
+    assert int(again.optimizer.iterations) == 0
+    expected = trained(small_net({"rate": 0.5}, 7), 7)
+    for mine, new in zip(trained(again, 7), expected, strict=True):
+        np.testing.assert_allclose(mine, new, rtol=1e-5, atol=1e-6)
+    assert pool({"rate": 0.1}, 7) is not used
+
+
+def test_a_pool_refuses_a_structure_that_depends_on_the_seed():
+    def make(settings, seed):
+        net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2 + seed)])
+        net.compile("sgd", "mse")
+        return net
+
+    pool = experiments.ModelPool(make)
+    pool({}, 0)
+    with pytest.raises(ValueError, match="shape"):
+        pool({}, 1)
 
 
 # ------------------------------------------------------------------ machine and flags
