@@ -25,7 +25,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ __all__ = [
     "paired_differences",
     "style",
     "sweep",
+    "trajectories",
 ]
 
 Source = Results | str | os.PathLike[str]
@@ -957,6 +958,117 @@ def lines(
         banded = any(len(array) > 1 for array in arrays.values())
         _legend(figure, handles, note=_BAND if banded else "")
         return _finish(figure, path, title)
+
+
+def trajectories(
+    surfaces: Mapping[str, Callable[[Any, Any], Any]],
+    paths: Mapping[str, Mapping[str, npt.ArrayLike]],
+    *,
+    xlim: tuple[float, float],
+    ylim: tuple[float, float],
+    xlabel: str = "first weight",
+    ylabel: str = "second weight",
+    title: str | None = None,
+    path: PathLike = None,
+    animation: PathLike = None,
+) -> Figure:
+    """Paths of optimizers over loss surfaces of two weights, still and moving.
+
+    Args:
+        surfaces: Text above a panel -> function of two arrays that gives the loss, all positive but
+            at its minimum; drawn as contours, each twice as high as the one inside of it.
+        paths: Text above a panel -> name -> points (T, 2), from the start on. A name has the same
+            look in all panels; a cross marks its end.
+        xlim: Range of the first weight.
+        ylim: Range of the second weight. Points outside are not drawn.
+        xlabel: What the first weight is.
+        ylabel: What the second weight is.
+        title: Title; default none.
+        path: File to write; default none.
+        animation: .gif file to write as well, with a frame per point; default none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: A panel has no paths, points are not (T, 2), or `animation` is no .gif.
+
+    Example:
+        >>> from keras_norm.plotting import trajectories
+        >>> figure = trajectories(
+        ...     {"bowl": lambda x, y: x**2 + y**2},
+        ...     {"bowl": {"down": [[1, 1], [0.5, 0.5]]}},
+        ...     xlim=(-1.5, 1.5),
+        ...     ylim=(-1.5, 1.5),
+        ... )
+        >>> figure.axes[0].get_title()
+        'bowl'
+    """
+    if animation is not None and Path(animation).suffix != ".gif":
+        raise ValueError(f"An animation is a .gif file. Received: animation={str(animation)!r}")
+    points = {panel: _points(panel, paths) for panel in surfaces}
+    names = list(dict.fromkeys(name for drawn in points.values() for name in drawn))
+    with style():
+        from matplotlib import pyplot
+
+        size = (max(4.3 * len(surfaces), 5.0), 4.3)
+        figure, grid = pyplot.subplots(1, len(surfaces), figsize=size, squeeze=False)
+        drawn = []
+        for axes, (panel, surface) in zip(grid.flat, surfaces.items(), strict=True):
+            _contours(axes, surface, xlim, ylim)
+            for name, at in points[panel].items():
+                look = _look(names.index(name))
+                (line,) = axes.plot(*at.T, markevery=max(1, len(at) // 8), alpha=0.9, **look)
+                end = {"color": look["color"], "markersize": 9, "markeredgewidth": 2.2, "zorder": 3}
+                (cross,) = axes.plot(*at[-1:].T, "x", **end)
+                drawn.append((line, cross, at))
+            axes.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, title=panel)
+        _legend(figure, [_handle(name, **_look(i)) for i, name in enumerate(names)])
+        if title:
+            figure.suptitle(title)
+        if animation is not None:
+            _animate(figure, drawn, animation)
+        return _finish(figure, path, None)
+
+
+def _points(panel: str, paths: Mapping[str, Mapping[str, npt.ArrayLike]]) -> dict[str, Floats]:
+    """The paths of one panel as arrays (T, 2)."""
+    if not paths.get(panel):
+        raise ValueError(
+            "Each panel needs at least one path. "
+            f"Received: panel {panel!r}, paths for {sorted(paths)}."
+        )
+    arrays = {name: np.asarray(at, dtype=np.float64) for name, at in paths[panel].items()}
+    for name, at in arrays.items():
+        if at.ndim != 2 or at.shape[1] != 2 or not len(at):
+            raise ValueError(
+                "A path must be points (T, 2), T >= 1. "
+                f"Received: {name!r} of shape {at.shape} in panel {panel!r}."
+            )
+    return arrays
+
+
+def _contours(axes: Axes, surface: Any, xlim: Sequence[float], ylim: Sequence[float]) -> None:
+    x, y = np.meshgrid(np.linspace(*xlim, 201), np.linspace(*ylim, 201))
+    height = np.asarray(surface(x, y), dtype=np.float64)
+    top = math.ceil(math.log2(height.max()))
+    levels = 2.0 ** np.arange(top - 11, top)
+    look: dict[str, Any] = {"colors": _GREY, "linewidths": 0.6, "alpha": 0.45}
+    axes.contour(x, y, height, levels=levels, **look)
+
+
+def _animate(figure: Figure, drawn: Sequence[Any], path: str | os.PathLike[str]) -> None:
+    """Write the paths as they grow; the lines are whole again afterwards."""
+    from matplotlib.animation import PillowWriter
+
+    frames = max(len(at) for _, _, at in drawn)
+    writer = PillowWriter(fps=12)
+    with replace_file(path) as temporary, writer.saving(figure, str(temporary), dpi=72):
+        for frame in range(1, frames + 1):
+            for line, cross, at in drawn:
+                line.set_data(*at[:frame].T)
+                cross.set_data(*at[:frame][-1:].T)
+            writer.grab_frame()
 
 
 def image_grid(

@@ -1259,3 +1259,40 @@ def test_in_a_notebook_the_kernels_flags_are_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/x/kernel-1.json"])
     with pytest.raises(SystemExit):
         tutorial_arguments("A tutorial.")
+
+
+# The best of each group, and many tests
+
+
+def test_best_setting_of_each_group_never_one_that_diverged():
+    rows = [
+        ("sgd .1", "sgd", "finished", (0.5, 0.7)),
+        ("sgd 1", "sgd", "finished", (0.6, 0.7)),
+        ("sgd 10", "sgd", "diverged", (0.9, 0.9)),
+        ("adam .1", "adam", "finished", (0.2, math.nan)),
+        ("adam 1", "adam", "finished", (0.1, 0.3)),
+        ("lost", "lost", "diverged", (0.9, 0.9)),
+    ]
+    results = Results(
+        Run(name, {"rule": rule, "name": name}, seed, status, final={"accuracy": value})
+        for name, rule, status, values in rows
+        for seed, value in enumerate(values)
+    )
+    assert results.best("accuracy", by="rule") == {"sgd": "sgd 1", "adam": "adam 1"}
+    with pytest.raises(ValueError, match="metric='loss'"):
+        results.best("loss", by="rule")
+
+
+def test_holm_is_the_closed_test_of_bonferroni():
+    """A hypothesis is rejected if Bonferroni rejects every intersection that it is part of."""
+    p = [0.012, 0.3, 0.011, 0.04, 0.011]
+    sets = [[i for i in range(5) if mask >> i & 1] for mask in range(1, 32)]
+    expected = [
+        max(min(1.0, len(s) * min(p[j] for j in s)) for s in sets if i in s) for i in range(5)
+    ]
+    np.testing.assert_allclose(experiments.holm(p), expected, rtol=1e-12)
+    assert experiments.holm([]) == []
+    with pytest.raises(ValueError, match=r"1\.5"):
+        experiments.holm([0.1, 1.5])
+    with pytest.raises(ValueError, match="nan"):
+        experiments.holm([math.nan])

@@ -504,3 +504,53 @@ def test_image_grid_refuses():
         plotting.image_grid(np.zeros((4, 4)))
     with pytest.raises(ValueError, match=r"one title per image. Received: 1 for 2 images"):
         plotting.image_grid(np.zeros((2, 4, 4)), ["a"])
+
+
+# Trajectories
+
+
+def bowl(x, y):
+    return x**2 + 2 * y**2
+
+
+def spiral(steps):
+    t = np.arange(steps)
+    return np.stack([np.cos(t), np.sin(t)], axis=1) * 0.9 ** t[:, None]
+
+
+def test_trajectories_are_the_given_points_still_and_moving(tmp_path):
+    paths = {"a": {"one": spiral(7), "two": spiral(4)}, "b": {"two": -spiral(7)}}
+    figure = plotting.trajectories(
+        {"a": bowl, "b": bowl},
+        paths,
+        xlim=(-2, 2),
+        ylim=(-1, 1),
+        path=tmp_path / "still.png",
+        animation=tmp_path / "moving.gif",
+    )
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if len(line.get_xdata()) > 1]
+        drawn = paths[axes.get_title()].values()
+        for line, points in zip(lines, drawn, strict=True):  # whole again after the animation
+            np.testing.assert_array_equal(line.get_xydata(), points)
+        assert axes.get_xlim() == (-2, 2)
+    second = [axes.lines[-2].get_color() for axes in figure.axes]  # "two" looks the same in both
+    assert second[0] == second[1] != figure.axes[0].lines[0].get_color()
+    with Image.open(tmp_path / "moving.gif") as moving:
+        assert moving.n_frames == 7
+    with Image.open(tmp_path / "still.png") as still:
+        assert still.size[0] > 1000
+    assert {file.name for file in tmp_path.iterdir()} == {"still.png", "moving.gif"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "message"),
+    [
+        ({"other": {"one": spiral(3)}}, {}, "panel 'a', paths for"),
+        ({"a": {"one": np.zeros(3)}}, {}, r"'one' of shape \(3,\)"),
+        ({"a": {"one": spiral(3)}}, {"animation": "a.mp4"}, "a.mp4"),
+    ],
+)
+def test_trajectories_refuse_what_they_cannot_draw(paths, options, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.trajectories({"a": bowl}, paths, xlim=(-1, 1), ylim=(-1, 1), **options)
