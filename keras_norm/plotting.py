@@ -1048,8 +1048,10 @@ def _points(panel: str, paths: Mapping[str, Mapping[str, npt.ArrayLike]]) -> dic
     return arrays
 
 
-def _contours(axes: Axes, surface: Any, xlim: Sequence[float], ylim: Sequence[float]) -> None:
-    x, y = np.meshgrid(np.linspace(*xlim, 201), np.linspace(*ylim, 201))
+def _contours(
+    axes: Axes, surface: Any, xlim: tuple[float, float], ylim: tuple[float, float]
+) -> None:
+    x, y = np.meshgrid(np.linspace(xlim[0], xlim[1], 201), np.linspace(ylim[0], ylim[1], 201))
     height = np.asarray(surface(x, y), dtype=np.float64)
     top = math.ceil(math.log2(height.max()))
     levels = 2.0 ** np.arange(top - 11, top)
