@@ -360,8 +360,10 @@ class QuantileNormalization(NormalizationByRows):
         normal distribution: updated in training; with `momentum=None` or `debiased` moving_count
         (). The average of quantile functions is that of the distribution half-way in transport
         cost (their Wasserstein barycentre), so that shapes are kept; those of small batches are
-        less far out than the population's. Batches with values that are not finite or without any
-        weight leave them as they are, and are counted in `skipped_batches`.
+        less far out than the population's. Replicas of a data-parallel step rank each its own
+        batch; the moving quantiles are the mean of theirs, by counts. Batches with values that
+        are not finite or without any weight leave them as they are, and are counted in
+        `skipped_batches`.
 
     Raises:
         ValueError: for an unknown target, numbers out of their range, an axis that the inputs do

@@ -22,7 +22,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_norm.layers import BatchNormalization
+from keras_norm.layers import (
+    BatchNormalization,
+    DecorrelatedBatchNormalization,
+    QuantileNormalization,
+)
 
 CASES = {
     # name: (dtype, mask, layer's arguments, how many examples the first of two replicas gets)
@@ -36,6 +40,11 @@ CASES = {
     "all masked": ("float64", "all", {"synchronized": True}, 4),
     "unsynchronized": ("float64", "some", {}, 3),
     "unsynchronized average": ("float64", None, {"momentum": None, "unbiased": True}, 3),
+}
+RESEARCH = {
+    # the same, and the class
+    "decorrelated": ("float64", "some", {"group_size": 2}, 3, DecorrelatedBatchNormalization),
+    "quantile": ("float64", "some", {"quantiles": 3}, 3, QuantileNormalization),
 }
 SHAPE = (8, 3, 2)
 
@@ -63,7 +72,7 @@ def layer_for(dtype, arguments, cls=BatchNormalization):
 
 def state(layer):
     arrays = {w.name: ops.convert_to_numpy(w) for w in layer.weights[2:]}
-    if isinstance(layer, BatchNormalization):
+    if hasattr(layer, "skipped_batches"):
         arrays["skipped"] = np.array(layer.skipped_batches)
     return arrays
 
@@ -107,7 +116,7 @@ def tensorflow():
             result[name] = sum(value) if name[1:] in ("gamma", "beta") else np.concatenate(value)
         return result | state(layer)
 
-    results = {name: run(*case) for name, case in CASES.items()}
+    results = {name: run(*case) for name, case in (CASES | RESEARCH).items()}
     results["mean 100"] = run("float32", None, {"synchronized": True}, 4, arrays=mean_100())
     builtin = keras.layers.BatchNormalization
     results["builtin mean 100"] = run(
@@ -157,9 +166,9 @@ def fit(scope):
 def jax():
     import jax
 
-    def run(dtype, mask, arguments, first):
+    def run(dtype, mask, arguments, first, cls=BatchNormalization):
         x, mix, given = data(dtype, mask)
-        layer = layer_for(dtype, arguments)
+        layer = layer_for(dtype, arguments, cls)
 
         @jax.jit
         def step(trained, rest, x, mix, mask):
@@ -190,7 +199,7 @@ def jax():
     keras.distribution.set_distribution(distribution)
     mesh = distribution.device_mesh.backend_mesh
     by_example = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
-    results |= {name: run(*case) for name, case in CASES.items()}
+    results |= {name: run(*case) for name, case in (CASES | RESEARCH).items()}
     results["fit on two"] = fit(distribution.scope)
     return results
 
@@ -226,10 +235,10 @@ def torch_process(rank, folder):
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
     results = {}
-    for name, (dtype, mask, arguments, first) in CASES.items():
+    for name, (dtype, mask, arguments, first, *cls) in (CASES | RESEARCH).items():
         part = slice(0, first) if rank == 0 else slice(first, None)
         x, mix, given = (None if v is None else v[part] for v in data(dtype, mask))
-        layer = layer_for(dtype, arguments)
+        layer = layer_for(dtype, arguments, *cls)
         x = torch.tensor(x, requires_grad=True)
         y = layer(x, training=True, mask=given)
         (y * torch.tensor(mix)).sum().backward()

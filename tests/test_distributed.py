@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 from reference import relative_error
-from replicas import CASES, data, layer_for, mean_100, state
+from replicas import CASES, RESEARCH, data, layer_for, mean_100, state
 
 from keras_norm import distributed
 from keras_norm._gradients import gradients
@@ -39,9 +39,9 @@ def results(tmp_path_factory):
     return cases
 
 
-def on_one_device(dtype, mask, arguments):
-    x, mix, given = data(dtype, mask)
-    layer = layer_for(dtype, arguments)
+def on_one_device(dtype, mask, arguments, *cls, part=slice(None)):
+    x, mix, given = (None if v is None else v[part] for v in data(dtype, mask))
+    layer = layer_for(dtype, arguments, *cls)
     _, slopes = gradients(
         lambda x: ops.sum(layer(x, training=True, mask=given) * ops.convert_to_tensor(mix)),
         [x],
@@ -75,6 +75,31 @@ def test_unsynchronized_replicas_pool_their_moving_statistics(results, name):
         local = layer_for(dtype, arguments)
         y = local(x[part], training=True, mask=None if given is None else given[part])
         assert relative_error(results[name]["y"][part], ops.convert_to_numpy(y)) < 1e-9
+
+
+@pytest.mark.parametrize("name", RESEARCH)
+def test_research_layers(results, name):
+    """Replicas whiten, or rank, by their own batches; their moving statistics are those of all.
+
+    Of quantiles that is the mean of theirs, by counts. On JAX all see the whole batch.
+    """
+    *case, first, cls = RESEARCH[name]
+    found, whole = results[name], on_one_device(*case, cls)
+    assert set(found) == set(whole)
+    if BACKEND == "jax":
+        expected = whole
+    else:
+        both = slice(0, first), slice(first, None)
+        parts = [on_one_device(*case, cls, part=part) for part in both]
+        expected = {a: np.concatenate([p[a] for p in parts]) for a in ("y", "dx")}
+        expected |= {a: parts[0][a] + parts[1][a] for a in ("dgamma", "dbeta")}
+        expected |= {a: whole[a] for a in whole if a not in expected}
+        if name == "quantile":
+            counts = [data(*case[:2])[2][part].sum() for part in both]
+            moved = [p["moving_quantiles"] for p in parts]
+            expected["moving_quantiles"] = np.average(moved, axis=0, weights=counts)
+    for array, value in expected.items():
+        assert relative_error(found[array], value) < 1e-9, array
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no distributed fit on PyTorch")

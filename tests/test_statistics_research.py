@@ -25,6 +25,8 @@ from keras_norm.statistics import (
 
 pytestmark = pytest.mark.core
 
+BACKEND = keras.backend.backend()
+COSTLY_ON_JAX = pytest.mark.skipif(BACKEND == "jax", reason="compiles much; no other code on JAX")
 K = 6
 LEVELS = (np.arange(K) + 0.5) / K
 
@@ -139,7 +141,8 @@ def test_layerwise_is_exact():
     assert report["ranks"].rank_error == 0
     first = snapshot(model)
     order = np.argsort(x.reshape(70, -1)[:, 0])
-    reestimate(model, x[order], batch_size=23, memory=0, disk=0)
+    # On JAX batches of another size would all be compiled anew.
+    reestimate(model, x[order], batch_size=32 if BACKEND == "jax" else 23, memory=0, disk=0)
     assert diff(first, model).largest_shift < 1e-5
     for v, w in zip(model.trainable_variables, weights, strict=True):
         np.testing.assert_array_equal(host(v), w)
@@ -148,9 +151,10 @@ def test_layerwise_is_exact():
 def test_one_pass():
     """Exact in the first layer, and of one batch in all; else it states its error."""
     model, x = model_of(images), example_data(96)
-    report = reestimate(model, x, method="one_pass", batch_size=96)
-    assert_all_exact(model, x, 1e-4)
-    assert max(y.leak for y in report.updated) < 1e-3
+    if BACKEND != "jax":
+        report = reestimate(model, x, method="one_pass", batch_size=96)
+        assert_all_exact(model, x, 1e-4)
+        assert max(y.leak for y in report.updated) < 1e-3
     report = reestimate(model, x, method="one_pass", batch_size=12)
     rows = inputs_of(model, x, ["white"])
     assert_exact(model.get_layer("inner").get_layer("white"), rows["white"])
@@ -192,6 +196,7 @@ def shared():
     return keras.Model(inputs, x)
 
 
+@COSTLY_ON_JAX
 def test_shared_layers_reproduce_their_statistics():
     model = model_of(shared)
     x = example_data(60, shape=(3,))
@@ -355,6 +360,7 @@ def test_streams():
 # Diagnosis ----------------------------------------------------------------------------------------
 
 
+@COSTLY_ON_JAX
 def test_diagnosis_finds_cold_and_stale_statistics():
     model = model_of(one_of_each)
     model.compile("sgd", "mse")
