@@ -438,6 +438,8 @@ def sweep(
             _sweep_line(axes, points, looks[key])
         axes.set(xscale=xscale, yscale=yscale, xlabel=_label(x, labels))
         axes.set_ylabel(_label(metric, labels))
+        if xscale == "log":
+            _plain_ticks(axes, sorted({p.x for points in groups.values() for p in points}))
         handles = [_handle(_words(key, labels), **looks[key]) for key in groups]
         dashed = _published_lines({metric: axes}, published, looks, labels)
         _diverged_strip(axes, [(points, looks[key]) for key, points in groups.items()])
@@ -492,6 +494,17 @@ def _sweep_points(
         total = len(results.seeds(name))
         groups.setdefault(key, []).append(_Point(value, values[np.isfinite(values)], total))
     return {key: sorted(points, key=lambda p: p.x) for key, points in groups.items()}
+
+
+def _plain_ticks(axes: Axes, places: Sequence[float]) -> None:
+    """Ticks at up to eight places of a short logarithmic axis, as plain numbers: 250, not 2×10².
+
+    Powers of ten serve an axis that spans two decades or more; on a shorter one there are few.
+    """
+    if len(places) > 8 or places[0] <= 0 or places[-1] / places[0] >= 100:
+        return
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.set_xticks([], minor=True)
 
 
 def _sweep_line(axes: Axes, points: Sequence[_Point], look: Mapping[str, Any]) -> None:

@@ -347,6 +347,19 @@ def test_sweep_counts_diverged_runs_below_the_data():
     assert "over n = 1 to 3 seeds" in figure.legends[0].get_title().get_text()
 
 
+@pytest.mark.parametrize(
+    ("places", "shown"),
+    [((250, 500, 2000), ["250", "500", "2000"]), ((0.01, 0.1, 1.0), None)],
+)
+def test_sweep_over_a_short_logarithmic_axis_has_plain_ticks(places, shown):
+    runs = [Run(f"{x}", {"x": x}, s, final={"m": float(s)}) for x in places for s in range(2)]
+    axes = plotting.sweep(Results(runs), "x", "m").axes[0]
+    texts = [tick.get_text() for tick in axes.get_xticklabels() if tick.get_text()]
+    assert axes.get_xscale() == "log"
+    assert (texts == shown) if shown else any("10" in text for text in texts)
+    assert (len(axes.get_xticks(minor=True)) == 0) == bool(shown)
+
+
 def test_sweep_where_all_diverged_breaks_the_line():
     runs = [
         Run(f"{x}", {"x": x}, s, "diverged" if x == 2 else "finished", final={"m": float(x)})
