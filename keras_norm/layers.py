@@ -1342,3 +1342,7 @@ def _checked_noise_shape(noise_shape: Any) -> tuple[int | None, ...] | None:
             "None on the others."
         )
     return tuple(noise_shape)
+
+
+# At the end, for it is built on this module: models that were saved with its layers can be loaded.
+import keras_norm.research  # noqa: E402, F401
