@@ -91,13 +91,16 @@ class MovingStatistics(keras.layers.Layer):
     """A layer with moving statistics, whose momentum and updates may be changed at any time.
 
     A subclass sets `moving_count` to None and `_live` to `LiveNumbers` with at least momentum,
-    rest and update before it assigns `momentum` and `update_statistics`; in `build` it creates
-    the variables, and calls `_build_switches`.
+    rest and update before it assigns `momentum`, then `update_statistics`; in `build` it creates
+    the variables, and calls `_build_switches`. (Neither has a value before: under TensorFlow an
+    assignment of what a property already returns never comes to its setter.)
     """
 
     moving_count: Any
     debiased: bool
     _live: LiveNumbers
+    _momentum: float | None
+    _update_statistics: bool
 
     @property
     def momentum(self) -> float | None:
@@ -114,11 +117,15 @@ class MovingStatistics(keras.layers.Layer):
                 "momentum=None for a layer that was built without. Pass momentum=None, or "
                 "debiased=True, to the constructor."
             )
-        number = 1.0 if value is None else float(value)
-        self._live.update(momentum=number, rest=1 - number)
+        self._set_averages(value, getattr(self, "_update_statistics", True))
         self._momentum = value
         if self.moving_count is not None and value is not None:
             self.debiased = True  # it goes on from the average that it has
+
+    def _set_averages(self, momentum: float | None, updates: bool) -> None:
+        """Without updates, 1 for the old value and 0 for the new one: nothing else to choose."""
+        number = float(momentum) if updates and momentum is not None else 1.0
+        self._live.update(momentum=number, rest=1 - number, update=float(updates))
 
     @property
     def update_statistics(self) -> bool:
@@ -128,7 +135,7 @@ class MovingStatistics(keras.layers.Layer):
     @update_statistics.setter
     def update_statistics(self, value: bool) -> None:
         check_switch("update_statistics", value, (True, False))
-        self._live.update(update=float(value))
+        self._set_averages(self._momentum, value)
         self._update_statistics = value
 
     @property

@@ -245,7 +245,7 @@ def _folded(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
     # Where arrays are small every operation counts: vectors stay (1, C), and the means are
-    # products with a row of 1 / N, so that there is nothing to reshape nor to divide.
+    # products with one row of 1 / N, so that there is nothing to reshape nor to divide.
     channels = x.shape[-1]
     folds = _folds(x.shape, channels)
     columns = folds * channels
@@ -260,8 +260,8 @@ def _folded(
     def unfold(z: Array, x: Array) -> Array:
         return z if as_it_is else ops.reshape(z, ops.shape(x))
 
-    def mean_of(z: Array, share: Array) -> Array:
-        means = ops.matmul(ops.broadcast_to(share, (1, ops.shape(z)[0])), z)  # (1, f C)
+    def mean_of(z: Array, shares: Array) -> Array:
+        means = ops.matmul(shares, z)  # (1, f C)
         if folds == 1:
             return means
         return ops.sum(ops.reshape(means, (folds, channels)), axis=0, keepdims=True)  # (1, C)
@@ -269,11 +269,10 @@ def _folded(
     def spread(v: Array) -> Array:
         return ops.tile(v, (1, folds)) if folds > 1 else v  # (1, C) -> (1, f C)
 
-    def elements(z: Array) -> Any:
-        """How many each channel has; a number where it is known."""
-        rows = ops.shape(z)[0]
+    def elements(rows: Any) -> Array:
+        """How many each channel has; 1 for none."""
         if isinstance(rows, int):
-            return float(max(rows * folds, 1))
+            return ops.convert_to_tensor(max(rows * folds, 1), dtype=dtype)
         return ops.maximum(ops.cast(rows * folds, dtype), 1)
 
     def row(v: Array) -> Array:
@@ -281,27 +280,27 @@ def _folded(
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         z = fold(x)
-        n = ops.convert_to_tensor(elements(z), dtype=dtype)
-        share = 1 / n
-        first = mean_of(z, share)
+        rows = ops.shape(z)[0]
+        n = elements(rows)
+        shares = ops.broadcast_to(1 / n, (1, rows))
+        first = mean_of(z, shares)
         centered = z - spread(first)
-        rest = mean_of(centered, share)  # what rounding lost of the mean
+        rest = mean_of(centered, shares)  # what rounding lost of the mean
         mean = first + rest  # (B1)
-        variance = ops.maximum(mean_of(centered * centered, share) - rest * rest, 0)  # (B2)
+        variance = ops.maximum(mean_of(centered * centered, shares) - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
         scale = inv_std if gamma is None else inv_std * row(gamma)
         offset = -rest * scale if beta is None else row(beta) - rest * scale
         y = centered * spread(scale) + spread(offset)  # (B4) (B5)
         y = ops.cast(unfold(y, x), x.dtype)
         statistics = (ops.reshape(v, (channels,)) for v in (mean, variance))
-        return (y, *statistics), (x, mean, inv_std, scale, n)
+        return (y, *statistics), (x, mean, inv_std, scale, n, shares)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        x, mean, inv_std, scale, n = residuals
+        x, mean, inv_std, scale, n, shares = residuals
         dy, centered = fold(upstream[0]), fold(x) - spread(mean)
-        share = 1 / n
-        of_dy = mean_of(dy, share)
-        of_dy_x_hat = mean_of(dy * centered, share) * inv_std
+        of_dy = mean_of(dy, shares)
+        of_dy_x_hat = mean_of(dy * centered, shares) * inv_std
         dbeta = ops.reshape(of_dy * n, (channels,))  # (B6)
         dgamma = ops.reshape(of_dy_x_hat * n, (channels,))  # (B7)
         along = spread(of_dy_x_hat * inv_std)
@@ -352,7 +351,8 @@ def _native(
         1.0,
         epsilon,
     )[0].movedim(1, channel)
-    variance = torch.zeros_like(variance) if n == 1 else variance * ((n - 1) / n)
+    # One element: 0, and NaN where it is not finite, as the others.
+    variance = 0 * mean if n == 1 else variance * ((n - 1) / n)
     return y, mean, variance
 
 

@@ -9,6 +9,7 @@ The layers of `keras_norm.research` can be imported from here as well.
 
 import functools
 import json
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -470,13 +471,16 @@ class BatchNormalization(MovingStatistics):
         if update is False:
             return
         mean, variance, weight, squares = self._whole_batch(batch)
-        present = True if weight is None else weight > 0  # (C,)
-        sound = ops.all(ops.isfinite(mean + variance))
-        sound = sound if weight is None else ops.logical_and(sound, ops.any(present))
-        moves = sound if update is True else ops.logical_and(sound, update)
-        self._live.count(ops.where(sound, 0.0, now["update"]))
-        moves = moves if weight is None else ops.logical_and(moves, present)
-        keep, rest = now["momentum"], now["rest"]
+        moves = ops.all(ops.isfinite(mean + variance))
+        if weight is not None:
+            present = weight > 0  # (C,), or () where all channels have the same
+            moves = ops.logical_and(moves, ops.any(present))
+        self._live.count(ops.where(moves, 0.0, now["update"]))
+        if weight is not None and len(weight.shape):
+            moves = ops.logical_and(moves, present)
+        keep, rest = now["momentum"], now["rest"]  # 1 and 0 where the switch is off
+        if update is not True and (self.moving_count is not None or self.renorm):
+            moves = ops.logical_and(moves, update)
         if self.moving_count is not None:
             count = ops.convert_to_tensor(self.moving_count) * keep + 1
             rest = 1 / count
@@ -505,6 +509,9 @@ class BatchNormalization(MovingStatistics):
         several = distributed.replicas() > 1
         if not (several or self.unbiased or batch.may_lack_weight(self.axis)):
             return mean, variance, None, None
+        if batch.weights is None and not several:
+            n = batch.elements(self.axis)  # () for all channels
+            return mean, variance, n, n
         weight, squares = functional.weight_sums(batch.x, axis=self.axis, weights=batch.weights)
         if several and not self.synchronized:
             mean, variance, weight = functional.merge_moments(
@@ -583,9 +590,16 @@ class _Batch(NamedTuple):
 
     def may_lack_weight(self, axis: Any) -> bool:
         """Whether a channel may be without any element that counts: masked, or a batch of 0."""
-        channels = functional.canonical_axes(axis, len(self.x.shape))
-        sizes = [n for a, n in enumerate(self.x.shape) if a not in channels]
-        return self.weights is not None or not all(sizes)
+        return self.weights is not None or not all(self._sizes(axis, self.x.shape))
+
+    def elements(self, axis: Any) -> Array:
+        """How many each channel has, (), in the dtype of the statistics."""
+        n = math.prod(self._sizes(axis, ops.shape(self.x)))
+        return ops.cast(ops.convert_to_tensor(n), self.mean.dtype)
+
+    def _sizes(self, axis: Any, shape: Sequence[Any]) -> list[Any]:
+        channels = functional.canonical_axes(axis, len(shape))
+        return [n for a, n in enumerate(shape) if a not in channels]
 
 
 def _initial_value(variable: Any, initializer: Any) -> Any:
