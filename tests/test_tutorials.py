@@ -89,6 +89,61 @@ def test_tutorial_1_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
     assert results.values("batch norm, rate 1", "reestimated_accuracy").mean() > FLOOR_DIGITS
 
 
+def has_cifar10():
+    folder = os.environ.get("TFDS_DATA_DIR")
+    return bool(folder) and (pathlib.Path(folder) / "cifar10").is_dir()
+
+
+@pytest.mark.slow
+def test_tutorial_3(tmp_path, no_data):
+    """On CIFAR-10 where TFDS_DATA_DIR holds it, on the digits elsewhere."""
+    real = has_cifar10()
+    process = run("03_dropout.py", tmp_path, "--fast", **({} if real else no_data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning" not in process.stderr.lower()
+    assert ("NOT of CIFAR-10" in process.stdout) == (not real)
+    for plot in ("learning_curves", "keep", "widths", "sizes", "orders", "variance"):
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["answers"]) == 4
+    assert answers["largest_difference_from_the_layer"] < 1e-13
+    assert answers["gradient_error_of_dropout"] < 5.4e-11
+    results = Results.load(tmp_path)
+    train, val = (FLOOR_CIFAR10, 0.2) if real else (FLOOR_DIGITS, FLOOR_DIGITS)
+    for keep in ("keep 1", "keep 0.25"):
+        assert results.values(keep, "val_accuracy").mean() > val
+    assert results.values("keep 1", "train_accuracy").mean() > train
+    assert results.values("batch norm", "ratio_1").mean() > 0.8
+    shifted = results.values("dropout, norm", "ratio_1")  # keep 0.5: half the variance, by (V1)
+    assert abs(shifted - results.values("dropout, norm", "predicted_1")).max() < 0.05
+
+
+@pytest.mark.slow
+def test_tutorial_2_on_the_data_that_is_there(tmp_path, no_data):
+    folder = os.environ.get("TFDS_DATA_DIR")
+    real = bool(folder) and (pathlib.Path(folder) / "cifar10").is_dir()
+    process = run("02_optimizers.py", tmp_path, "--fast", **({} if real else no_data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Warning" not in process.stderr
+    assert ("NOT of CIFAR-10" in process.stdout) != real
+    for plot in ("trajectories", "published_rates", "rates_none", "rates_batch", "step_sizes"):
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    assert (tmp_path / "trajectories.gif").stat().st_size > 10_000
+    results = Results.load(tmp_path)
+    floor, cycles_floor = FLOORS_TUTORIAL_2["CIFAR-10" if real else "digits"]
+    for rule in ("momentum, rate 0.005", "Adam, rate 0.001"):
+        assert results.values(rule, "test_accuracy").mean() > floor
+    (cycles,) = (n for n in results.names if n.startswith("cycles, Adam") and "4 epochs" in n)
+    assert results.values(cycles, "test_accuracy").mean() > cycles_floor
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["answers"]) == 5
+    without, with_norm = answers["largest_stable_rate"]["momentum"]
+    assert without < with_norm
+    for rule in ("SGD", "momentum", "Nesterov"):  # turned with the ravine, to rounding
+        before, after = answers["ravine"][rule]
+        assert after == pytest.approx(before, rel=1e-6)
+
+
 def test_a_typo_in_the_flags_is_an_error(tmp_path):
     process = run("01_batchnorm.py", tmp_path, "--fats")
     assert process.returncode == 2
@@ -97,5 +152,8 @@ def test_a_typo_in_the_flags_is_an_error(tmp_path):
 
 
 # Well below what the fast runs reach (see the header of the tutorial), far above chance.
+FLOOR_CIFAR10 = 0.85  # of the 500 training images, without dropout
 FLOOR_FASHION_MNIST = 0.6
 FLOOR_DIGITS = 0.8
+# Of the net of five times 100, and of the three layers with cycles.
+FLOORS_TUTORIAL_2 = {"CIFAR-10": (0.25, 0.3), "digits": (0.85, 0.8)}
