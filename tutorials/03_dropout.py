@@ -788,6 +788,18 @@ def number(results, name, metric, digits=2):
     return f"{values.mean():.{digits}f}{spread}"
 
 
+def published():
+    """How far the published validation accuracies lie from ours."""
+    if data.fallback or len(seeds) < 2:
+        return ""
+    away = []
+    for name in ("keep 1", "keep 0.25"):
+        ours = main.values(name, "val_accuracy")
+        figure = PUBLISHED[name]["val_accuracy"][0]
+        away.append(f"{figure:.3f} lies {(figure - ours.mean()) / ours.std(ddof=1):+.1f}")
+    return f"The published {' and '.join(away)} standard deviations of single runs from our means. "
+
+
 def answer_regularizer():
     train_1, train_4, val_1, val_4, test_1, test_4 = (
         percent(main.values(name, f"{part}_accuracy"))
@@ -802,8 +814,9 @@ def answer_regularizer():
         f"1. With {IMAGES} images, keep .25 lowers the training accuracy from {train_1} to "
         f"{train_4}; on validation images the nets reach {val_4} with and {val_1} without it, on "
         f"test images {test_4} and {test_1} (n = {len(seeds)}). "
-        f"{compared(main, 'keep 0.25', 'keep 1')} The best of the keep probabilities tried was "
-        f"{BEST_KEEP:g}, with {percent(by_keep.values(f'keep {BEST_KEEP:g}', 'val_accuracy'))}. "
+        f"{compared(main, 'keep 0.25', 'keep 1')} {published()}The best of the keep "
+        f"probabilities tried was {BEST_KEEP:g}, with "
+        f"{percent(by_keep.values(f'keep {BEST_KEEP:g}', 'val_accuracy'))}. "
         f"Validation accuracy of keep .25 minus keep 1 over the number of images: {sizes}. What "
         "would change the answer: more epochs, another width."
     )
@@ -862,22 +875,31 @@ def answer_orders():
         f"{number(orders, name, 'ratio_2')} in the second layer"
         for name in WITH_NORM
     )
-    cures = "; ".join(
-        f"{name} {percent(cured.values(f'{name}, re-estimated', 'val_accuracy'))}, loss "
-        f"{number(cured, name, 'val_loss')} before and "
-        f"{number(cured, f'{name}, re-estimated', 'val_loss')} after"
-        for name in WITH_NORM
-    )
+    cures = "; ".join(cure(name) for name in WITH_NORM)
     return (
         f"4. Validation accuracy, {IMAGES} images, n = {len(seeds)}: {accuracies}. Variance in "
         f"inference over moving variance: {shifts}. (V1) says "
         f"{number(orders, 'dropout, norm', 'predicted_1')} for the first layer of 'dropout, norm', "
         f"(V2) {number(orders, 'norm, dropout', 'predicted_2')} for the second of 'norm, "
-        f"dropout'. With statistics re-estimated without dropout: {cures}. So the usual order has "
-        "the shift as well, from the second norm on; only dropout above the last norm is free of "
-        "it. What would change the answer: wider layers (V2 averages over more inputs, but its "
-        "ratio does not depend on their number), a keep nearer to 1."
+        "dropout'. So the usual order has the shift as well, from the second norm on; only "
+        "dropout above the last norm is free of it. With statistics re-estimated without "
+        f"dropout: {cures}. What would change the answer: a keep nearer to 1 brings the ratios "
+        "of (V1) and (V2) nearer to 1, and more layers multiply what is left of the shift."
     )
+
+
+def cure(name):
+    """Accuracy and loss with moving and with re-estimated statistics, and the paired tests."""
+    after = f"{name}, re-estimated"
+    text = (
+        f"{name}: accuracy {percent(cured.values(name, 'val_accuracy'))} before, "
+        f"{percent(cured.values(after, 'val_accuracy'))} after; loss "
+        f"{number(cured, name, 'val_loss', 3)} before, {number(cured, after, 'val_loss', 3)} after"
+    )
+    if len(seeds) < 2:
+        return text
+    p = [cured.compare(after, name, metric).p for metric in ("val_accuracy", "val_loss")]
+    return f"{text} (p = {p[0]:.2g} and {p[1]:.2g})"
 
 
 ANSWERS = [answer_regularizer(), answer_division(), answer_width(), answer_orders()]
