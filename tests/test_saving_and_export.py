@@ -33,6 +33,9 @@ def network(rate=0.0):
     model = keras.Sequential(
         [
             keras.Input((4, 4, 6)),
+            # Of the inputs: further up, the ranks of equal elements would be a matter of rounding.
+            layers.DecorrelatedBatchNormalization(momentum=0.9, group_size=2),
+            layers.QuantileNormalization(momentum=None, quantiles=3),
             layers.BatchNormalization(momentum=0.9, debiased=True),
             layers.SpatialBatchNormalization(renorm=True, renorm_clipping={"rmax": 2.0}),
             layers.GroupNormalization(3),
