@@ -7,8 +7,11 @@
                      `normalize`: its inference mode, narrow rows laid side by side as below
     folded           TensorFlow: sums as products of matrices with ones; rows of few channels are
                      first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
-    native           PyTorch's native_batch_norm and its gradient; on request only, for on one
-                     thread its float32 sums keep five digits of a mean far from 0
+    native           PyTorch: forward in pieces that stay in the cache, for native_batch_norm keeps
+                     five digits of a mean far from 0 on one thread; backward by its gradient, or,
+                     for rows of few channels, laid side by side as above, in pieces, too
+    staged           JAX on a CPU: sums over short runs of rows, then over the runs; so little is
+                     rounded that the mean needs no second pass to correct it
     products         layer and RMS normalization: backward, the sums over an example and over the
                      examples as products of matrices with gamma and with ones; x is kept
     by_channel       group and instance normalization: sums channel by channel, added up within
@@ -47,13 +50,18 @@ __all__ = [
 Array = Any
 Axis = int | Sequence[int]
 
-# Below so many channels TensorFlow's fused kernel on a CPU loses to folding.
+# Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
 FEWEST_CHANNELS_FUSED = 12
 # So many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
 # Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
 # sweeps that it saves.
 FEWEST_ELEMENTS_FUSED = 2**18
+
+# Elements of a piece that PyTorch sums in two passes: 4 MB in float32. Less costs more calls.
+ELEMENTS_OF_PIECE = 2**20
+# So many numbers are added up one after the other before their sum is added to other sums.
+LONGEST_RUN = 64
 
 
 def choose(
@@ -78,13 +86,21 @@ def choose(
     channels = shape[axes[0]]
     if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
         return "composed"
-    if keras.backend.backend() != "tensorflow" or axes[0] != len(shape) - 1 or _on_gpu():
+    last, backend = axes[0] == len(shape) - 1, keras.backend.backend()
+    if _on_gpu() or dtype not in ("float32", "float64"):
         return "composed"
+    if backend == "torch":
+        return "native"
+    if not last:
+        return "composed"
+    if backend == "jax":
+        sharded = keras.distribution.distribution() is not None
+        return "composed" if sharded or None in shape else "staged"
     known = math.prod(size or 1 for size in shape)
     large = len(shape) > 2 or known >= FEWEST_ELEMENTS_FUSED
     if large and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":
         return "fused"
-    return "folded" if dtype in ("float32", "float64") else "composed"
+    return "folded"
 
 
 def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> str:
@@ -101,10 +117,19 @@ def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> st
 
 
 def _on_gpu() -> bool:
-    """Measured on CPUs only; on a GPU Keras compiles the composed one with XLA."""
-    import tensorflow as tf
+    """Measured on CPUs only; on a GPU XLA, or PyTorch, compiles or runs the composed one."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
 
-    return bool(tf.config.list_logical_devices("GPU"))
+        return bool(tf.config.list_logical_devices("GPU"))
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    import torch
+
+    return torch.cuda.is_available() or torch.get_default_device().type != "cpu"
 
 
 def batch_normalization(
@@ -162,7 +187,7 @@ def _check(
     if implementation == "composed":
         return
     axes = functional.canonical_axes(axis, len(shape))
-    wanted = "torch" if implementation == "native" else "tensorflow"
+    wanted = {"native": "torch", "staged": "jax"}.get(implementation, "tensorflow")
     last = axes == (len(shape) - 1,)
     possible = (
         not weighted
@@ -171,6 +196,8 @@ def _check(
         and (last or (implementation == "native" and len(axes) == 1))
         and shape[axes[0]] is not None
         and not (implementation == "fused" and dtype == "float64")
+        and (wanted == "tensorflow" or dtype in ("float32", "float64"))
+        and not (implementation == "staged" and None in shape)
     )
     if not possible:
         raise ValueError(
@@ -179,6 +206,7 @@ def _check(
             + ("" if implementation == "native" else ", the last one")
             + ", and no weights"
             + (", and no float64" if implementation == "fused" else "")
+            + (", and float32 or float64" if wanted != "tensorflow" else "")
             + f". Received: backend={keras.backend.backend()!r}, shape={tuple(shape)}, "
             f"axis={axis!r}, dtype={dtype!r}, weighted={weighted}. Leave it to None."
         )
@@ -325,35 +353,189 @@ def _folds(shape: Sequence[int | None], channels: int) -> int:
 # PyTorch: the native kernel -----------------------------------------------------------------------
 
 
+class _Pieces:
+    """x as rows with the channels on axis 1, and cut along the rows into pieces.
+
+    Channels on the last axis: (N, ..., C) -> (M / f, f C), f rows side by side where there are
+    few channels; else the channels are moved to axis 1.
+    """
+
+    def __init__(self, x: Array, channel: int) -> None:
+        self.channels = x.shape[channel]
+        self.last = channel == x.ndim - 1
+        few = self.last and x.ndim > 2 and self.channels < FEWEST_CHANNELS_FUSED
+        self.folds = _folds(x.shape, self.channels) if few else 1
+        self.channel = channel
+        self.trailing = x.ndim - 2
+        self.elements = x.numel() // self.channels
+
+    def rows(self, x: Array) -> Array:
+        if self.last:
+            return x.reshape(-1, self.folds * self.channels)
+        return x.movedim(self.channel, 1)
+
+    def undo(self, z: Array, x: Array) -> Array:
+        return z.reshape(x.shape) if self.last else z.movedim(1, self.channel)
+
+    def cut(self, *arrays: Array) -> Any:
+        size = max(1, arrays[0][:1].numel())
+        return zip(*(z.split(max(1, ELEMENTS_OF_PIECE // size)) for z in arrays), strict=True)
+
+    def row(self, v: Array) -> Array:
+        """(C,) -> what broadcasts against the rows."""
+        v = v.repeat(self.folds) if self.folds > 1 else v
+        return v if self.last else v.reshape(-1, *[1] * self.trailing)
+
+    def sum(self, z: Array) -> Array:
+        """Of one piece, (C,)."""
+        sums = z.sum(dim=(0, *range(2, z.ndim)))
+        return sums if self.folds == 1 else sums.view(self.folds, self.channels).sum(0)
+
+
 def _native(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
     import torch
 
     (channel,) = functional.canonical_axes(axis, x.ndim)
-    channels = x.shape[channel]
-    dtype = getattr(torch, functional.compute_dtype(x))
+    options: dict[str, Any] = {"axis": axis, "epsilon": epsilon}
     if x.numel() == 0:
-        zeros = torch.zeros(channels, dtype=dtype, device=x.device)
-        return x.clone(), zeros, zeros.clone()
-    # With momentum 1 the "running" statistics are those of the batch, the variance unbiased.
-    mean = torch.zeros(channels, dtype=dtype, device=x.device)
-    variance = torch.ones(channels, dtype=dtype, device=x.device)
-    n = x.numel() // channels
-    gamma, beta = (None if v is None else ops.convert_to_tensor(v) for v in (gamma, beta))
-    y = torch.native_batch_norm(
-        x.movedim(channel, 1),  # a view: (N, H, W, C) -> (N, C, H, W)
-        None if gamma is None else gamma.to(dtype),
-        None if beta is None else beta.to(dtype),
-        mean,
-        variance,
-        True,
-        1.0,
-        epsilon,
-    )[0].movedim(1, channel)
-    # One element: 0, and NaN where it is not finite, as the others.
-    variance = 0 * mean if n == 1 else variance * ((n - 1) / n)
-    return y, mean, variance
+        y, mean, variance = functional.batch_normalization(x, gamma, beta, **options)
+        return y, mean.detach(), variance.detach()
+    pieces = _Pieces(x, channel)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        if torch.is_grad_enabled():  # for a second derivative
+            outputs, residuals = functional.batch_normalization_forward(x, gamma, beta, **options)
+            return outputs, residuals[:4]
+        z = pieces.rows(x)
+        mean, variance = _moments_in_pieces(z, pieces)
+        inv_std = torch.rsqrt(variance + epsilon)  # (B3)
+        y = _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces)
+        return (pieces.undo(y, x), mean, variance), (x, mean, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, mean, inv_std, gamma = residuals
+        dy = upstream[0]
+        if torch.is_grad_enabled():
+            zeros = torch.zeros_like(mean)
+            return functional.batch_normalization_backward(
+                dy, zeros, zeros, x, mean, inv_std, gamma, axis=axis
+            )
+        z, dz = pieces.rows(x), pieces.rows(dy)
+        if pieces.folds > 1:
+            dx, dgamma, dbeta = _backward_in_pieces(z, dz, mean, inv_std, gamma, pieces)
+        else:
+            dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                dz, z, gamma, None, None, mean, inv_std, True, epsilon, [True, True, True]
+            )
+        return pieces.undo(dx, x), dgamma, dbeta
+
+    gamma, beta = (None if v is None else ops.cast(v, x.dtype) for v in (gamma, beta))
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, mean.detach(), variance.detach()
+
+
+def _moments_in_pieces(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
+    """(B1) and (B2), (C,); the second pass over a piece finds it in the cache."""
+    n = pieces.elements
+    first = pieces.sum(z) / n
+    row = pieces.row(first)
+    rest = squares = 0
+    for (piece,) in pieces.cut(z):
+        centered = piece - row
+        rest = rest + pieces.sum(centered)  # what rounding lost of the mean
+        squares = squares + pieces.sum(centered.square_())
+    rest = rest / n
+    return first + rest, (squares / n - rest * rest).relu()
+
+
+def _normalize_in_pieces(
+    z: Array,
+    mean: Array,
+    inv_std: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    pieces: _Pieces,
+) -> Array:
+    """(B4) and (B5); x - mean first: x scale - mean scale would lose what is far from 0."""
+    import torch
+
+    mean, scale = pieces.row(mean), pieces.row(inv_std if gamma is None else inv_std * gamma)
+    offset = None if beta is None else pieces.row(beta)
+    y = torch.empty_like(z)
+    for piece, target in pieces.cut(z, y):
+        torch.sub(piece, mean, out=target)
+        if offset is None:
+            target.mul_(scale)
+        else:
+            torch.addcmul(offset, target, scale, out=target)
+    return y
+
+
+def _backward_in_pieces(
+    z: Array, dz: Array, mean: Array, inv_std: Array, gamma: Array | None, pieces: _Pieces
+) -> tuple[Array, Array, Array]:
+    """(B6) to (B10) for folded rows."""
+    import torch
+
+    row, n = pieces.row(mean), pieces.elements
+    dbeta = dgamma = 0
+    for piece, dpiece in pieces.cut(z, dz):
+        dbeta = dbeta + pieces.sum(dpiece)  # (B6)
+        dgamma = dgamma + pieces.sum((piece - row).mul_(dpiece))
+    dgamma = dgamma * inv_std  # (B7)
+    scale = inv_std if gamma is None else inv_std * gamma
+    a, b = pieces.row(-scale * dbeta / n), pieces.row(-scale * inv_std * dgamma / n)  # (B8) (B9)
+    scale = pieces.row(scale)
+    dx = torch.empty_like(z)
+    for piece, dpiece, target in pieces.cut(z, dz, dx):
+        torch.sub(piece, row, out=target)
+        torch.addcmul(a, target, b, out=target).addcmul_(dpiece, scale)  # (B10)
+    return dx, dgamma, dbeta
+
+
+# JAX: sums in stages ------------------------------------------------------------------------------
+
+
+def _staged(
+    x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
+) -> tuple[Array, Array, Array]:
+    channels = x.shape[-1]
+    n = max(math.prod(x.shape[:-1]), 1)
+    dtype = functional.compute_dtype(x)
+
+    def total(v: Array) -> Array:
+        v = ops.reshape(v, (-1, channels))
+        while (run := _run(v.shape[0])) > 1:
+            v = ops.sum(ops.reshape(v, (-1, run, channels)), axis=1)
+        return ops.sum(v, axis=0)  # -> (C,)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        mean = total(x) / n  # (B1)
+        centered = x - mean
+        variance = total(centered * centered) / n  # (B2)
+        inv_std = ops.rsqrt(variance + epsilon)  # (B3)
+        y = centered * (inv_std if gamma is None else inv_std * ops.cast(gamma, dtype))  # (B4)
+        y = y if beta is None else y + ops.cast(beta, dtype)  # (B5)
+        return (y, mean, variance), (x, mean, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, mean, inv_std, gamma = residuals
+        dy, centered = upstream[0], x - mean
+        dbeta = total(dy)  # (B6)
+        dgamma = total(dy * centered) * inv_std  # (B7)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        dx = (dy - dbeta / n - centered * (inv_std * dgamma / n)) * scale  # (B8) (B9) (B10)
+        return dx, dgamma, dbeta
+
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+def _run(rows: int) -> int:
+    """How many rows are added up in one stage: the largest of these that divides them."""
+    return next((run for run in range(LONGEST_RUN, 7, -1) if rows % run == 0 and run < rows), 1)
 
 
 IMPLEMENTATIONS: dict[str, Any] = {
@@ -361,6 +543,7 @@ IMPLEMENTATIONS: dict[str, Any] = {
     "fused": _fused,
     "folded": _folded,
     "native": _native,
+    "staged": _staged,
 }
 """Those of `batch_normalization` by name."""
 
@@ -383,7 +566,8 @@ def normalize(
 
     Args:
         x, mean, variance, gamma, beta, axis, epsilon: as there.
-        implementation: "composed" or "fused". Default: what `choose_within` names.
+        implementation: "composed", or "fused" ("native" on PyTorch). Default: what
+            `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x; differentiable in every array that was given.
@@ -397,15 +581,20 @@ def normalize(
         1.0
     """
     x = ops.convert_to_tensor(x)
-    if _chosen("normalize", x, axis, implementation) == "composed":
+    chosen = _chosen("normalize", x, axis, implementation)
+    if chosen == "composed":
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     functional.check_epsilon(epsilon)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         x: Array = arrays[0]
-        mean, variance = map(_float32, arrays[1:3])
-        gamma, beta = (None if v is None else _float32(v) for v in arrays[3:])
-        y = _fused_inference(x, mean, variance, gamma, beta, epsilon)
+        dtype = functional.compute_dtype(x)
+        mean, variance = (ops.cast(v, dtype) for v in arrays[1:3])
+        gamma, beta = (None if v is None else ops.cast(v, dtype) for v in arrays[3:])
+        if chosen == "native":
+            y = _native_inference(x, mean, variance, gamma, beta, axis, epsilon)
+        else:
+            y = _fused_inference(x, mean, variance, gamma, beta, epsilon)
         return (y,), (x, mean, ops.rsqrt(variance + epsilon), gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, ...]:
@@ -415,8 +604,25 @@ def normalize(
     return y
 
 
-def _float32(v: Array) -> Array:
-    return ops.cast(v, "float32")
+def _native_inference(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: Axis,
+    epsilon: float,
+) -> Array:
+    import torch
+
+    if torch.is_grad_enabled():  # for a second derivative
+        return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
+    (channel,) = functional.canonical_axes(axis, x.ndim)
+    if x.numel() == 0:
+        return x.clone()
+    pieces = _Pieces(x, channel)
+    inv_std = torch.rsqrt(variance + epsilon)
+    return pieces.undo(_normalize_in_pieces(pieces.rows(x), mean, inv_std, gamma, beta, pieces), x)
 
 
 def _fused_inference(
@@ -445,12 +651,17 @@ def _fused_inference(
 # Within each example ------------------------------------------------------------------------------
 
 _FAST_WITHIN = {
-    "normalize": "fused",
+    "normalize": "fused",  # "native" on PyTorch
     "layer_normalization": "products",
     "rms_normalization": "products",
     "group_normalization": "by_channel",
     "instance_normalization": "by_channel",
 }
+
+
+def _fast_within(function: str) -> str:
+    native = function == "normalize" and keras.backend.backend() == "torch"
+    return "native" if native else _FAST_WITHIN[function]
 
 
 def choose_within(
@@ -466,16 +677,15 @@ def choose_within(
         axis: as the function takes it.
 
     Returns:
-        "composed", or the faster one: "fused", "products" or "by_channel".
+        "composed", or the faster one: "fused", "native", "products" or "by_channel".
 
     Example:
         >>> choose_within("layer_normalization", (32, 128, 512), "float16")
         'composed'
     """
-    fast = _FAST_WITHIN[function]
-    if not _possible(fast, shape, dtype, axis) or keras.backend.backend() != "tensorflow":
-        return "composed"
-    if _on_gpu():
+    fast = _fast_within(function)
+    measured = fast == "native" or keras.backend.backend() == "tensorflow"
+    if not _possible(fast, shape, dtype, axis) or not measured or _on_gpu():
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
@@ -495,6 +705,8 @@ def _possible(fast: str, shape: Sequence[int | None], dtype: str, axis: Axis) ->
         return known and tensorflow and dtype in ("float32", *half)
     if dtype not in ("float32", "float64"):
         return False
+    if fast == "native":
+        return len(axes) == 1 and len(shape) > 1 and shape[axes[0]] is not None
     if fast == "by_channel":
         return last and len(shape) > 2 and shape[-1] is not None
     trailing = axes == tuple(range(len(shape) - len(axes), len(shape)))
@@ -505,7 +717,7 @@ def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> 
     shape, dtype = tuple(x.shape), keras.backend.standardize_dtype(x.dtype)
     if implementation is None:
         return choose_within(function, shape, dtype, axis=axis)
-    fast = _FAST_WITHIN[function]
+    fast = _fast_within(function)
     if implementation not in ("composed", fast):
         raise ValueError(
             f"`implementation` of {function} must be 'composed' or {fast!r}, or None for the "
@@ -516,6 +728,7 @@ def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> 
             f"implementation={fast!r} needs "
             + {
                 "fused": "TensorFlow, the channels on the last axis, and float32 or half precision",
+                "native": "channels on one axis of known size, and float32 or float64",
                 "products": "known sizes on `axis`, the last axes, and float32 or float64",
                 "by_channel": "the channels on the last of >= 3 axes, and float32 or float64",
             }[fast]
