@@ -9,6 +9,7 @@ joins such a pair into one differentiable function on the backend that Keras run
 error of the forward pass there, and its gradient cannot be differentiated again.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -197,24 +198,38 @@ def _jax_zero(x: Array) -> Array:
 def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
     import torch
 
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        with torch.no_grad():
+            return tuple(forward(*inputs)[0])
+    return tuple(_torch_function().apply(forward, backward, *inputs))
+
+
+@functools.cache
+def _torch_function() -> Any:
+    """One class for all: making it takes longer than a small layer."""
+    import torch
+
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arrays: Array) -> tuple[Array, ...]:
+        def forward(
+            ctx: Any, forward: Forward, backward: Backward, *arrays: Array
+        ) -> tuple[Array, ...]:
             outputs, residuals = forward(*arrays)
-            ctx.inputs = len(arrays)
+            ctx.halves, ctx.inputs = (forward, backward), len(arrays)
             ctx.save_for_backward(*arrays, *residuals)
             return tuple(outputs)
 
         @staticmethod
         def backward(ctx: Any, *upstream: Array) -> tuple[Array | None, ...]:
+            forward, backward = ctx.halves
             arrays, residuals = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
             if torch.is_grad_enabled():
                 # The gradient will itself be differentiated: saved residuals are constants
                 # for autograd, recomputed ones are functions of the inputs.
                 residuals = forward(*arrays)[1]
-            return tuple(backward(residuals, upstream))
+            return None, None, *backward(residuals, upstream)
 
-    return tuple(Function.apply(*inputs))
+    return Function
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, ...]]] = {
