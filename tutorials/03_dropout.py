@@ -14,8 +14,8 @@
 **You will learn** what dropout computes, forward and backward, and that the library's layer gives
 the numbers of five lines of NumPy; how much it helps a net that has only 500 images to learn from,
 at which keep probability, and whether it still does with more images; what happens if one forgets
-to divide by the keep probability; whether narrower layers need another one; and why dropout and
-batch normalization get in each other's way, in numbers, with two cures.
+to divide by the keep probability; whether narrower layers need another one; and what dropout does
+to the variances that batch normalization relies on: predicted, measured, and whether it matters.
 
 **Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, found in
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
@@ -723,8 +723,10 @@ plotting.bars(
 
 # %% [markdown]
 """
-The second cure, beside keeping dropout above the last norm: after training, with dropout off,
-the statistics are computed anew from the training images (`statistics.reestimate`), layer by layer.
+Dropout above the last norm keeps the variances where they were. So do statistics that are computed
+anew after training, with dropout off (`statistics.reestimate`). Whether a net answers better with
+the right variances is another question: too large ones shrink its logits, which makes a net that
+is too sure of itself less so.
 """
 
 # %%
@@ -887,8 +889,9 @@ def answer_orders():
         f"(V2) {number(orders, 'norm, dropout', 'predicted_2')} for the second of 'norm, "
         "dropout'. So the usual order has the shift as well, from the second norm on; only "
         "dropout above the last norm is free of it. With statistics re-estimated without "
-        f"dropout: {cures}. What would change the answer: a keep nearer to 1 brings the ratios "
-        "of (V1) and (V2) nearer to 1, and more layers multiply what is left of the shift."
+        f"dropout, which takes the shift away: {cures}. What would change the answer: a keep "
+        "nearer to 1 brings the ratios of (V1) and (V2) nearer to 1, and more layers multiply "
+        "what is left of the shift."
     )
 
 
