@@ -1,6 +1,7 @@
 # make tutorial       environment, install, tutorial 01 on real data
 # make test           environment, install, lint, types, all tests on TensorFlow
 # make test-backends  the core tests on JAX and on PyTorch, each in an environment of its own
+# make test-implementations  the layers' tests under every implementation that can be forced
 # make bench          benchmarks of layers, training and memory (nothing else should be running)
 # Environments are made when they are missing, or older than pyproject.toml, and only then.
 
@@ -16,7 +17,7 @@ export PYTHONUNBUFFERED := 1
 WORKERS ?= auto
 PYTEST := -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 
-.PHONY: tutorial test test-backends test-jax test-torch lint bench clean
+.PHONY: tutorial test test-backends test-implementations test-jax test-torch lint bench clean
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -60,6 +61,18 @@ test-jax: .venv-jax/installed
 
 test-torch: .venv-torch/installed
 	@KERAS_BACKEND=torch OMP_NUM_THREADS=1 .venv-torch/bin/python $(PYTEST) -m core $(ARGS)
+
+LAYER_TESTS := tests/test_kernels.py tests/test_batch_normalization.py \
+	tests/test_batch_normalization_properties.py tests/test_check_vectors.py \
+	tests/test_layer_normalization.py tests/test_group_normalization.py \
+	tests/test_builtin_defects.py tests/test_statistics.py tests/test_models.py
+
+test-implementations: .venv/installed
+	@for name in composed folded fused products by_channel; do \
+		echo "KERAS_NORM_IMPLEMENTATION=$$name"; \
+		KERAS_NORM_IMPLEMENTATION=$$name KERAS_BACKEND=tensorflow \
+			.venv/bin/python $(PYTEST) $(LAYER_TESTS) $(ARGS) || exit 1; \
+	done
 
 bench: .venv/installed
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py --layers batch layer rms group $(ARGS)

@@ -3,7 +3,8 @@
     implementation   what it is
     composed         the function of the same name in `functional`: keras.ops, any backend, shape
                      and dtype; compiled by XLA on JAX
-    fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision;
+    fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision, for
+                     means that are not far from 0 (see FARTHEST_MEAN);
                      `normalize`: its inference mode, narrow rows laid side by side as below
     folded           TensorFlow: sums as products of matrices with ones; rows of few channels are
                      first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
@@ -19,12 +20,16 @@
                      example and channel, and touch x in two sweeps
 
 `choose` and `choose_within` say which is taken; what that rests on is measured by
-benchmarks/layers.py. All of them give the numbers of `functional` to rounding, in at least float32
-(of a mean far from 0 the fused kernel keeps some six digits, the others seven).
+benchmarks/layers.py. The environment variable KERAS_NORM_IMPLEMENTATION, read whenever a function
+is traced, names one to take wherever it can do what is asked (`make test-implementations`).
+
+All of them give the numbers of `functional` to rounding, in at least float32; where a sum would
+round more, the work is done anew by the composed one (`FARTHEST_MEAN`).
 The mean and variance that come back are for moving statistics: no gradient flows through them.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +57,10 @@ Axis = int | Sequence[int]
 
 # Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
 FEWEST_CHANNELS_FUSED = 12
+# The fused kernel adds up a channel one element after the other: of 262,144 elements with mean 1000
+# and standard deviation 1, its mean is off by .004, with mean 10,000 by 9. A batch whose mean is
+# farther from 0 than this, in standard deviations, is computed anew by the composed one.
+FARTHEST_MEAN = 30.0
 # So many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
 # Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
@@ -82,6 +91,9 @@ def choose(
         >>> choose((256, 32, 32, 64), "float64", weighted=True)
         'composed'
     """
+    forced = _forced()
+    if forced in IMPLEMENTATIONS and _can(forced, shape, dtype, axis, weighted):
+        return forced
     axes = functional.canonical_axes(axis, len(shape))
     channels = shape[axes[0]]
     if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
@@ -101,6 +113,17 @@ def choose(
     if large and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":
         return "fused"
     return "folded"
+
+
+def _forced() -> str | None:
+    name = os.environ.get("KERAS_NORM_IMPLEMENTATION") or None
+    known = {*IMPLEMENTATIONS, *_FAST_WITHIN.values()}
+    if name is not None and name not in known:
+        raise ValueError(
+            "The environment variable KERAS_NORM_IMPLEMENTATION must name an implementation, one "
+            f"of {sorted(known)}, or be empty. Received: KERAS_NORM_IMPLEMENTATION={name!r}."
+        )
+    return name
 
 
 def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> str:
@@ -184,22 +207,8 @@ def _check(
             f"`implementation` must be one of {sorted(IMPLEMENTATIONS)}, or None for the fastest. "
             f"Received: implementation={implementation!r}."
         )
-    if implementation == "composed":
-        return
-    axes = functional.canonical_axes(axis, len(shape))
-    wanted = {"native": "torch", "staged": "jax"}.get(implementation, "tensorflow")
-    last = axes == (len(shape) - 1,)
-    possible = (
-        not weighted
-        and wanted == keras.backend.backend()
-        and len(shape) >= 2
-        and (last or (implementation == "native" and len(axes) == 1))
-        and shape[axes[0]] is not None
-        and not (implementation == "fused" and dtype == "float64")
-        and (wanted == "tensorflow" or dtype in ("float32", "float64"))
-        and not (implementation == "staged" and None in shape)
-    )
-    if not possible:
+    if not _can(implementation, shape, dtype, axis, weighted):
+        wanted = _BACKENDS[implementation]
         raise ValueError(
             f"implementation={implementation!r} needs the backend {wanted}, channels on one axis "
             "of known size"
@@ -210,6 +219,30 @@ def _check(
             + f". Received: backend={keras.backend.backend()!r}, shape={tuple(shape)}, "
             f"axis={axis!r}, dtype={dtype!r}, weighted={weighted}. Leave it to None."
         )
+
+
+_BACKENDS = {"fused": "tensorflow", "folded": "tensorflow", "native": "torch", "staged": "jax"}
+
+
+def _can(
+    implementation: str, shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool
+) -> bool:
+    """Whether it can be done at all, quickly or not."""
+    if implementation == "composed":
+        return True
+    axes = functional.canonical_axes(axis, len(shape))
+    last = axes == (len(shape) - 1,)
+    wanted = _BACKENDS[implementation]
+    return (
+        not weighted
+        and wanted == keras.backend.backend()
+        and len(shape) >= 2
+        and (last or (implementation == "native" and len(axes) == 1))
+        and shape[axes[0]] is not None
+        and not (implementation == "fused" and dtype == "float64")
+        and (wanted == "tensorflow" or dtype in ("float32", "float64"))
+        and not (implementation == "staged" and None in shape)
+    )
 
 
 # TensorFlow: the fused kernel ------------------------------------------------------------------
@@ -241,8 +274,18 @@ def _fused(
         variance = variance * (tf.maximum(n - 1, 0) / tf.maximum(n, 1))
         # An empty batch has no statistics: NaN from the kernel, 0 by our convention.
         mean, variance = (tf.where(rows > 0, v, tf.zeros_like(v)) for v in (mean, variance))
-        residuals = (x, scale, saved_mean, saved_variance, saved)
-        return (tf.reshape(y, tf.shape(x)), mean, variance), residuals
+        y = tf.reshape(y, tf.shape(x))
+        if not _on_gpu():
+            far = tf.reduce_any(mean * mean > FARTHEST_MEAN**2 * (variance + epsilon))
+            y, mean, variance = tf.cond(
+                far, lambda: exact(x, gamma, beta), lambda: (y, mean, variance)
+            )
+            saved_mean, saved_variance = mean, variance
+        return (y, mean, variance), (x, scale, saved_mean, saved_variance, saved)
+
+    def exact(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Array, Array, Array]:
+        options: dict[str, Any] = {"axis": axis, "epsilon": epsilon}
+        return functional.batch_normalization_forward(x, gamma, beta, **options)[0]
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, scale, saved_mean, saved_variance, saved = residuals
@@ -683,7 +726,9 @@ def choose_within(
         >>> choose_within("layer_normalization", (32, 128, 512), "float16")
         'composed'
     """
-    fast = _fast_within(function)
+    fast, forced = _fast_within(function), _forced()
+    if forced == "composed" or (forced == fast and _possible(fast, shape, dtype, axis)):
+        return forced
     measured = fast == "native" or keras.backend.backend() == "tensorflow"
     if not _possible(fast, shape, dtype, axis) or not measured or _on_gpu():
         return "composed"
