@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from arrays import array, tensor
 from keras import ops
 from reference import complex_step, relative_error
 
@@ -20,14 +21,6 @@ pytestmark = pytest.mark.core
 
 BACKEND = keras.backend.backend()
 STATISTICS = "moving_mean", "moving_variance"
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
-
-
-def tensor(x):
-    return ops.convert_to_tensor(x)
 
 
 def normal(*shape, seed=0, dtype="float64"):

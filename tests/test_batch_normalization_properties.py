@@ -1,5 +1,7 @@
 """Whatever the rank, axis, dtype, mask, weights, momentum, center and scale: as NumPy in float64.
 
+Batch normalization, and its spatial face, for which ranks 3 to 5 and `data_format` are drawn.
+
 Tolerances. With e the rounding of the dtype the layer computes in (float32, or float64), d that
 of the dtype of its outputs, and k = max |gamma| inv_std max(1, |x|), by which both magnify:
 
@@ -11,33 +13,34 @@ where e = 1.2e-7 or 2.2e-16, and d = 9.8e-4 (float16), 7.8e-3 (bfloat16), or e.
 """
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from arrays import ROUNDING, rounded, wide
 from differentiation import step_in_training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import ops
 from reference import complex_step
 
-from keras_norm.layers import BatchNormalization
+from keras_norm.layers import BatchNormalization, SpatialBatchNormalization
 
 pytestmark = pytest.mark.core
 
 BACKEND = keras.backend.backend()
 # JAX compiles anew for every shape.
 EXAMPLES = {"tensorflow": 20, "jax": 5, "torch": 40}[BACKEND]
+SPATIAL_EXAMPLES = {"tensorflow": 2, "jax": 1, "torch": 10}[BACKEND]
 EPSILON = 1e-3
-ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 @st.composite
-def cases(draw):
-    rank = draw(st.integers(2, 5), label="rank")
+def cases(draw, spatial=False):
+    rank = draw(st.integers(3 if spatial else 2, 5), label="rank")
     shape = tuple(draw(st.sampled_from([1, 2, 3])) for _ in range(rank - 1))
     shape = (draw(st.sampled_from([1, 2, 5])), *shape)
-    axis = draw(st.integers(-rank, rank - 1), label="axis")
+    axes = st.sampled_from([1, -1]) if spatial else st.integers(-rank, rank - 1)
+    axis = draw(axes, label="axis")
     weights = {}
     if draw(st.booleans(), label="mask"):
         weights["mask"] = draw(st.sampled_from([1, rank - 1, rank]))
@@ -46,14 +49,6 @@ def cases(draw):
     momentum = draw(st.sampled_from([None, 0.0, 0.5, 0.99]), label="momentum")
     center, scale = draw(st.booleans(), label="center"), draw(st.booleans(), label="scale")
     return shape, axis, weights, {"momentum": momentum, "center": center, "scale": scale}
-
-
-def array(x):
-    return ops.convert_to_numpy(ops.cast(x, "float64"))
-
-
-def rounded(x, dtype):
-    return x.astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)).astype("float64")
 
 
 def given_weights(ranks, shape, rng):
@@ -68,23 +63,40 @@ def given_weights(ranks, shape, rng):
     return arguments, (weights if ranks else None)
 
 
+OPTIONS = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+@settings(max_examples=EXAMPLES, **OPTIONS)
 @given(case=cases())
 def test_as_the_definition(dtype, case):
-    shape, axis, ranks, arguments = case
+    _, axis, _, arguments = case
+    layer = BatchNormalization(axis=axis, dtype=dtype, epsilon=EPSILON, **arguments)
+    compare(layer, dtype, *case, others=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32"] if BACKEND == "jax" else ROUNDING)
+@settings(max_examples=SPATIAL_EXAMPLES, **OPTIONS)
+@given(case=cases(spatial=True))
+def test_spatial_as_the_definition(dtype, case):
+    _, axis, _, arguments = case
+    layout = "channels_first" if axis == 1 else "channels_last"
+    layer = SpatialBatchNormalization(layout, dtype=dtype, epsilon=EPSILON, **arguments)
+    compare(layer, dtype, *case)
+
+
+def compare(layer, dtype, shape, axis, ranks, arguments, others=False):
+    """Outputs, statistics of two batches, gradients of one; and outputs of others' layers."""
     rng = np.random.default_rng(sum(shape) + 10 * len(shape))
     channels = shape[axis]
     x = rounded(rng.normal(size=shape) * 2 + 3, dtype)
     mix = rounded(rng.normal(size=shape), dtype)
     given, weights = given_weights(ranks, shape, rng)
-    layer = BatchNormalization(axis=axis, dtype=dtype, epsilon=EPSILON, **arguments)
     layer.build(shape)
     parameters = {}
     for name in [v.name for v in layer.trainable_variables]:
@@ -102,7 +114,7 @@ def test_as_the_definition(dtype, case):
     gamma = np.abs(parameters.get("gamma", np.ones(1))).max()
     k = gamma * max(1, np.abs(x).max()) / np.sqrt(variance.min() + EPSILON)
     assert keras.backend.standardize_dtype(y.dtype) == dtype
-    assert (np.abs(array(y) - expected) <= 64 * e * k + 2 * d * (1 + np.abs(expected))).all()
+    assert (np.abs(wide(y) - expected) <= 64 * e * k + 2 * d * (1 + np.abs(expected))).all()
 
     # Statistics, after this batch and after a second one, of twice its size.
     momentum = arguments["momentum"]
@@ -116,7 +128,7 @@ def test_as_the_definition(dtype, case):
             size = factor if name == "moving_mean" else factor**2
             value = keep * moving[name] + (1 - keep) * of_batch * size
             moving[name] = np.where(moved, value, moving[name])
-            error = np.abs(array(getattr(layer, name)) - moving[name])
+            error = np.abs(wide(getattr(layer, name)) - moving[name])
             assert (error <= 16 * e * (1 + np.abs(moving[name]))).all()
     assert layer.skipped_batches == (0 if moved.any() else 2)
 
@@ -125,9 +137,9 @@ def test_as_the_definition(dtype, case):
     numerical = complex_step(lambda *point: (definition(*point)[0] * mix).sum(), point)
     for ours, theirs in zip(analytic, numerical, strict=True):
         bound = 64 * e * k**2 * np.linalg.norm(mix) + 4 * d * np.linalg.norm(theirs)
-        assert np.linalg.norm(array(ours) - theirs) <= bound
+        assert np.linalg.norm(wide(ours) - theirs) <= bound
 
-    if not given and momentum is not None:
+    if others and not given and momentum is not None:
         as_others(layer, x, dtype, expected, axis, parameters, 64 * e * k, d)
 
 
@@ -138,9 +150,9 @@ def as_others(layer, x, dtype, expected, axis, parameters, compute, d):
     theirs.build(x.shape)
     theirs.set_weights(layer.get_weights())
     # On JAX and PyTorch Keras's own layer computes float64 in float32.
-    wide = dtype == "float64" and BACKEND != "tensorflow"
-    compute = compute * 2.0**29 if wide else compute
-    y = array(step_in_training(theirs, ops.cast(x, dtype), np.zeros(x.shape))[0])
+    in_float32 = dtype == "float64" and BACKEND != "tensorflow"
+    compute = compute * 2.0**29 if in_float32 else compute
+    y = wide(step_in_training(theirs, ops.cast(x, dtype), np.zeros(x.shape))[0])
     assert (np.abs(y - expected) <= compute + 2 * d * (1 + np.abs(expected))).all()
     if BACKEND == "torch" and dtype in ("float32", "float64") and x.size > x.shape[axis]:
         import torch

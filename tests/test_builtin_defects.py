@@ -1,23 +1,25 @@
 """What is measurably wrong with `keras.layers.BatchNormalization`, and right here.
 
+All of it, and what is wrong with other built-in layers, is listed in docs/defects.md.
+
 Every test runs the same check on both layers and wants it to fail for the built-in one: should
 Keras mend a defect, the test says so. (Those of several replicas are in test_distributed.py.)
 """
 
+import itertools
+import warnings
+
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from arrays import array
 
-from keras_norm.layers import BatchNormalization
+from keras_norm import statistics
+from keras_norm.layers import BatchNormalization, GroupNormalization
 
 pytestmark = pytest.mark.core
 
 BACKEND = keras.backend.backend()
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
 
 
 def ours_alone(check):
@@ -155,3 +157,90 @@ def test_mean_of_many_float16_numbers():
         np.testing.assert_allclose(array(layer.moving_variance), expected, rtol=1e-3)
 
     ours_alone(check)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it exists")
+def test_synchronized_on_every_backend():
+    def check(cls):
+        cls(synchronized=True)(x_of(8, 3), training=True)
+
+    ours_alone(check)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it is kept")
+def test_float64_is_kept():
+    """On JAX and PyTorch the built-in layer computes the statistics of float64 in float32."""
+
+    def check(cls):
+        layer = cls(momentum=0.0, dtype="float64")
+        x = np.random.default_rng(0).normal(size=(64, 3)) + 3
+        layer(x, training=True)
+        np.testing.assert_allclose(array(layer.moving_variance), x.var(0), rtol=1e-12)
+
+    ours_alone(check)
+
+
+def test_variance_of_small_batches():
+    """Over all batches of two, the built-in layer finds half of the variance of N - 1.
+
+    Ours, of N - 1 by choice, finds all of it; re-estimation, which pools by counts, is exact even
+    where the examples are sorted, and there is next to none within a batch.
+    """
+    x = x_of(6, 3)
+
+    def check(cls):
+        layer = cls(momentum=0.0, **({"unbiased": True} if cls is BatchNormalization else {}))
+        found = []
+        for pair in itertools.combinations(x, 2):
+            layer(np.stack(pair), training=True)
+            found.append(array(layer.moving_variance))
+        np.testing.assert_allclose(np.mean(found, 0), x.var(0, ddof=1), rtol=1e-5)
+
+    ours_alone(check)
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization()])
+    statistics.reestimate(model, np.sort(x, axis=0), batch_size=2, progress=False)
+    np.testing.assert_allclose(array(model.layers[0].moving_variance), x.var(0), rtol=1e-5)
+
+
+def test_untouched_statistics_are_warned_of():
+    def check(cls):
+        ours = {"warn_untouched": True} if cls is BatchNormalization else {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cls(**ours)(x_of(8, 3), training=False)
+        assert any("no batch has touched" in str(w.message) for w in caught)
+
+    ours_alone(check)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
+def test_fused_kernel_in_the_graph():
+    """The built-in layer is made of single operations, forward and backward."""
+    import tensorflow as tf
+
+    def check(cls):
+        layer = cls()
+        layer.build((None, 8, 8, 64))
+
+        @tf.function
+        def dx(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return tape.gradient(y, x, output_gradients=x)
+
+        graph = dx.get_concrete_function(tf.TensorSpec((256, 32, 32, 64))).graph.as_graph_def()
+        nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+        assert {"FusedBatchNormV3", "FusedBatchNormGradV3"} <= {n.op for n in nodes}
+
+    ours_alone(check)
+
+
+def test_build_changes_no_argument():
+    """`groups=-1` stays -1: the built-in layer writes the number of channels over it."""
+    groups = {}
+    for cls in (GroupNormalization, keras.layers.GroupNormalization):
+        layer = cls(groups=-1)
+        layer.build((None, 5, 6))
+        groups[cls] = layer.get_config()["groups"]
+    assert list(groups.values()) == [-1, 6]

@@ -7,6 +7,7 @@ solutions of the CS231n and CV7062610 courses, to the digits printed there.
 import keras
 import numpy as np
 import pytest
+from arrays import array
 from keras import ops
 
 from keras_norm import functional
@@ -23,10 +24,6 @@ EPSILON = 1e-5
 @pytest.fixture
 def rng():
     return np.random.RandomState(231)
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
 
 
 def layer_of(channels, axis=-1, **arguments):

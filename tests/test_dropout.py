@@ -1,9 +1,9 @@
 """Dropout: the mask, its scaling and gradient, seeds, and the layer around them."""
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
+from arrays import array, dtype_of, numpy_dtype, tensor, wide
 from differentiation import (
     BACKEND,
     compiled,
@@ -23,24 +23,7 @@ from keras_norm.layers import Dropout
 
 pytestmark = pytest.mark.core
 
-NUMPY = {"bfloat16": ml_dtypes.bfloat16}
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
-
-
-def tensor(x):
-    return ops.convert_to_tensor(x)
-
-
-def wide(x):
-    return array(ops.cast(x, "float64"))
-
-
-def dtype_of(x):
-    return keras.backend.standardize_dtype(x.dtype)
 
 
 @pytest.fixture
@@ -173,7 +156,7 @@ def test_rounded_once(dtype, rate):
     """
     generator = np.random.default_rng(0)
     x, mix = generator.normal(size=(64, 8)), generator.normal(size=(64, 8))
-    x, mix = (v.astype(NUMPY.get(dtype, dtype)) for v in (x, mix))
+    x, mix = (v.astype(numpy_dtype(dtype)) for v in (x, mix))
     mask = generator.random((64, 8)) > rate
     y, (dx,) = value_and_gradients(
         lambda x: functional.dropout(x, mask, rate), [ops.cast(x, dtype)], mix.astype("float64")
@@ -435,7 +418,7 @@ def test_integers():
 )
 def test_any_setting(shape, shared, rate, dtype, seed):
     """Each element is 0 or x / keep; the mask is constant where it is shared; dx has the mask."""
-    x = np.random.default_rng(seed).uniform(1, 2, shape).astype(NUMPY.get(dtype, dtype))
+    x = np.random.default_rng(seed).uniform(1, 2, shape).astype(numpy_dtype(dtype))
     noise_shape = [1 if s else None for s, _ in zip(shared, shape, strict=False)]
     layer = Dropout(rate, noise_shape, seed=seed, dtype=dtype)
     y = wide(layer(ops.cast(x, dtype), training=True))

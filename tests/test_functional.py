@@ -1,10 +1,10 @@
 """The mathematics of batch normalization: values, gradients, hard numbers, compilation."""
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from arrays import array, numpy_dtype, tensor
 from differentiation import compiled, fast, measured_gradient, penalty_and_gradient
 from differentiation import fast_gradients as gradients
 from keras import ops
@@ -13,14 +13,6 @@ from reference import complex_step, relative_error
 from keras_norm import functional
 
 pytestmark = pytest.mark.core
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
-
-
-def tensor(x):
-    return ops.convert_to_tensor(x)
 
 
 def data(shape, axis, seed=0):
@@ -314,13 +306,12 @@ def test_float16_near_its_largest_number():
 
 
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-12}
-NUMPY = {"bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dtypes(dtype):
     x, gamma, beta, mix = data((8, 5, 3), -1)
-    x = x.astype(NUMPY.get(dtype, dtype)).astype("float64")  # what the dtype can hold
+    x = x.astype(numpy_dtype(dtype)).astype("float64")  # what the dtype can hold
     x_ = ops.cast(x, dtype)
     y, mean, variance = functional.batch_normalization(x_, gamma, beta)
     expected, *statistics = reference.batch_norm(x, gamma, beta)

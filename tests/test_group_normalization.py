@@ -1,18 +1,21 @@
 """Group and instance normalization: values, gradients, hard numbers, and the layers around them."""
 
+from functools import partial
+
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 import reference_layer as reference
+from arrays import array, data, dtype_of, rounded, tensor, wide
 from differentiation import (
     BACKEND,
     compiled,
     measured_gradient,
     penalty_and_gradient,
+    step_in_training,
     value_and_gradients,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from keras import ops
 from reference import complex_step, relative_error
@@ -26,29 +29,6 @@ from keras_norm.models import LeNet
 pytestmark = pytest.mark.core
 
 LAYERS = [GroupNormalization, InstanceNormalization]
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
-
-
-def tensor(x):
-    return ops.convert_to_tensor(x)
-
-
-def wide(x):
-    return array(ops.cast(x, "float64"))
-
-
-def dtype_of(x):
-    return keras.backend.standardize_dtype(x.dtype)
-
-
-def data(shape, axis, seed=0):
-    """x with a mean and a spread of its own per example, gamma, beta, and weights of a loss."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=shape) * 2 + 3
-    return x, rng.normal(1, 0.5, shape[axis]), rng.normal(size=shape[axis]), rng.normal(size=shape)
 
 
 LAYOUTS = [
@@ -257,7 +237,7 @@ TOLERANCE = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 1e-6, "float64": 1e-1
 def test_dtypes(dtype):
     """Values and gradients are those of float64, rounded once at the end."""
     x, gamma, beta, mix = data((2, 3, 3, 4), -1)
-    x = x.astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)).astype("float64")
+    x = rounded(x, dtype)
     y, given_ = value_and_gradients(
         lambda *a: functional.group_normalization(*a, groups=2),
         [ops.cast(x, dtype), gamma, beta],
@@ -470,6 +450,11 @@ class TestErrors:
 # Any layout ---------------------------------------------------------------------------------------
 
 
+PROPERTY_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}
+# JAX compiles anew for every shape.
+EXAMPLES = {"tensorflow": 25, "jax": 4, "torch": 40}[BACKEND]
+
+
 @st.composite
 def settings_of_a_layer(draw):
     rank = draw(st.integers(2, 5))
@@ -489,34 +474,48 @@ def settings_of_a_layer(draw):
     }
 
 
-@settings(max_examples=8 if BACKEND == "jax" else 50, deadline=None, derandomize=True)
+@pytest.mark.parametrize("cls", LAYERS)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 @given(case=settings_of_a_layer(), center=st.booleans(), scaled=st.booleans())
-def test_any_layout(case, center, scaled):
-    """Values and gradients of the layer for any rank, axis, groups, dtype and size of numbers."""
+def test_any_layout(cls, case, center, scaled):
+    """Values and gradients of the layer for any rank, axis, groups, dtype and size of numbers.
+
+    Tolerances, relative to the largest terms that are added or subtracted: `PROPERTY_TOLERANCE`.
+    """
     rng = np.random.default_rng(case["seed"])
     dtype, axis, groups = case["dtype"], case["axis"], case["groups"]
-    x = case["loc"] + case["scale"] * rng.normal(size=case["shape"])
-    x = x.astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)).astype("float64")
-    layer = GroupNormalization(groups, axis, case["epsilon"], center, scaled, dtype=dtype)
+    x = rounded(case["loc"] + case["scale"] * rng.normal(size=case["shape"]), dtype)
+    mix = rounded(rng.normal(size=x.shape), dtype)
+    options = {"axis": axis, "epsilon": case["epsilon"]}
+    if cls is InstanceNormalization:
+        assume(x.ndim > 2)
+        function, groups = reference.instance_norm, x.shape[axis]
+        layer = cls(**options, center=center, scale=scaled, dtype=dtype)
+    else:
+        function = partial(reference.group_norm, groups=groups)
+        layer = cls(groups, **options, center=center, scale=scaled, dtype=dtype)
     layer.build(x.shape)
     # The parameters are kept in the dtype of the layer: numbers that every dtype can hold.
     values = [np.round(8 * rng.normal(size=w.shape)) / 8 for w in layer.weights]
     layer.set_weights(values)
-    gamma, beta = (values.pop(0) if used else None for used in (scaled, center))
+    names = [w.name for w in layer.weights]
+    assert names == [n for n, used in (("gamma", scaled), ("beta", center)) if used]
 
-    def expected(x):
-        options = {"groups": groups, "axis": axis, "epsilon": case["epsilon"]}
-        return reference.group_norm(x, gamma, beta, **options)
+    def expected(x, *values):
+        return function(x, **dict(zip(names, values, strict=True)), **options)
 
-    mix = rng.normal(size=x.shape)
-    y, (dx,) = value_and_gradients(layer, [ops.cast(x, dtype)], mix)
-    tolerance = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-10}[dtype]
-    np.testing.assert_allclose(wide(y), expected(x), rtol=tolerance, atol=tolerance)
-    (exact,) = complex_step(lambda x: (expected(x) * mix).sum(), [x])
-    # Relative to the terms that (GN5) subtracts: of groups of one or two elements they cancel.
+    y, slopes = step_in_training(layer, ops.cast(x, dtype), mix)
+    tolerance = PROPERTY_TOLERANCE[dtype]
+    assert dtype_of(y) == dtype_of(slopes[0]) == dtype
+    np.testing.assert_allclose(wide(y), expected(x, *values), rtol=tolerance, atol=tolerance)
+    exact = complex_step(lambda *a: (expected(*a) * mix).sum(), [x, *values])
+    # Of groups of one or two elements the terms of (GN5) cancel.
     inv_std = 1 / np.sqrt(case["epsilon"] + spread(x, axis, groups))
-    g = mix if gamma is None else mix * reference.along(gamma, x, reference.positive(axis, x.ndim))
-    assert np.linalg.norm(wide(dx) - exact) <= tolerance * np.linalg.norm(g * inv_std)
+    gamma = reference.along(values[0], x, reference.positive(axis, x.ndim)) if scaled else 1
+    terms = [np.linalg.norm(mix * gamma * inv_std)]
+    terms += [np.linalg.norm(mix) * np.sqrt(x.size)] * len(values)
+    for ours, theirs, largest in zip(slopes, exact, terms, strict=True):
+        assert np.linalg.norm(wide(ours) - theirs) <= tolerance * largest
 
 
 def spread(x, axis, groups):

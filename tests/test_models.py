@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from arrays import array
 from keras import ops
 
 from keras_norm import layers as ours
@@ -21,10 +22,6 @@ from keras_norm.models import (
 pytestmark = pytest.mark.core
 
 OF_POSITIONS = {"filter_response", "instance", "spatial"}  # that need images
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
 
 
 def convolutional(normalization, name="net"):

@@ -9,16 +9,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from arrays import array
 
 from keras_norm import layers
 
 BACKEND = keras.backend.backend()
 TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="exports through TensorFlow")
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
 
 
 def data(n=24, seed=0):

@@ -5,8 +5,8 @@ import functools
 import keras
 import numpy as np
 import pytest
+from arrays import array
 from differentiation import BACKEND
-from keras import ops
 
 from keras_norm import layers as ours
 from keras_norm._gradients import float64_promotion
@@ -15,10 +15,6 @@ from keras_norm.models import MLP, FoldReport, LeNet, fold_batch_normalization, 
 pytestmark = pytest.mark.core
 
 KINDS = {"ours": ours.BatchNormalization, "keras": keras.layers.BatchNormalization}
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
 
 
 def randomized(model, seed=0):
