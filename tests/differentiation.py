@@ -1,6 +1,7 @@
 """What the tests of several files need: a derivative of a derivative, and compiled functions."""
 
 import functools
+import inspect
 
 import keras
 import numpy as np
@@ -50,8 +51,11 @@ def step_in_training(layer, x, mix, **given):
 def _jax_step(layer):
     import jax
 
+    # Unlike `__call__`, `stateless_call` passes it on whether or not the layer knows it.
+    training = {"training": True} if "training" in inspect.signature(layer.call).parameters else {}
+
     def scalar(x, trained, rest, mix, given):
-        y, after = layer.stateless_call(trained, rest, x, training=True, **given)
+        y, after = layer.stateless_call(trained, rest, x, **training, **given)
         return _sum_of_product(layer, y, mix), (y, after)
 
     return jax.jit(jax.grad(scalar, (0, 1), has_aux=True))
