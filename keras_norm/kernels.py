@@ -11,8 +11,7 @@
     native           PyTorch: forward in pieces that stay in the cache, for native_batch_norm keeps
                      five digits of a mean far from 0 on one thread; backward by its gradient, or,
                      for rows of few channels, laid side by side as above, in pieces, too
-    staged           JAX on a CPU: sums over short runs of rows, then over the runs; so little is
-                     rounded that the mean needs no second pass to correct it
+    staged           JAX on a CPU: sums over short runs of rows, then over the runs
     products         layer and RMS normalization: backward, the sums over an example and over the
                      examples as products of matrices with gamma and with ones; x is kept
     by_channel       group and instance normalization: sums channel by channel, added up within
@@ -555,17 +554,20 @@ def _staged(
         return ops.sum(v, axis=0)  # -> (C,)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        mean = total(x) / n  # (B1)
-        centered = x - mean
-        variance = total(centered * centered) / n  # (B2)
+        first = total(x) / n
+        centered = x - first
+        rest = total(centered) / n  # what rounding lost of the mean
+        mean = first + rest  # (B1)
+        variance = ops.maximum(total(centered * centered) / n - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
-        y = centered * (inv_std if gamma is None else inv_std * ops.cast(gamma, dtype))  # (B4)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        y = (centered - rest) * scale  # (B4)
         y = y if beta is None else y + ops.cast(beta, dtype)  # (B5)
-        return (y, mean, variance), (x, mean, inv_std, gamma)
+        return (y, mean, variance), (x, first, rest, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        x, mean, inv_std, gamma = residuals
-        dy, centered = upstream[0], x - mean
+        x, first, rest, inv_std, gamma = residuals
+        dy, centered = upstream[0], x - first - rest
         dbeta = total(dy)  # (B6)
         dgamma = total(dy * centered) * inv_std  # (B7)
         scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
