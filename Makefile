@@ -56,8 +56,12 @@ test-backends:
 	@$(MAKE) --no-print-directory test-jax
 	@$(MAKE) --no-print-directory test-torch
 
+# What one process has compiled the other need not: a fifth of the time.
+JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv-jax/compiled \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
 test-jax: .venv-jax/installed
-	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu .venv-jax/bin/python $(PYTEST) -m core $(ARGS)
+	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu $(JAX_CACHE) .venv-jax/bin/python $(PYTEST) -m core $(ARGS)
 
 test-torch: .venv-torch/installed
 	@KERAS_BACKEND=torch OMP_NUM_THREADS=1 .venv-torch/bin/python $(PYTEST) -m core $(ARGS)
