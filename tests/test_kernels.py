@@ -71,6 +71,20 @@ def test_large_mean_loses_nothing(implementation):
     np.testing.assert_allclose(array(y).std(over), 1, rtol=2e-5)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
+def test_the_fused_kernel_alone_loses_a_large_mean():
+    import tensorflow as tf
+
+    x = 10_000 + np.random.default_rng(0).standard_normal((1, 512, 512, 16)).astype("float32")
+    exact = x.mean((0, 1, 2), dtype="float64")
+    kernel = tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=np.ones(16, "float32"), offset=np.zeros(16, "float32"), mean=[], variance=[]
+    )
+    assert np.abs(array(kernel.batch_mean) - exact).max() > 1
+    _, mean, _ = kernels.batch_normalization(x, implementation="fused")
+    np.testing.assert_allclose(array(mean), exact, rtol=2e-7)
+
+
 @pytest.mark.parametrize("implementation", POSSIBLE)
 @pytest.mark.parametrize("shape", [(1, 4), (1, 1, 1, 16)], ids=str)
 def test_one_element_per_channel(implementation, shape):
