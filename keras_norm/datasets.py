@@ -44,7 +44,16 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Batches", "Data", "DataUnavailableError", "Split", "load", "load_or_digits", "pack"]
+__all__ = [
+    "Batches",
+    "Data",
+    "DataUnavailableError",
+    "FlipAndShift",
+    "Split",
+    "load",
+    "load_or_digits",
+    "pack",
+]
 
 Array: TypeAlias = NDArray[Any]
 Augment: TypeAlias = Callable[[Array, Array, np.random.Generator], tuple[Array, Array]]
@@ -121,6 +130,84 @@ class _Options:
 # What `load` returns
 
 
+@dataclasses.dataclass(frozen=True)
+class FlipAndShift:
+    """Mirrors and moves images: the `augment` of `Split.batches` for photographs of things.
+
+    An image's pixel (i, j) comes from (r(i + a), r(j + b)), with a and b drawn anew for each image
+    and epoch from -shift ... shift, and r the reflection at the edges (0 1 2 | 1 0); the column
+    is counted from the other side where the image is mirrored.
+
+    Args:
+        shift: pixels, int >= 0; default 2.
+        flip: "alternating" (the default): half of the images, drawn once, are mirrored in even
+            epochs and the other half in odd ones, so that two epochs show every image in both
+            ways; "random": each with probability 1/2; "none".
+
+    Raises:
+        ValueError: for other arguments; and from the batches, for images no larger than `shift`.
+
+    Example:
+        >>> from keras_norm.datasets import FlipAndShift, load
+        >>> batches = load("digits").train.batches(64, augment=FlipAndShift(1, flip="none"))
+        >>> x, y = batches[0]
+        >>> x.shape
+        (64, 8, 8, 1)
+
+    Reference: alternating flips are those of Jordan, 2024, 94% on CIFAR-10 in 3.29 Seconds on a
+        Single GPU.
+    """
+
+    shift: int = 2
+    flip: str = "alternating"
+
+    def __post_init__(self) -> None:
+        _non_negative("shift", self.shift)
+        if self.flip not in ("alternating", "random", "none"):
+            raise ValueError(
+                f"`flip` must be 'alternating', 'random' or 'none'. Received: flip={self.flip!r}."
+            )
+
+    def images(self, x: Array, indices: Array, seed: int, epoch: int, batch: int) -> Array:
+        """The images of one batch, as seen in one epoch.
+
+        Args:
+            x: all images (N, H, W, C).
+            indices: (B,), which of them.
+            seed, epoch, batch: ints >= 0, what the random numbers are drawn from.
+
+        Returns:
+            (B, H, W, C), a new array.
+        """
+        height, width = x.shape[1:3]
+        if self.shift >= min(height, width):
+            raise ValueError(
+                "`shift` must be smaller than the images. "
+                f"Received: shift={self.shift} for images of {height}×{width}."
+            )
+        rng = np.random.default_rng([seed, 1, epoch, batch])
+        shifts = rng.integers(-self.shift, self.shift + 1, (2, len(indices), 1))
+        rows = _reflected(np.arange(height) + shifts[0], height)  # (B, H)
+        columns = _reflected(np.arange(width) + shifts[1], width)  # (B, W)
+        if self.flip != "none":
+            flips = self._flips(len(x), indices, seed, epoch, rng)
+            columns = np.where(flips[:, None], width - 1 - columns, columns)
+        return x[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _flips(
+        self, count: int, indices: Array, seed: int, epoch: int, rng: np.random.Generator
+    ) -> Array:
+        if self.flip == "random":
+            return rng.random(len(indices)) < 0.5
+        first = np.random.default_rng([seed, 2]).random(count) < 0.5  # (N,), in even epochs
+        return first[indices] ^ (epoch % 2 == 1)
+
+
+def _reflected(positions: Array, size: int) -> Array:
+    positions = abs(positions)
+    return np.where(positions < size, positions, 2 * (size - 1) - positions)
+
+
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     """The images of one split in batches, in a new order each epoch; made by `Split.batches`.
 
@@ -150,7 +237,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         *,
         shuffle: bool = True,
         seed: int = 0,
-        augment: Augment | None = None,
+        augment: Augment | FlipAndShift | None = None,
         drop_remainder: bool = False,
     ) -> None:
         super().__init__()
@@ -160,9 +247,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         self.seed = _seed(seed)
         self.augment = augment
         self.drop_remainder = drop_remainder
-        if augment is not None and not callable(augment):
+        if not (augment is None or isinstance(augment, FlipAndShift) or callable(augment)):
             raise ValueError(
-                "augment must be a function (x, y, rng) -> (x, y) of one batch, or None. "
+                "augment must be a function (x, y, rng) -> (x, y) of one batch, a FlipAndShift, "
+                "or None. "
                 f"Received: augment={augment!r}"
             )
         if len(self) == 0:
@@ -193,6 +281,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         if not 0 <= index < len(self):
             raise IndexError(f"A batch index lies in [0, {len(self)}). Received: index={index}")
         where: Any = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        if isinstance(self.augment, FlipAndShift):
+            order = self._order if self.shuffle else np.arange(len(self.x))
+            seeds = (self.seed, self._epoch, index)
+            return self.augment.images(self.x, order[where], *seeds), self.y[order[where]]
         if self.shuffle:
             where = self._order[where]
         x, y = self.x[where], self.y[where]  # (B, H, W, C), (B,)
@@ -257,7 +349,7 @@ class Split:
         *,
         shuffle: bool = True,
         seed: int = 0,
-        augment: Augment | None = None,
+        augment: Augment | FlipAndShift | None = None,
         drop_remainder: bool = False,
     ) -> Batches:
         """Batch the images for `fit`, `evaluate`, `predict` or a loop, on every backend.
@@ -267,9 +359,10 @@ class Split:
             shuffle: a new order each epoch; default True. Pass False for `predict`, so that the
                 predictions come in the order of `y`.
             seed: of the order and of `augment`, an integer from 0; default 0.
-            augment: a function (x, y, rng) -> (x, y) of one batch and a `numpy.random.Generator`,
-                default None. It gets copies and may change them in place; what it returns as x is
-                cast to the dtype of `x`, and y may become anything a loss takes.
+            augment: `FlipAndShift`, or a function (x, y, rng) -> (x, y) of one batch and a
+                `numpy.random.Generator`, default None. It gets copies and may change them in
+                place; what it returns as x is cast to the dtype of `x`, and y may become anything
+                a loss takes.
             drop_remainder: leave out the last, smaller batch; default False.
 
         Returns:

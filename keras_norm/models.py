@@ -11,12 +11,31 @@ layers ("conv1", "conv1_norm", "conv1_activation", ...) that end in logits.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_norm._blocks import (
+    NORMALIZATIONS,
+    Blocks,
+    Normalization,
+    Normalizations,
+    check_classes,
+    factory_of,
+    made,
+    make_normalization,
+    takes,
+)
+from keras_norm._fast_convnet import (
+    FAST_NORMALIZATION,
+    FastConvNet,
+    IdentityConvolution,
+    TestTimeAugmentation,
+    WhiteningConv2D,
+    fit_whitening,
+)
 from keras_norm._surgery import FoldReport, fold_batch_normalization, inner_layers, rebuild
 from keras_norm.layers import (
     BatchNormalization,
@@ -33,177 +52,23 @@ from keras_norm.research import (
 )
 
 __all__ = [
+    "CNN",
+    "FAST_NORMALIZATION",
     "MLP",
     "NORMALIZATIONS",
+    "ConvNet",
+    "FastConvNet",
     "FoldReport",
+    "IdentityConvolution",
     "LeNet",
+    "TestTimeAugmentation",
+    "WhiteningConv2D",
+    "fit_whitening",
     "fold_batch_normalization",
     "make_normalization",
     "restart",
     "swap_normalization",
 ]
-
-Normalization = str | None | Callable[..., keras.layers.Layer]
-Normalizations = Normalization | Sequence[Normalization] | Mapping[str, Normalization]
-
-NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
-    "batch": BatchNormalization,
-    "decorrelated": DecorrelatedBatchNormalization,
-    "filter_response": FilterResponseNormalization,  # after convolutions only, with its threshold
-    "group": functools.partial(GroupNormalization, groups=None),  # gcd(32, channels) groups
-    "instance": InstanceNormalization,  # after convolutions only
-    "layer": LayerNormalization,
-    "quantile": QuantileNormalization,
-    "rms": RMSNormalization,
-    "spatial": SpatialBatchNormalization,  # after convolutions only
-}
-"""The names that `normalization=` understands, beside classes and factories."""
-
-
-def make_normalization(normalization: Normalization, name: str) -> keras.layers.Layer | None:
-    """One fresh normalization layer.
-
-    Args:
-        normalization: a name of `NORMALIZATIONS`; a layer class; a factory, called with
-            `name=name` if it takes that and with nothing otherwise
-            (`functools.partial(BatchNormalization, momentum=0.9)`); or None for no layer.
-        name: the layer's name.
-
-    Returns:
-        A new `keras.layers.Layer`, or None.
-
-    Raises:
-        ValueError: for an unknown name, or a factory that does not return a layer. A layer
-            instance is refused too: its weights would be shared between positions.
-
-    Example:
-        >>> make_normalization("batch", name="norm").name
-        'norm'
-    """
-    factory = _factory(normalization)
-    return None if factory is None else _made(factory, name, {})
-
-
-def _factory(normalization: Normalization) -> Callable[..., keras.layers.Layer] | None:
-    if normalization is None:
-        return None
-    if isinstance(normalization, str):
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"A normalization's name must be one of {sorted(NORMALIZATIONS)}. Received: "
-                f"normalization={normalization!r}. A layer class, a factory or None will do too."
-            )
-        normalization = NORMALIZATIONS[normalization]
-    if isinstance(normalization, keras.layers.Layer) or not callable(normalization):
-        raise ValueError(
-            "`normalization` must be a name, a layer class, a factory or None: every position "
-            f"gets a layer of its own. Received: normalization={normalization!r}. Pass the "
-            "class, or functools.partial(class, ...) with its arguments."
-        )
-    return normalization
-
-
-def _made(
-    factory: Callable[..., keras.layers.Layer], name: str, options: Mapping[str, Any]
-) -> keras.layers.Layer:
-    named = {"name": name} if _takes("name", factory, or_any=True) else {}
-    layer = factory(**named, **options)
-    if not isinstance(layer, keras.layers.Layer):
-        raise ValueError(
-            "A normalization factory must return a Keras layer. Received: "
-            f"{factory!r} returned {layer!r}."
-        )
-    return layer
-
-
-def _takes(argument: str, factory: Callable[..., Any], *, or_any: bool) -> bool:
-    """Whether the factory has a keyword argument of this name, or takes any keyword at all."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return any(p.name == argument or (or_any and p.kind is p.VAR_KEYWORD) for p in parameters)
-
-
-def _per_position(
-    normalization: Normalizations, positions: Sequence[str]
-) -> dict[str, Normalization]:
-    """The normalization of every position, whichever way it was given."""
-    if isinstance(normalization, Mapping):
-        unknown = sorted(set(normalization) - set(positions))
-        if unknown:
-            raise ValueError(
-                f"`normalization` as a mapping may name the positions {list(positions)}. "
-                f"Received: unknown positions {unknown}. What is not named gets none."
-            )
-        return {p: normalization.get(p) for p in positions}
-    if isinstance(normalization, Sequence) and not isinstance(normalization, str):
-        if len(normalization) != len(positions):
-            raise ValueError(
-                f"`normalization` as a list must have one entry for each of {list(positions)}. "
-                f"Received: {len(normalization)} entries, {normalization!r}. Use None for a "
-                "position without normalization."
-            )
-        return dict(zip(positions, normalization, strict=True))
-    return dict.fromkeys(positions, normalization)
-
-
-class _Blocks(NamedTuple):
-    """What the blocks of one model have in common."""
-
-    normalization: dict[str, Normalization]
-    activation: Any
-    placement: str
-    dropout: float
-    options: dict[str, Any]  # of every linear layer: bias, initializer, regularizer
-
-    @classmethod
-    def of(
-        cls,
-        normalization: Normalizations,
-        positions: Sequence[str],
-        *,
-        activation: Any,
-        placement: str,
-        dropout: float = 0.0,
-        **options: Any,
-    ) -> "_Blocks":
-        if placement not in ("before", "after"):
-            raise ValueError(
-                "`placement` says where the normalization stands, 'before' or 'after' the "
-                f"activation. Received: placement={placement!r}."
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(
-                "`dropout` is the fraction of activations set to zero and must lie in [0, 1). "
-                f"Received: dropout={dropout!r}. (A keep probability p is dropout=1-p.)"
-            )
-        return cls(_per_position(normalization, positions), activation, placement, dropout, options)
-
-    def dense(self, x: Any, name: str, units: int) -> Any:
-        return self._finish(keras.layers.Dense(units, name=name, **self.options)(x), name)
-
-    def conv(self, x: Any, name: str, filters: int, size: int, **options: Any) -> Any:
-        layer = keras.layers.Conv2D(filters, size, name=name, **self.options, **options)
-        return self._finish(layer(x), name)
-
-    def _finish(self, x: Any, name: str) -> Any:
-        norm = make_normalization(self.normalization[name], f"{name}_norm")
-        activation = keras.layers.Activation(self.activation, name=f"{name}_activation")
-        steps = [norm, activation] if self.placement == "before" else [activation, norm]
-        if self.dropout:
-            steps.append(keras.layers.Dropout(self.dropout, name=f"{name}_dropout"))
-        for step in steps:
-            x = x if step is None else step(x)
-        return x
-
-
-def _check_classes(classes: int) -> None:
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise ValueError(
-            "`classes` is the number of outputs and must be an integer >= 1. "
-            f"Received: classes={classes!r}."
-        )
 
 
 def LeNet(  # noqa: N802
@@ -260,7 +125,7 @@ def LeNet(  # noqa: N802
         recognition; in this form Zhang, Lipton, Li and Smola, Dive into Deep Learning, chapters
         on LeNet and batch normalization.
     """
-    _check_classes(classes)
+    check_classes(classes)
     shape = tuple(input_shape)
     least = {"valid": 16, "same": 12}.get(padding)
     if least is None:
@@ -270,7 +135,7 @@ def LeNet(  # noqa: N802
             f"LeNet with padding={padding!r} needs images (H, W, C) of at least {least} x {least}. "
             f"Received: input_shape={shape}. Resize the images first."
         )
-    blocks = _Blocks.of(
+    blocks = Blocks.of(
         normalization,
         ("conv1", "conv2", "dense1", "dense2"),
         activation=activation,
@@ -332,7 +197,7 @@ def MLP(  # noqa: N802
         >>> MLP((50, 30), normalization=None, input_shape=(20,)).count_params()
         2890
     """
-    _check_classes(classes)
+    check_classes(classes)
     if any(not isinstance(units, int) or units < 1 for units in hidden):
         raise ValueError(
             f"`hidden` must list the widths of the hidden layers, integers >= 1. Received: "
@@ -342,7 +207,7 @@ def MLP(  # noqa: N802
         "kernel_initializer": kernel_initializer,
         "kernel_regularizer": kernel_regularizer,
     }
-    blocks = _Blocks.of(
+    blocks = Blocks.of(
         normalization,
         [f"dense{i}" for i in range(1, len(hidden) + 1)],
         activation=activation,
@@ -357,6 +222,178 @@ def MLP(  # noqa: N802
         x = blocks.dense(x, f"dense{i}", units)
     logits = keras.layers.Dense(classes, name="logits", **kernel)(x)
     return keras.Model(inputs, logits, name=name)
+
+
+_POOLING = {
+    "average_pool": keras.layers.AveragePooling2D,
+    "max_pool": keras.layers.MaxPooling2D,
+}
+
+
+def CNN(  # noqa: N802
+    widths: Sequence[int] = (32, 64, 128),
+    normalization: Normalizations = "batch",
+    *,
+    blocks: int = 1,
+    kernel_size: int | Sequence[int] = 3,
+    downsample: str = "max_pool",
+    residual: bool = False,
+    head: str = "average",
+    dense: Sequence[int] = (),
+    activation: Any = "relu",
+    placement: str = "before",
+    dropout: float = 0.0,
+    use_bias: bool = True,
+    kernel_initializer: Any = "he_normal",
+    kernel_regularizer: Any = None,
+    input_shape: Sequence[int] = (32, 32, 3),
+    classes: int = 10,
+    name: str = "cnn",
+) -> keras.Model:
+    """A convolutional net in stages, each at half the resolution of the one before.
+
+        stage 1 ... S:  `blocks` convolutions (same padding), the resolution halved at the end
+        head            -> dense blocks -> logits
+
+    Convolutions are named "conv1_1" (stage, block), dense blocks "dense1"; each of them is
+    followed by normalization and activation.
+
+    Args:
+        widths: channels of each stage, ints >= 1. Default: (32, 64, 128).
+        normalization: as in `LeNet`, for all positions, a list in their order, or a mapping.
+            Default: "batch".
+        blocks: convolutions in a stage, int >= 1. Default: 1.
+        kernel_size: side of the kernels, int >= 1, or one for each stage. Default: 3.
+        downsample: how a stage halves its resolution: "max_pool", "average_pool", or "stride", of
+            its last convolution, or "none". Default: "max_pool".
+        residual: whether the input of a stage is added to its output before it is pooled (through
+            a 1x1 convolution "skip1", ... where the channels differ; with "stride" that halves
+            too). Default: False.
+        head: "average" or "max" over all positions, or "flatten". Default: "average".
+        dense: widths of hidden dense layers after the head. Default: none.
+        activation, placement, use_bias, kernel_initializer: as in `LeNet`. Defaults: "relu",
+            "before", True, "he_normal".
+        dropout: after each block, as in `LeNet`. Default: 0.
+        kernel_regularizer: Keras regularizer of every kernel. Default: none.
+        input_shape: (H, W, C). Default: (32, 32, 3).
+        classes: number of outputs. Default: 10.
+        name: of the model. Default: "cnn".
+
+    Returns:
+        A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
+
+    Raises:
+        ValueError: for images too small to be halved in every stage, and every other argument out
+            of its range.
+
+    Example:
+        >>> CNN((8, 16), residual=True, input_shape=(8, 8, 1)).count_params()
+        1674
+    """
+    check_classes(classes)
+    shape = tuple(input_shape)
+    sizes = [kernel_size] * len(widths) if isinstance(kernel_size, int) else list(kernel_size)
+    _check_stages(widths, sizes, blocks, downsample, head, shape)
+    kernel = {
+        "kernel_initializer": kernel_initializer,
+        "kernel_regularizer": kernel_regularizer,
+    }
+    convolutions = [f"conv{s}_{b}" for s in range(1, len(widths) + 1) for b in range(1, blocks + 1)]
+    stack = Blocks.of(
+        normalization,
+        [*convolutions, *(f"dense{i}" for i in range(1, len(dense) + 1))],
+        activation=activation,
+        placement=placement,
+        dropout=dropout,
+        use_bias=use_bias,
+        **kernel,
+    )
+    x = inputs = keras.Input(shape, name="images")
+    for stage, (width, size) in enumerate(zip(widths, sizes, strict=True), start=1):
+        before, stride = x, 2 if downsample == "stride" else 1
+        for block in range(1, blocks + 1):
+            strides = stride if block == blocks else 1
+            x = stack.conv(x, f"conv{stage}_{block}", width, size, padding="same", strides=strides)
+        if residual:
+            if stride > 1 or before.shape[-1] != width:
+                skip = keras.layers.Conv2D(width, 1, strides=stride, name=f"skip{stage}", **kernel)
+                before = skip(before)
+            x = keras.layers.Add(name=f"add{stage}")([before, x])
+        if downsample in _POOLING:
+            x = _POOLING[downsample](2, name=f"pool{stage}")(x)
+    x = _HEADS[head](name="head")(x)
+    for i, units in enumerate(dense, start=1):
+        x = stack.dense(x, f"dense{i}", units)
+    logits = keras.layers.Dense(classes, name="logits", **kernel)(x)
+    return keras.Model(inputs, logits, name=name)
+
+
+_HEADS = {
+    "average": keras.layers.GlobalAveragePooling2D,
+    "flatten": keras.layers.Flatten,
+    "max": keras.layers.GlobalMaxPooling2D,
+}
+
+
+def _check_stages(
+    widths: Sequence[int],
+    sizes: Sequence[int],
+    blocks: int,
+    downsample: str,
+    head: str,
+    shape: tuple[int, ...],
+) -> None:
+    counts = {"widths": widths, "kernel_size": sizes, "blocks": [blocks]}
+    for name, values in counts.items():
+        if not values or any(not isinstance(v, int) or v < 1 for v in values):
+            raise ValueError(f"`{name}` must be made of ints >= 1. Received: {name}={values!r}.")
+    if len(sizes) != len(widths):
+        raise ValueError(
+            "`kernel_size` must be one int, or one for each stage. "
+            f"Received: kernel_size={sizes!r} for widths={widths!r}."
+        )
+    for name, value, known in (
+        ("downsample", downsample, [*_POOLING, "stride", "none"]),
+        ("head", head, list(_HEADS)),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {known}. Received: {name}={value!r}.")
+    least = 1 if downsample == "none" else 2 ** len(widths)
+    if len(shape) != 3 or min(shape[:2]) < least:
+        raise ValueError(
+            f"{len(widths)} stages with downsample={downsample!r} need images (H, W, C) of at "
+            f"least {least} x {least}. Received: input_shape={shape}. Take fewer stages, or larger "
+            "images."
+        )
+
+
+def ConvNet(  # noqa: N802
+    normalization: Normalizations = None,
+    *,
+    name: str = "convnet",
+    **options: Any,
+) -> keras.Model:
+    """The three-layer net of a course: conv 5x5x32 -> conv 3x3x16 -> dense, without pooling.
+
+    Args:
+        normalization: as in `LeNet`, after both convolutions. Default: None, as published.
+        name: of the model. Default: "convnet".
+        options: further arguments of `CNN`, which makes it: activation, dropout, input_shape, ...
+
+    Returns:
+        A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
+
+    Raises:
+        ValueError: as `CNN`.
+
+    Example:
+        >>> ConvNet().count_params()
+        170906
+
+    Reference: CV7062610, assignment 3, three ways to write a model.
+    """
+    net: dict[str, Any] = {"kernel_size": (5, 3), "downsample": "none", "head": "flatten"}
+    return CNN((32, 16), normalization, name=name, **{**net, **options})
 
 
 # Another normalization in a model that exists -------------------------------------------------
@@ -421,7 +458,7 @@ def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
         `GroupNormalization(axis=1)`, or `LayerNormalization(axis=1)`, which normalizes over the
         channels of each position alone. A factory that sets its own axis or dtype keeps them.
     """
-    factory = _factory(to)
+    factory = factory_of(to)
     found = [(y, parent) for y, parent in inner_layers(model) if isinstance(y, _SWAPPED)]
     if not found:
         raise ValueError(
@@ -438,8 +475,8 @@ def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
             )
     replacements = {id(y): functools.partial(_instead_of, y, factory) for y, _ in found}
     new, pairs = rebuild(model, replacements)
-    for old, made in pairs:
-        _carry_over(old, made)
+    for old, new_layer in pairs:
+        _carry_over(old, new_layer)
     return new
 
 
@@ -448,7 +485,7 @@ def _instead_of(
 ) -> keras.layers.Layer | None:
     if factory is None:
         return None
-    new = _made(factory, old.name, _options_like(old, factory))
+    new = made(factory, old.name, _options_like(old, factory))
     new.trainable = old.trainable
     return new
 
@@ -461,7 +498,7 @@ def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[
     if not inspect.isclass(kind):
         return {}
     options: dict[str, Any] = {}
-    if _takes("dtype", kind, or_any=True):
+    if takes("dtype", kind, or_any=True):
         options["dtype"] = old.dtype_policy
     several = isinstance(old.axis, tuple | list) and len(old.axis) != 1
     if several and not issubclass(kind, _OF_SEVERAL_AXES):
@@ -473,7 +510,7 @@ def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[
     axis = old.axis if several or isinstance(old.axis, int) else old.axis[0]
     if issubclass(kind, SpatialBatchNormalization):
         options["data_format"] = "channels_first" if axis == 1 else "channels_last"
-    elif _takes("axis", kind, or_any=False):
+    elif takes("axis", kind, or_any=False):
         options["axis"] = axis
     return {name: value for name, value in options.items() if name not in given}
 

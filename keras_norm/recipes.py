@@ -1,0 +1,517 @@
+"""Trainings on CIFAR-10 by name: settings that were tried out together, and what they need.
+
+    >>> from keras_norm import recipes
+    >>> recipes.RECIPES["cpu-4min"].widths
+    (32, 64, 64)
+
+`train` runs one through `fit`, resumable after every epoch; `keras-norm train --recipe NAME` does
+the same from the command line. The settings were chosen on validation images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_norm import callbacks, datasets, models, optimizers, statistics
+from keras_norm.experiments import classification_metrics, describe_machine, replace_file
+
+__all__ = ["RECIPES", "Outcome", "Recipe", "command", "configure", "flops", "train"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of one training of a `FastConvNet`; numbers as in `RECIPES`.
+
+    Attributes:
+        name: of the recipe.
+        widths: channels of the net's groups.
+        epochs: passes over the training images.
+        batch_size: images in a step; a last, smaller batch is left out.
+        learning_rate: at its peak, of a mean loss, for batches of 1,024; in proportion to the batch
+            size for others.
+        momentum: of Nesterov's rule.
+        l2: decay that passes through the momentum.
+        bias_rate: by what the learning rate of normalization's beta is multiplied; its decay is
+            divided by it.
+        warmup, start, end: share of the steps in which the rate rises from `start` times its peak
+            to the peak; from there it falls in a straight line to `end` times the peak.
+        label_smoothing: share of the target spread evenly over all classes.
+        shift, flip: of `datasets.FlipAndShift`.
+        lookahead: whether slow weights are kept (`callbacks.Lookahead`).
+        whitening, identity, activation, logit_scale: of `models.FastConvNet`.
+        whitening_bias: whether the bias of the whitening convolution is trained; the gradient with
+            respect to the first activations is needed for nothing else.
+        normalization: None, or a name or factory as in `models.FastConvNet`; "fast" is
+            `models.FAST_NORMALIZATION`.
+        reestimate: number of training images to re-estimate the statistics from at the end; 0 keeps
+            the moving ones.
+        views: pixels of `models.TestTimeAugmentation`.
+    """
+
+    name: str
+    widths: tuple[int, ...] = (64, 256, 256)
+    epochs: int = 10
+    batch_size: int = 1024
+    learning_rate: float = 1.5
+    momentum: float = 0.85
+    l2: float = 1.33e-3
+    bias_rate: float = 64.0
+    warmup: float = 0.23
+    start: float = 0.2
+    end: float = 0.07
+    label_smoothing: float = 0.2
+    shift: int = 2
+    flip: str = "alternating"
+    lookahead: bool = True
+    whitening: bool = True
+    whitening_bias: bool = False
+    identity: bool = True
+    activation: str = "gelu"
+    logit_scale: float = 1 / 9
+    normalization: Any = "fast"
+    reestimate: int = 0
+    views: int = 1
+
+    def model(self, input_shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Any:
+        """A new net of this recipe, not compiled."""
+        norm = models.FAST_NORMALIZATION if self.normalization == "fast" else self.normalization
+        net = models.FastConvNet(
+            self.widths,
+            norm,
+            activation=self.activation,
+            whitening=self.whitening,
+            identity=self.identity,
+            logit_scale=self.logit_scale,
+            input_shape=input_shape,
+            classes=classes,
+        )
+        if self.whitening and not self.whitening_bias:
+            net.get_layer("whitening").trainable = False
+        return net
+
+    def optimizer(self, steps: int) -> keras.optimizers.Optimizer:
+        """The optimizer of a training of so many steps."""
+        peak, top = self.learning_rate * self.batch_size / 1024, max(1, round(self.warmup * steps))
+        rate = optimizers.PiecewiseLinear(
+            [0, top, max(steps, top + 1)], [self.start * peak, peak, self.end * peak]
+        )
+        beta = r"_norm/beta$"
+        fitted = self.normalization is not None
+        return optimizers.SGD(
+            rate,
+            momentum=self.momentum,
+            nesterov=True,
+            l2_decay={beta: self.l2 / self.bias_rate, "": self.l2} if fitted else self.l2,
+            learning_rate_multipliers={beta: self.bias_rate} if fitted else None,
+        )
+
+    def steps(self, images: int) -> int:
+        """Steps of a training on so many images."""
+        return self.epochs * max(1, images // self.batch_size)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="cpu-4min", widths=(32, 64, 64), epochs=8, batch_size=512),
+        Recipe(name="cpu-10min", widths=(64, 128, 128), epochs=9, batch_size=512),
+        Recipe(name="cpu-25min", widths=(64, 256, 256), epochs=10, batch_size=512),
+        Recipe(name="gpu-94", whitening_bias=True),
+        Recipe(name="smoke", widths=(8, 8, 8), epochs=2, batch_size=64),
+    )
+}
+"""Recipe by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a training gave.
+
+    Attributes:
+        recipe, seed: what was trained.
+        model: the trained `keras.Model`.
+        metrics: "validation_accuracy" or "test_accuracy", the same with "_views" (test-time
+            augmentation) and losses, of the part that it was judged by.
+        history: metric -> one value per epoch, of the training steps.
+        seconds: "training" (without compilation), "compilation" (what the first step took longer
+            than the others), "statistics" (re-estimation), "evaluation" and "data" (waiting for a
+            batch, were nothing prepared ahead).
+        costs: "images_per_second", "flops_forward" per image, "flops_training" in all.
+        report: of the re-estimation, or None.
+        data: on which data, in a sentence.
+    """
+
+    recipe: Recipe
+    seed: int
+    model: Any
+    metrics: Mapping[str, float]
+    history: Mapping[str, list[float]]
+    seconds: Mapping[str, float]
+    costs: Mapping[str, float]
+    report: Any
+    data: str
+
+    def card(self) -> dict[str, Any]:
+        """All of it but the weights, as JSON values."""
+        return {
+            "recipe": _settings(self.recipe),
+            "seed": self.seed,
+            "data": self.data,
+            "metrics": dict(self.metrics),
+            "seconds": dict(self.seconds),
+            "costs": dict(self.costs),
+            "history": dict(self.history),
+            "parameters": self.model.count_params(),
+            "statistics": None if self.report is None else str(self.report),
+            "machine": describe_machine(),
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes model.keras and card.json into a folder, each whole or not at all.
+
+        Args:
+            folder: made if it is missing; files of these names are replaced.
+
+        Returns:
+            The path of the model.
+        """
+        folder = Path(folder)
+        with replace_file(folder / "model.keras") as temporary:
+            self.model.save(temporary)
+        with replace_file(folder / "card.json") as temporary:
+            temporary.write_text(json.dumps(self.card(), indent=1))
+        return folder / "model.keras"
+
+
+def flops(model: Any) -> int:
+    """Floating-point operations of convolutions and dense layers in one forward pass.
+
+    A multiplication and an addition count as two. Training takes about three times as many.
+
+    Args:
+        model: functional or Sequential, built with sizes that are known.
+
+    Returns:
+        Operations per example.
+
+    Example:
+        >>> flops(models.FastConvNet((32, 64, 64))) / 1e6
+        29.860704
+    """
+    total = 0
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            total += flops(layer)
+        kernel = getattr(layer, "kernel", None)
+        if kernel is None:
+            continue
+        positions = math.prod(layer.output.shape[1:-1])
+        total += 2 * positions * math.prod(kernel.shape)
+    return total
+
+
+def train(
+    recipe: Recipe | str,
+    data: datasets.Data | None = None,
+    *,
+    seed: int = 0,
+    backup: str | os.PathLike[str] | None = None,
+    on_epoch: Callable[[float, Mapping[str, float]], None] | None = None,
+    dtype_policy: str = "float32",
+) -> Outcome:
+    """Trains a recipe, and judges it once.
+
+    Args:
+        recipe: one of `RECIPES`, or its name.
+        data: with a validation part, that judges; without, the test part does. Default:
+            CIFAR-10, all 50,000 images, judged by the test images.
+        seed: of initialization, order and augmentation, int >= 0. Default: 0.
+        backup: .npz file that is written after every epoch, and gone on from if it exists;
+            removed at the end. Default: none.
+        on_epoch: called with the number of epochs done and the metrics of the last one, also
+            within an epoch (then with no metrics); to show progress. Default: none.
+        dtype_policy: Keras's, "mixed_float16" or "mixed_bfloat16" on a GPU. Default: "float32".
+
+    Returns:
+        An `Outcome`.
+
+    Raises:
+        ValueError: for an unknown recipe, or a backup of another training.
+    """
+    recipe = _recipe(recipe)
+    if data is None:
+        data = datasets.load("cifar10", standardize="channel")
+    with _policy(dtype_policy):
+        keras.utils.set_random_seed(seed)
+        model = recipe.model(data.input_shape, data.classes)
+    models.fit_whitening(model, data.train.x)
+    steps = recipe.steps(len(data.train))
+    model.compile(
+        recipe.optimizer(steps),
+        keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=recipe.label_smoothing
+        ),
+        metrics=["accuracy"],
+    )
+    batches = datasets.Batches(
+        data.train.x,
+        np.eye(data.classes, dtype="float32")[data.train.y],
+        recipe.batch_size,
+        seed=seed,
+        augment=datasets.FlipAndShift(recipe.shift, recipe.flip),
+        drop_remainder=len(data.train) >= recipe.batch_size,
+    )
+    clock = _Clock(on_epoch)
+    lookahead = callbacks.Lookahead(steps) if recipe.lookahead else None
+    saved = _Backup(backup, f"{_settings(recipe)} {seed} {data!r}", lookahead, clock)
+    batches.epoch = saved.load(model)
+    model.fit(
+        batches,
+        epochs=recipe.epochs,
+        initial_epoch=batches.epoch,
+        shuffle=False,
+        verbose=0,
+        callbacks=[c for c in (lookahead, clock, saved) if c is not None],
+    )
+    outcome = _judge(recipe, seed, model, data, clock, batches)
+    saved.remove()
+    return outcome
+
+
+def _recipe(recipe: Recipe | str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(
+            f"A recipe's name must be one of {list(RECIPES)}. Received: recipe={recipe!r}. "
+            "Pass a `Recipe` for settings of your own."
+        )
+    return RECIPES[recipe]
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    settings = dataclasses.asdict(recipe)
+    if callable(recipe.normalization):
+        settings["normalization"] = repr(recipe.normalization)
+    return settings
+
+
+@contextlib.contextmanager
+def _policy(name: str) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _judge(
+    recipe: Recipe, seed: int, model: Any, data: datasets.Data, clock: _Clock, batches: Any
+) -> Outcome:
+    began = time.perf_counter()
+    report = None
+    if recipe.reestimate:
+        report = statistics.reestimate(model, data.train.x, samples=recipe.reestimate, seed=seed)
+    measured = time.perf_counter()
+    part, split = (
+        ("test", data.test) if data.validation is None else ("validation", data.validation)
+    )
+    metrics = {}
+    for ending, judge in (
+        ("", model),
+        ("_views", models.TestTimeAugmentation(model, recipe.views)),
+    ):
+        logits = judge.predict(split.x, batch_size=1000, verbose=0)
+        found = classification_metrics(logits, split.y)
+        metrics[f"{part}_accuracy{ending}"] = found["accuracy"]
+        metrics[f"{part}_loss{ending}"] = found["loss"]
+    judged = time.perf_counter()
+    _ = batches[0]
+    waited = (time.perf_counter() - judged) * recipe.steps(len(data.train))
+    training, compilation = clock.training()
+    images = recipe.batch_size * recipe.steps(len(data.train))
+    forward = flops(model)
+    return Outcome(
+        recipe=recipe,
+        seed=seed,
+        model=model,
+        metrics=metrics,
+        history=clock.history,
+        seconds={
+            "training": training,
+            "compilation": compilation,
+            "statistics": measured - began,
+            "evaluation": judged - measured,
+            "data": waited,
+        },
+        costs={
+            "images_per_second": images / training,
+            "flops_forward": forward,
+            "flops_training": 3 * forward * images,
+        },
+        report=report,
+        data=f"{data.title}, {len(data.train):,} training images, judged by {len(split):,} {part} "
+        f"images",
+    )
+
+
+class _Clock(keras.callbacks.Callback):  # type: ignore[misc]
+    """How long steps take, and what they gave."""
+
+    def __init__(self, on_epoch: Callable[[float, Mapping[str, float]], None] | None) -> None:
+        super().__init__()
+        self.on_epoch = on_epoch
+        self.epochs: list[float] = []  # seconds of each
+        self.first = 0.0  # seconds of the first steps, beyond the others
+        self.history: dict[str, list[float]] = {}
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch, self._marks = epoch, [time.perf_counter()]
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._marks.append(time.perf_counter())
+        if self.on_epoch is not None:
+            self.on_epoch(self._epoch + (batch + 1) / self.params["steps"], {})
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        took = np.diff([*self._marks, time.perf_counter()])
+        self.epochs.append(float(took.sum()))
+        if len(took) > 2 and len(self.epochs) == 1:
+            self.first = float(max(0.0, took[0] - np.median(took[1:-1])))
+        for name, value in (logs or {}).items():
+            self.history.setdefault(name, []).append(float(value))
+        if self.on_epoch is not None:
+            self.on_epoch(epoch + 1, dict(logs or {}))
+
+    def training(self) -> tuple[float, float]:
+        """Seconds of training, and of compilation before it."""
+        return sum(self.epochs) - self.first, self.first
+
+
+class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
+    """All that the next epoch depends on, in one file."""
+
+    def __init__(self, path: Any, settings: str, lookahead: Any, clock: _Clock) -> None:
+        super().__init__()
+        self.path = None if path is None else Path(path)
+        self.digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self.lookahead, self.clock = lookahead, clock
+
+    def _variables(self) -> list[Any]:
+        slow = [] if self.lookahead is None else self.lookahead.variables
+        weights = [v for layer in self.model.layers for v in layer.variables]
+        return [*weights, *self.model.optimizer.variables, *slow]
+
+    def load(self, model: Any) -> int:
+        """Puts the model where the backup left it; returns the epochs done."""
+        self.set_model(model)
+        if self.path is None or not self.path.exists():
+            return 0
+        model.optimizer.build(model.trainable_variables)
+        if self.lookahead is not None:
+            self.lookahead.build(model)
+        with np.load(self.path, allow_pickle=False) as saved:
+            notes = json.loads(str(saved["notes"]))
+            if notes["digest"] != self.digest:
+                raise ValueError(
+                    "A backup can only be gone on from with the same recipe, seed and data. "
+                    f"Received: backup={str(self.path)!r}, of another training. Remove it to "
+                    "begin anew."
+                )
+            for i, variable in enumerate(self._variables()):
+                variable.assign(saved[f"v{i}"])
+        self.clock.history, self.clock.epochs = notes["history"], notes["epochs"]
+        self.clock.first = notes["first"]
+        return len(self.clock.epochs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.path is None:
+            return
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        values = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(self._variables())}
+        notes = {
+            "digest": self.digest,
+            "history": self.clock.history,
+            "epochs": self.clock.epochs,
+            "first": self.clock.first,
+        }
+        with replace_file(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, notes=np.array(json.dumps(notes)), **values)
+
+    def remove(self) -> None:
+        """The training is over."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `keras-norm train` to a parser."""
+    parser.add_argument("--recipe", choices=list(RECIPES), default="cpu-4min", help="settings")
+    parser.add_argument("--data", default="cifar10", help="data set; default: cifar10")
+    parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=0,
+        help="hold out so many training images and be judged by them; default: none, the test set",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype-policy", default="float32", help="such as mixed_bfloat16")
+    parser.add_argument("--out", default="results/train", help="folder of model.keras, card.json")
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Runs `keras-norm train`; returns the exit code."""
+    from tqdm import tqdm
+
+    recipe, out = RECIPES[arguments.recipe], Path(arguments.out)
+    data = datasets.load(
+        arguments.data,
+        data_dir=arguments.data_dir,
+        standardize="channel",
+        validation=arguments.validation,
+    )
+    print(data)
+    with tqdm(total=recipe.epochs, unit="epoch", bar_format=_BAR) as bar:
+
+        def show(epochs: float, metrics: Mapping[str, float]) -> None:
+            bar.n = round(epochs, 2)
+            if metrics:
+                bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items()})
+            bar.refresh()
+
+        outcome = train(
+            recipe,
+            data,
+            seed=arguments.seed,
+            backup=out / "backup.npz",
+            on_epoch=show,
+            dtype_policy=arguments.dtype_policy,
+        )
+    path = outcome.save(out)
+    for name, value in outcome.metrics.items():
+        print(f"{name:28} {value:.4f}")
+    print(f"{outcome.seconds['training']:.0f} s of training, {path} and card.json are written")
+    return 0
+
+
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs, {elapsed} < {remaining}{postfix}"
