@@ -1,0 +1,284 @@
+"""Many small nets trained at once.
+
+A study of a small net over ten seeds spends most of its time between the steps: what the framework
+does around a step can cost more than the step. Here all the nets of a study are trained in one:
+S nets of the same structure, each with its own weights, examples and order of the examples, whose
+layers are stacked along a new first axis,
+
+    (E1)  Y_s = X_s W_s + b_s,                      X (S, N, D), W (S, D, U), Y (S, N, U)
+    (E2)  loss = sum over s of (mean over n of cross-entropy_sn + penalties of the weights of net s)
+
+so that the gradient with respect to the weights of a net is that of its own loss alone. An update
+rule that treats each weight on its own then moves every net as it would move alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import ops
+
+from keras_norm.layers import BatchNormalization
+
+__all__ = ["train_together"]
+
+Array = npt.NDArray[Any]
+Tensor = Any
+
+_PLAIN = (keras.layers.Activation, keras.layers.ReLU)  # the same for all nets, and without weights
+
+
+def train_together(
+    models: Sequence[Any],
+    x: Array,
+    y: Array,
+    *,
+    rows: Sequence[Array],
+    seeds: Sequence[int],
+    optimizer: Any,
+    epochs: int,
+    batch_size: int,
+    callbacks: Sequence[Any] = (),
+) -> list[float]:
+    """Trains S nets of the same structure in one `fit`, each as it would be trained alone.
+
+    Net s sees the examples `rows[s]` of the common arrays in the order that
+    `datasets.Batches(x[rows[s]], y[rows[s]], batch_size, seed=seeds[s], drop_remainder=True)`
+    would give it. Its loss is the cross-entropy of its logits and the penalties of its kernels.
+
+    Args:
+        models: S >= 1 built functional or Sequential models, which are a chain of `Flatten`,
+            `Dense`, `keras_norm.layers.BatchNormalization` with axis -1, `Activation` and `ReLU`
+            layers and end in logits; such as `models.MLP` without dropout. Their weights are
+            where training begins; at its end they hold the trained ones.
+        x: (M, ...), the inputs of all examples.
+        y: (M,), their classes, integers.
+        rows: for each model an array of as many different row numbers of x and y.
+        seeds: for each model the seed of its order.
+        optimizer: a Keras optimizer whose rule treats each weight on its own (all of Keras's and
+            ours do, clipping by norm aside), not used before.
+        epochs: int >= 1.
+        batch_size: int >= 1, examples of each net in a step. What is left over at the end of an
+            epoch is dropped.
+        callbacks: Keras callbacks of the `fit` of all. Default: none.
+
+    Returns:
+        The loss (E2) of each epoch divided by S: the mean over its steps and over the nets.
+
+    Raises:
+        ValueError: for models without weights or of different structures, other layers than these,
+            a model that is no chain, numbers of rows and seeds that do not fit. Nothing has
+            changed then.
+
+    Example:
+        >>> from keras_norm import datasets, models, optimizers
+        >>> data = datasets.load("digits")
+        >>> nets = [models.MLP((16,), input_shape=(8, 8, 1)) for _ in range(3)]
+        >>> losses = train_together(
+        ...     nets, data.train.x, data.train.y, rows=[range(1000)] * 3, seeds=range(3),
+        ...     optimizer=optimizers.SGD(0.1), epochs=3, batch_size=100,
+        ... )
+        >>> len(losses), losses[-1] < losses[0]
+        (3, True)
+
+    Numerics: a net's weights are those of a training alone up to the rounding of float32, which
+        training multiplies from step to step as it does any other difference.
+    """
+    rows = [np.asarray(r) for r in rows]
+    _check(models, x, y, rows, seeds)
+    stacked = _Stacked(models, np.asarray(x))
+    order = _Orders(np.asarray(y), rows, seeds, batch_size)
+    stacked.require_same(models, order[0][0])
+    stacked.net.compile(optimizer, _SumOfMeans(), jit_compile="auto")
+    history = stacked.net.fit(
+        order, epochs=epochs, callbacks=list(callbacks), shuffle=False, verbose=0
+    ).history
+    stacked.give_back(models)
+    return [loss / len(models) for loss in history["loss"]]
+
+
+def _check(
+    models: Sequence[Any], x: Array, y: Array, rows: Sequence[Array], seeds: Sequence[int]
+) -> None:
+    if not models or not len(models) == len(rows) == len(seeds):
+        raise ValueError(
+            "There must be at least one model, and an array of rows and a seed for each. Received: "
+            f"{len(models)} models, {len(rows)} arrays of rows, {len(seeds)} seeds."
+        )
+    if len(x) != len(y) or len({len(r) for r in rows}) != 1:
+        raise ValueError(
+            "There must be as many classes as inputs, and as many rows for one model as for "
+            f"another. Received: {len(x)} inputs, {len(y)} classes, "
+            f"{sorted({len(r) for r in rows})} rows."
+        )
+    structures = {str([(type(w).__name__, _config(w)) for w in m.layers]) for m in models}
+    if len(structures) != 1 or not models[0].weights:
+        raise ValueError(
+            "Models that are trained together must be built and of the same structure. Received: "
+            f"{len(structures)} different structures among {len(models)} models. Make them by one "
+            "function, with seeds as the only difference."
+        )
+
+
+def _config(layer: Any) -> dict[str, Any]:
+    """What two layers must have in common: all but names, and how their weights began."""
+    config = layer.get_config()
+    return {k: v for k, v in config.items() if k != "name" and not k.endswith("_initializer")}
+
+
+# The nets as one -----------------------------------------------------------------------------
+
+
+class _Look(keras.layers.Layer):  # type: ignore[misc]
+    """Row numbers (S, N) -> inputs (S, N, D), from a table that is held on the device."""
+
+    def __init__(self, x: Array) -> None:
+        super().__init__()
+        self.table = ops.convert_to_tensor(x.reshape(len(x), -1))
+
+    def call(self, rows: Tensor) -> Tensor:
+        return ops.cast(ops.take(self.table, rows, axis=0), self.compute_dtype)
+
+
+class _StackedDense(keras.layers.Layer):  # type: ignore[misc]
+    """(E1), with the activation of the layer that it stands for."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__(name=like.name, dtype=like.dtype_policy)
+        self.like = _config(like)
+
+    def build(self, input_shape: Sequence[int]) -> None:
+        nets, _, width = input_shape
+        like, penalty = self.like, keras.regularizers.get
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(nets, width, like["units"]),
+            regularizer=penalty(like["kernel_regularizer"]),
+        )
+        if like["use_bias"]:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(nets, like["units"]),
+                regularizer=penalty(like["bias_regularizer"]),
+            )
+
+    def call(self, x: Tensor) -> Tensor:
+        y = ops.matmul(x, self.kernel)  # (S, N, D) @ (S, D, U) -> (S, N, U)
+        if self.like["use_bias"]:
+            y = y + self.bias[:, None]
+        return keras.activations.get(self.like["activation"])(y)
+
+
+def _stacked(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The layer that does for all nets what this one does for its own."""
+    if type(layer) is keras.layers.Dense:
+        return _StackedDense(layer)  # type: ignore[no-any-return]
+    if type(layer) is BatchNormalization and layer.axis == -1:
+        return type(layer).from_config({**layer.get_config(), "axis": (0, 2)})
+    if type(layer) in _PLAIN:
+        return type(layer).from_config(layer.get_config())  # type: ignore[no-any-return]
+    raise ValueError(
+        "Models that are trained together may consist of Flatten, Dense, Activation, ReLU and "
+        "keras_norm.layers.BatchNormalization with axis -1. Received: layer "
+        f"{layer.name!r} of type {type(layer).__name__}. Train such models one by one."
+    )
+
+
+class _Stacked:
+    """The net of all nets: `net` maps row numbers (S, N) to logits (S, N, classes)."""
+
+    def __init__(self, models: Sequence[Any], x: Array) -> None:
+        self._x = x
+        skipped = (keras.layers.InputLayer, keras.layers.Flatten)
+        self._places = [i for i, y in enumerate(models[0].layers) if not isinstance(y, skipped)]
+        rows = keras.Input((None,), batch_size=len(models), dtype="int32")
+        values, self._layers = _Look(x)(rows), []
+        for i in self._places:
+            layer = _stacked(models[0].layers[i])
+            self._layers.append(layer)
+            values = layer(values)
+        self.net = keras.Model(rows, values)
+        for variable, sources in self._pairs(models):
+            value = np.stack([ops.convert_to_numpy(source) for source in sources])
+            variable.assign(value if value.shape == tuple(variable.shape) else value[0])
+
+    def _pairs(self, models: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
+        """Each variable of the net with those that it stands for."""
+        pairs = []
+        for i, layer in zip(self._places, self._layers, strict=True):
+            weights = [model.layers[i].weights for model in models]
+            pairs += list(zip(layer.weights, map(list, zip(*weights, strict=True)), strict=True))
+        return pairs
+
+    def require_same(self, models: Sequence[Any], rows: Array) -> None:
+        """Refuses models that are no chain, by their outputs."""
+        together = ops.convert_to_numpy(self.net(rows, training=False))
+        for model, own_rows, logits in zip(models, rows, together, strict=True):
+            alone = ops.convert_to_numpy(model(self._x[own_rows], training=False))
+            if alone.shape != logits.shape or not np.allclose(alone, logits, 1e-3, 1e-4):
+                raise ValueError(
+                    "Models that are trained together must be a chain of layers, one after the "
+                    f"other in their order. Received: model {model.name!r}, whose outputs differ "
+                    "from those of its layers as a chain. Train such models one by one."
+                )
+
+    def give_back(self, models: Sequence[Any]) -> None:
+        """Hands every model its weights."""
+        for variable, targets in self._pairs(models):
+            values = ops.convert_to_numpy(variable)
+            per_net = values.shape != tuple(targets[0].shape)
+            for s, target in enumerate(targets):
+                target.assign(values[s] if per_net else values)
+
+
+# What they are trained on, and by ------------------------------------------------------------
+
+
+class _Orders(keras.utils.PyDataset):  # type: ignore[misc]
+    """Row numbers (S, N) and classes (S, N), batch by batch, in a new order each epoch."""
+
+    def __init__(
+        self, y: Array, rows: Sequence[Array], seeds: Sequence[int], batch_size: int
+    ) -> None:
+        super().__init__()
+        self._y, self._rows, self._seeds, self._size = y, rows, seeds, batch_size
+        if not 1 <= batch_size <= len(rows[0]):
+            raise ValueError(
+                "`batch_size` must be an integer from 1 to the number of rows. Received: "
+                f"batch_size={batch_size!r} for {len(rows[0])} rows."
+            )
+        self._epoch = 0
+        self._shuffle()
+
+    def __len__(self) -> int:
+        return len(self._rows[0]) // self._size
+
+    def __getitem__(self, index: int) -> tuple[Array, Array]:
+        at = self._order[:, index * self._size : (index + 1) * self._size]  # (S, N)
+        return at, self._y[at]
+
+    def on_epoch_end(self) -> None:
+        self._epoch += 1
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        orders = [
+            rows[np.random.default_rng([seed, 0, self._epoch]).permutation(len(rows))]
+            for rows, seed in zip(self._rows, self._seeds, strict=True)
+        ]
+        self._order = np.stack(orders).astype("int32")
+
+
+class _SumOfMeans(keras.losses.Loss):  # type: ignore[misc]
+    """(E2) without the penalties: over the examples of a net the mean, over the nets the sum."""
+
+    def __init__(self) -> None:
+        super().__init__(reduction="sum")
+
+    def call(self, y: Tensor, logits: Tensor) -> Tensor:
+        each = ops.sparse_categorical_crossentropy(y, logits, from_logits=True)  # (S, N)
+        return ops.mean(each, axis=1)  # (S, N) -> (S,)

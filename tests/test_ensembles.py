@@ -1,0 +1,119 @@
+"""Nets that are trained together are what they would be alone."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_norm import datasets, models, optimizers
+from keras_norm.ensembles import train_together
+from keras_norm.layers import BatchNormalization
+
+SEEDS = (3, 4, 5)
+BATCH_SIZE, EPOCHS = 20, 2
+
+
+def make(seed, normalization="batch", placement="before", hidden=(12, 9)):
+    keras.utils.set_random_seed(seed)
+    if normalization == "batch":
+        normalization = functools.partial(BatchNormalization, momentum=0.9, epsilon=1e-5)
+    return models.MLP(
+        hidden,
+        normalization,
+        placement=placement,
+        kernel_regularizer=keras.regularizers.L2(0.01),
+        input_shape=(4, 2),
+        classes=3,
+    )
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    x = rng.normal(1, 2, (150, 4, 2)).astype("float32")
+    return x, rng.integers(0, 3, 150)
+
+
+def rows_of(seed):
+    return np.random.default_rng(seed).permutation(150)[:90]
+
+
+def sgd():
+    return optimizers.SGD(optimizers.CyclicalLearningRate(1e-3, 0.1, half_cycle=3), momentum=0.5)
+
+
+def alone(model, x, y, seed, optimizer):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
+    at = rows_of(seed)
+    batches = datasets.Batches(x[at], y[at], BATCH_SIZE, seed=seed, drop_remainder=True)
+    return model.fit(batches, epochs=EPOCHS, shuffle=False, verbose=0).history["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "optimizer"),
+    [
+        ({}, sgd),
+        ({"normalization": None}, sgd),
+        ({"placement": "after"}, lambda: optimizers.Adam(0.01)),
+    ],
+)
+def test_each_net_is_what_it_would_be_alone(options, optimizer):
+    x, y = problem()
+    nets, singles = ([make(seed, **options) for seed in SEEDS] for _ in range(2))
+    losses = train_together(
+        nets,
+        x,
+        y,
+        rows=[rows_of(seed) for seed in SEEDS],
+        seeds=SEEDS,
+        optimizer=optimizer(),
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+    )
+    expected = [alone(m, x, y, seed, optimizer()) for m, seed in zip(singles, SEEDS, strict=True)]
+    assert losses == pytest.approx(np.mean(expected, axis=0), rel=1e-5)
+    for net, single, seed in zip(nets, singles, SEEDS, strict=True):
+        begin = make(seed, **options)
+        for ours, theirs, first in zip(net.weights, single.weights, begin.weights, strict=True):
+            ours, theirs, first = map(ops.convert_to_numpy, (ours, theirs, first))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5, err_msg=net.name)
+            assert not np.array_equal(ours, first)
+    different = [ops.convert_to_numpy(net.weights[0]) for net in nets]
+    assert np.abs(different[0] - different[1]).max() > 0.01
+
+
+def together(nets, **changes):
+    x, y = problem()
+    rows = [rows_of(seed) for seed in range(len(nets))]
+    options = {"rows": rows, "seeds": range(len(nets)), "epochs": 1, "batch_size": BATCH_SIZE}
+    return train_together(nets, x, y, optimizer=optimizers.SGD(0.1), **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    ("nets", "changes", "message"),
+    [
+        (lambda: [], {}, "0 models"),
+        (lambda: [make(0)], {"seeds": [1, 2]}, "2 seeds"),
+        (lambda: [make(0), make(1)], {"rows": [range(40), range(50)]}, r"\[40, 50\] rows"),
+        (lambda: [make(0)], {"batch_size": 91}, "batch_size=91"),
+        (lambda: [make(0), make(1, hidden=(12, 8))], {}, "2 different structures"),
+        (lambda: [make(0, normalization="layer")], {}, "LayerNormalization"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused(nets, changes, message):
+    with pytest.raises(ValueError, match=message):
+        together(nets(), **changes)
+
+
+def test_a_net_that_is_no_chain_is_refused_and_left_alone():
+    inputs = keras.Input((4, 2))
+    shared = keras.layers.Dense(8)
+    hidden = shared(shared(keras.layers.Flatten()(inputs)))
+    net = keras.Model(inputs, keras.layers.Dense(3)(hidden))
+    before = net.get_weights()
+    with pytest.raises(ValueError, match="chain of layers"):
+        together([net])
+    for now, then in zip(net.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
