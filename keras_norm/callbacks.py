@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import keras
 import numpy as np
 import numpy.typing as npt
+from keras import ops
 
 from keras_norm import statistics
+from keras_norm._kinds import has_statistics
 from keras_norm._layerwise import rms
 
 if TYPE_CHECKING:
@@ -992,24 +994,25 @@ class Lookahead(keras.callbacks.Callback):
         self.decay, self.power = decay, power
         self.variables: list[Any] = []
 
-    def _fast(self) -> list[Any]:
-        moving = [
-            v
-            for layer in statistics._normalizations(self.model).values()
-            for v in statistics._statistics_of(layer)
-            if keras.backend.is_float_dtype(v.dtype)
-        ]
-        return [*self.model.trainable_variables, *moving]
-
     def build(self, model: Any) -> None:
         """Creates the slow weights, equal to the model's; `fit` does it where it has not been.
 
         Args:
             model: a built `keras.Model`.
         """
-        self.set_model(model)
+        _synchronized(model)
+        inside = [layer for _, layer in statistics._inside(model, "", set())]
+        moving = [
+            variable
+            for layer in inside
+            if has_statistics(layer)
+            for variable in statistics._statistics_of(layer)
+            if keras.backend.is_float_dtype(variable.dtype)
+        ]
+        self._fast = [*model.trainable_variables, *moving]
         self.variables = [
-            keras.Variable(v, dtype=v.dtype, trainable=False, name="slow") for v in self._fast()
+            keras.Variable(ops.copy(v), dtype=v.dtype, trainable=False, name="slow")
+            for v in self._fast
         ]
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -1030,9 +1033,9 @@ class Lookahead(keras.callbacks.Callback):
         _synchronized(self.model)
         t = min(1.0, self._step / self.total_steps)
         d = self.decay**self.steps * t**self.power  # (K1)
-        for slow, fast in zip(self.variables, self._fast(), strict=True):
+        for slow, fast in zip(self.variables, self._fast, strict=True):
             slow.assign(d * slow + (1 - d) * fast)  # (K2)
-            fast.assign(slow)
+            fast.assign(ops.copy(slow))  # not the same array: a step on JAX gives its own away
 
 
 def in_order(callbacks: Sequence[Any]) -> list[Any]:

@@ -255,6 +255,8 @@ def train(
     recipe = _recipe(recipe)
     if data is None:
         data = datasets.load("cifar10", standardize="channel")
+    saved = _Backup(backup, f"{_settings(recipe)} {seed} {dtype_policy} {data!r}")
+    saved.read()
     with _policy(dtype_policy):
         keras.utils.set_random_seed(seed)
         model = recipe.model(data.input_shape, data.classes)
@@ -277,8 +279,7 @@ def train(
     )
     clock = _Clock(on_epoch)
     lookahead = callbacks.Lookahead(steps) if recipe.lookahead else None
-    saved = _Backup(backup, f"{_settings(recipe)} {seed} {data!r}", lookahead, clock)
-    batches.epoch = saved.load(model)
+    batches.epoch = saved.restore(model, lookahead, clock)
     model.fit(
         batches,
         epochs=recipe.epochs,
@@ -406,38 +407,45 @@ class _Clock(keras.callbacks.Callback):  # type: ignore[misc]
 class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
     """All that the next epoch depends on, in one file."""
 
-    def __init__(self, path: Any, settings: str, lookahead: Any, clock: _Clock) -> None:
+    def __init__(self, path: Any, settings: str) -> None:
         super().__init__()
         self.path = None if path is None else Path(path)
         self.digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        self.lookahead, self.clock = lookahead, clock
+        self.saved: dict[str, Any] = {}
+
+    def read(self) -> None:
+        """Reads the file, if there is one, and refuses that of another training."""
+        if self.path is None or not self.path.exists():
+            return
+        with np.load(self.path, allow_pickle=False) as saved:
+            self.saved = dict(saved)
+        if json.loads(str(self.saved["notes"]))["digest"] != self.digest:
+            raise ValueError(
+                "A backup can only be gone on from with the same recipe, seed and data. Received: "
+                f"backup={str(self.path)!r}, of another training. Remove it to begin anew."
+            )
 
     def _variables(self) -> list[Any]:
         slow = [] if self.lookahead is None else self.lookahead.variables
         weights = [v for layer in self.model.layers for v in layer.variables]
         return [*weights, *self.model.optimizer.variables, *slow]
 
-    def load(self, model: Any) -> int:
-        """Puts the model where the backup left it; returns the epochs done."""
+    def restore(self, model: Any, lookahead: Any, clock: _Clock) -> int:
+        """Puts all of them where the file left them; returns the epochs done."""
         self.set_model(model)
-        if self.path is None or not self.path.exists():
+        self.lookahead, self.clock = lookahead, clock
+        if not self.saved:
             return 0
         model.optimizer.build(model.trainable_variables)
-        if self.lookahead is not None:
-            self.lookahead.build(model)
-        with np.load(self.path, allow_pickle=False) as saved:
-            notes = json.loads(str(saved["notes"]))
-            if notes["digest"] != self.digest:
-                raise ValueError(
-                    "A backup can only be gone on from with the same recipe, seed and data. "
-                    f"Received: backup={str(self.path)!r}, of another training. Remove it to "
-                    "begin anew."
-                )
-            for i, variable in enumerate(self._variables()):
-                variable.assign(saved[f"v{i}"])
-        self.clock.history, self.clock.epochs = notes["history"], notes["epochs"]
-        self.clock.first = notes["first"]
-        return len(self.clock.epochs)
+        if lookahead is not None:
+            lookahead.build(model)
+        for i, variable in enumerate(self._variables()):
+            variable.assign(self.saved[f"v{i}"])
+        notes = json.loads(str(self.saved["notes"]))
+        clock.history, clock.epochs, clock.first = (
+            notes[name] for name in ("history", "epochs", "first")
+        )
+        return len(clock.epochs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.path is None:

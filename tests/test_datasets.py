@@ -398,6 +398,85 @@ def test_batch_index_and_epoch_out_of_range():
         batches.epoch = -1
 
 
+def reflected_crop(image, down, right, flip):
+    """By padding, as the text books have it; the function under test computes indices."""
+    height, width = image.shape[:2]
+    p = 3
+    padded = np.pad(image, ((p, p), (p, p), (0, 0)), mode="reflect")
+    crop = padded[p + down : p + down + height, p + right : p + right + width]
+    return crop[:, ::-1] if flip else crop
+
+
+def photographs(n=40):
+    rng = np.random.default_rng(0)
+    y = np.arange(n, dtype=np.int32)
+    return datasets.Split(rng.normal(size=(n, 5, 6, 3)).astype("float32"), y)
+
+
+def placed(split, batches):
+    """(down, right, mirrored) of each image of an epoch, by its number; found by trial."""
+    places = {}
+    options = [(d, r, f) for d in range(-2, 3) for r in range(-2, 3) for f in (False, True)]
+    for x, y in batches:
+        for image, number in zip(x, y, strict=True):
+            fits = [o for o in options if (reflected_crop(split.x[number], *o) == image).all()]
+            assert len(fits) == 1
+            places[int(number)] = fits[0]
+    return places
+
+
+@core
+def test_alternating_flips_show_both_sides_in_two_epochs():
+    split = photographs()
+    batches = split.batches(16, augment=datasets.FlipAndShift(2))
+    epochs = []
+    for _ in range(3):
+        epochs.append(placed(split, batches))
+        batches.on_epoch_end()
+    flips = [{n: f for n, (_, _, f) in places.items()} for places in epochs]
+    assert len(flips[0]) == 40
+    assert flips[0] == flips[2] == {n: not f for n, f in flips[1].items()}
+    assert 8 < sum(flips[0].values()) < 32
+    shifts = {places[n][:2] for places in epochs for n in places}
+    assert len(shifts) > 20  # of 25
+    assert [p[:2] for p in epochs[0].values()] != [p[:2] for p in epochs[2].values()]
+
+
+@core
+def test_flips_and_shifts_repeat_with_seed_and_epoch_alone():
+    split = photographs()
+    augment = datasets.FlipAndShift(1, flip="random")
+    first, again = (split.batches(16, seed=4, augment=augment) for _ in "12")
+    _ = [again[i] for i in (2, 0)]
+    np.testing.assert_array_equal(first[1][0], again[1][0])
+    first.epoch = again.epoch = 7
+    np.testing.assert_array_equal(first[2][0], again[2][0])
+    flips = [f for _, _, f in placed(split, first).values()]
+    assert 8 < sum(flips) < 32
+
+
+@core
+def test_without_flips_and_shifts_images_stay():
+    split = photographs()
+    x, y = split.batches(40, shuffle=False, augment=datasets.FlipAndShift(0, flip="none"))[0]
+    np.testing.assert_array_equal(x, split.x)
+    np.testing.assert_array_equal(y, split.y)
+    x[:] = 0
+    assert split.x.any()
+
+
+@core
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"shift": -1}, "shift=-1"), ({"shift": 1.5}, "shift=1.5"), ({"flip": "both"}, "flip='both'")],
+)
+def test_flips_and_shifts_refuse(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.FlipAndShift(**arguments)
+    with pytest.raises(ValueError, match="shift=5 for images of 5×6"):
+        photographs().batches(4, augment=datasets.FlipAndShift(5))[0]
+
+
 @core
 def test_augment_repeats_with_the_seed_and_leaves_the_data_alone():
     def jitter(x, y, rng):

@@ -11,6 +11,7 @@ from keras_norm import statistics
 from keras_norm.callbacks import (
     AdaptStatistics,
     AverageWeights,
+    Lookahead,
     ReestimateStatistics,
     StatisticsMonitor,
     in_order,
@@ -293,3 +294,53 @@ def test_arguments_out_of_range():
     ]:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+# Lookahead ----------------------------------------------------------------------------------------
+
+
+def test_lookahead_is_what_its_equations_say():
+    w, steps, total, rate = np.array([[1.0], [-2.0]]), 2, 8, 0.1
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False)])
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    model.layers[-1].set_weights([w])
+    x = RNG.normal(size=(8, 2)).astype("float32")
+    y = RNG.normal(size=(8, 1)).astype("float32")
+    lookahead = Lookahead(total, steps=steps, decay=0.8, power=2)
+    model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0, callbacks=[lookahead])
+    slow = w
+    for t in range(1, total + 1):
+        at = slice((t - 1) % 4 * 2, (t - 1) % 4 * 2 + 2)
+        w = w - rate * x[at].T @ (x[at] @ w - y[at])  # the gradient of the mean of two squares
+        if t % steps == 0:
+            d = 0.8**steps * (t / total) ** 2
+            slow = d * slow + (1 - d) * w
+            w = slow
+    np.testing.assert_allclose(model.layers[-1].get_weights()[0], w, rtol=1e-5)
+
+
+def test_lookahead_takes_statistics_along():
+    model = network()
+    lookahead = Lookahead(4, steps=4, power=0)
+    before = [np.array(v.numpy()) for v in model.get_layer("a").non_trainable_variables]
+    model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+    fast = [np.array(v.numpy()) for v in model.get_layer("a").non_trainable_variables]
+    model = network()
+    model.fit(X, Y, batch_size=16, shuffle=False, verbose=0, callbacks=[lookahead])
+    d = 0.95**4
+    for b, f, v in zip(before, fast, model.get_layer("a").non_trainable_variables, strict=True):
+        np.testing.assert_allclose(v.numpy(), d * b + (1 - d) * f, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"total_steps": 9, "steps": 0}, "steps=0"),
+        ({"total_steps": 9, "decay": 1.0}, "decay=1.0"),
+        ({"total_steps": 9, "power": -1}, "power=-1"),
+    ],
+)
+def test_lookahead_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Lookahead(**arguments)

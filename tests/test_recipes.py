@@ -1,0 +1,112 @@
+"""Trainings by name: they learn, can be interrupted, and leave a model with its card."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+from arrays import array
+
+from keras_norm import datasets, recipes
+
+pytestmark = pytest.mark.core
+
+SMALL = recipes.Recipe(
+    name="small", widths=(16, 16), epochs=3, batch_size=32, learning_rate=12.0, flip="none", shift=0
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("digits", standardize="channel", image_size=9, validation=300)
+
+
+@pytest.fixture(scope="module")
+def outcome(digits):
+    return recipes.train(SMALL, digits, seed=1)
+
+
+def test_a_recipe_learns(outcome):
+    assert outcome.metrics["validation_accuracy"] > 0.95
+    assert outcome.metrics["validation_accuracy_views"] > 0.8
+    assert set(outcome.metrics) == {
+        f"validation_{m}{v}" for m in ("accuracy", "loss") for v in ("", "_views")
+    }
+    accuracy = outcome.history["accuracy"]
+    assert len(accuracy) == 3
+    assert accuracy[-1] > accuracy[0]
+
+
+def test_interrupted_after_an_epoch_and_resumed_it_ends_with_the_same_weights(
+    digits, outcome, tmp_path
+):
+    backup = tmp_path / "backup.npz"
+
+    def interrupt(epochs, metrics):
+        if epochs > 2.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train(SMALL, digits, seed=1, backup=backup, on_epoch=interrupt)
+    with pytest.raises(ValueError, match=r"backup=.*another training"):
+        recipes.train(SMALL, digits, seed=2, backup=backup)
+    with pytest.raises(ValueError, match="another training"):
+        recipes.train(dataclasses.replace(SMALL, l2=0.0), digits, seed=1, backup=backup)
+    seen = []
+    again = recipes.train(
+        SMALL, digits, seed=1, backup=backup, on_epoch=lambda n, metrics: seen.append(n)
+    )
+    assert min(seen) > 2
+    assert not backup.exists()
+    assert again.history == outcome.history
+    for a, b in zip(again.model.variables, outcome.model.variables, strict=True):
+        np.testing.assert_array_equal(array(a), array(b))
+
+
+def test_model_and_card_are_saved(digits, outcome, tmp_path):
+    path = outcome.save(tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["metrics"] == outcome.metrics
+    assert card["recipe"]["widths"] == [16, 16]
+    assert card["seed"] == 1
+    assert "300 validation images" in card["data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "model.keras"]
+    model = keras.models.load_model(path)
+    x = digits.validation.x[:50]
+    np.testing.assert_array_equal(model.predict(x, verbose=0), outcome.model.predict(x, verbose=0))
+
+
+def test_settings_reach_the_training(digits):
+    recipe = dataclasses.replace(
+        SMALL, epochs=1, lookahead=False, whitening=False, normalization=None, reestimate=0
+    )
+    model = recipes.train(recipe, digits).model
+    names = [layer.name for layer in model.layers]
+    assert "conv0" in names
+    assert not any(name.endswith("_norm") for name in names)
+    optimizer = SMALL.optimizer(100)
+    assert float(optimizer.learning_rate) == pytest.approx(0.2 * 12 * 32 / 1024)
+    assert optimizer.learning_rate_multipliers == {r"_norm/beta$": 64}
+
+
+def test_statistics_are_reestimated_at_the_end(digits, outcome):
+    again = recipes.train(dataclasses.replace(SMALL, reestimate=500), digits, seed=1)
+    assert again.report is not None
+    assert "500 examples" in again.card()["statistics"]
+    kernel, same = (o.model.get_layer("conv1a").kernel for o in (again, outcome))
+    np.testing.assert_array_equal(array(kernel), array(same))
+    means = [o.model.get_layer("conv1a_norm").moving_mean for o in (again, outcome)]
+    assert not np.allclose(array(means[0]), array(means[1]), atol=1e-6)
+
+
+def test_operations_are_counted():
+    dense = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(2)])
+    assert recipes.flops(dense) == 2 * (5 * 3 + 3 * 2)
+    nested = keras.Sequential([keras.Input((5,)), dense])
+    assert recipes.flops(nested) == recipes.flops(dense)
+
+
+def test_an_unknown_recipe():
+    with pytest.raises(ValueError, match="recipe='fast'"):
+        recipes.train("fast")
