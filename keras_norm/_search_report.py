@@ -1,0 +1,494 @@
+"""The report of a search: a page, plots, and all trials as a table in CSV.
+
+It reads the folder alone, so it can be made at any time, also while the search is running.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_norm._search_run import describe
+from keras_norm._search_settings import SearchError, TrialRecord, read_search
+from keras_norm.experiments import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from keras_norm.tuning import Search
+
+__all__ = ["importance", "write_report"]
+
+_GREY = "#9a9a9a"
+_MOST_AXES = 11  # of the parallel coordinates
+_LEAST_FOR_IMPORTANCE = 12  # trials
+_METRICS = ("val_accuracy", "val_loss", "accuracy", "loss", "seconds", "parameters", "flops")
+
+
+def write_report(search: Search, out: Path) -> Path:
+    """Writes index.html, PNGs and trials.csv into `out`; returns the path of the page."""
+    scored = [t for t in search.trials if t.score is not None]
+    if not scored:
+        raise SearchError(f"No trial in {str(search.out)!r} has finished an epoch with success.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(search, out / "trials.csv")
+    weights = importance(scored)
+    figures: list[tuple[str, str, Callable[[], Figure | None]]] = [
+        ("curves", _CURVES, lambda: _curves(search)),
+        ("progress", _PROGRESS, lambda: _progress(search)),
+        ("pareto", _PARETO, lambda: _pareto(search)),
+        ("rates", _RATES, lambda: _rates(search)),
+        ("parallel", _PARALLEL, lambda: _parallel(search, weights)),
+        ("importance", _importance_text(weights, len(scored)), lambda: _importance(weights)),
+    ]
+    drawn = [(name, text) for name, text, draw in figures if _draw(out / f"{name}.png", draw)]
+    page = out / "index.html"
+    with replace_file(page) as temporary:
+        temporary.write_text(_page(search, drawn), encoding="utf-8")
+    return page
+
+
+def write_csv(search: Search, path: Path) -> None:
+    """One row for each trial, one column for each hyperparameter and metric."""
+    names = list(dict.fromkeys(n for t in search.trials for n in t.values))
+    header = ["trial", "status", "score", "epochs", *_METRICS, *names, "reason"]
+    with replace_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(header)
+        for t in search.trials:
+            metrics = ["" if (v := t.last(m)) is None else f"{v:.7g}" for m in _METRICS]
+            score = "" if t.score is None else f"{t.score:.7g}"
+            values = [t.values.get(n, "") for n in names]
+            writer.writerow([t.number, t.status, score, t.epochs, *metrics, *values, t.reason])
+
+
+# Importance ---------------------------------------------------------------------------------
+
+
+def importance(trials: Sequence[TrialRecord]) -> dict[str, tuple[float, float]]:
+    """How much worse a random forest predicts the score without each hyperparameter.
+
+    For each of five parts of the trials, a forest is fitted to the others; then the values of one
+    hyperparameter are shuffled in the part, and the mean squared error of the predictions rises,
+    in units of the score's variance.
+
+    Args:
+        trials: with scores.
+
+    Returns:
+        Hyperparameter -> mean and standard deviation over the parts and ten shuffles, the largest
+        mean first; under "" the forest's R² on the parts. Empty for less than 12 trials, or where
+        all scores are equal.
+    """
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.model_selection import KFold
+
+    y = np.array([t.score for t in trials], dtype=float)
+    columns = _columns(trials)
+    if len(trials) < _LEAST_FOR_IMPORTANCE or np.ptp(y) == 0 or not columns:
+        return {}
+    x = np.column_stack([c for group in columns.values() for c in group.T])
+    places = np.cumsum([0, *(group.shape[1] for group in columns.values())])
+    rises: dict[str, list[float]] = {name: [] for name in columns}
+    errors, rng = np.empty_like(y), np.random.default_rng(0)
+    for rest, part in KFold(5, shuffle=True, random_state=0).split(x):
+        forest = RandomForestRegressor(200, min_samples_leaf=2, random_state=0)
+        forest.fit(x[rest], y[rest])
+        errors[part] = (forest.predict(x[part]) - y[part]) ** 2
+        for name, low, high in zip(columns, places[:-1], places[1:], strict=True):
+            for _ in range(10):
+                shuffled = x[part].copy()
+                shuffled[:, low:high] = rng.permutation(shuffled[:, low:high])
+                worse = np.mean((forest.predict(shuffled) - y[part]) ** 2)
+                rises[name].append(float((worse - errors[part].mean()) / y.var()))
+    found = {name: (float(np.mean(r)), float(np.std(r))) for name, r in rises.items()}
+    ordered = dict(sorted(found.items(), key=lambda item: -item[1][0]))
+    return {"": (1 - float(errors.mean() / y.var()), 0.0), **ordered}
+
+
+def _columns(trials: Sequence[TrialRecord]) -> dict[str, npt.NDArray[np.float64]]:
+    """Hyperparameter -> (N, columns): a number, or one column for each of its values."""
+    found = {}
+    for name in dict.fromkeys(n for t in trials for n in t.hyperparameters):
+        values = [t.values.get(name) for t in trials]
+        if len(set(map(str, values))) > 1:
+            found[name] = _encoded(values)
+    return found
+
+
+def _encoded(values: Sequence[Any]) -> npt.NDArray[np.float64]:
+    numbers = [v for v in values if _is_number(v)]
+    if numbers and all(v is None or _is_number(v) for v in values):
+        scale = np.log10 if _is_logarithmic(numbers) else np.asarray
+        middle = float(np.median(numbers))
+        return np.asarray(scale([middle if v is None else v for v in values]))[:, None]
+    kinds = sorted(set(map(str, values)))
+    return np.array([[float(str(v) == kind) for kind in kinds] for v in values])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_logarithmic(numbers: Sequence[float]) -> bool:
+    return min(numbers) > 0 and max(numbers) / min(numbers) >= 16
+
+
+# Plots --------------------------------------------------------------------------------------
+
+
+def _draw(path: Path, draw: Callable[[], Figure | None]) -> bool:
+    """Whether there was something to draw."""
+    from matplotlib import pyplot
+
+    from keras_norm.plotting import style
+
+    with style():
+        figure = draw()
+        if figure is None:
+            return False
+        try:
+            with replace_file(path) as temporary:
+                figure.savefig(temporary)
+        finally:
+            pyplot.close(figure)
+    return True
+
+
+def _axes(width: float = 7.2, height: float = 4.2) -> tuple[Figure, Axes]:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height))
+    return figure, axes
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _metric(search: Search) -> str:
+    """What the plots show: the objective, but accuracy where that is a rate."""
+    objective = search.settings.objective
+    return "val_accuracy" if objective == "accuracy_per_second" else objective
+
+
+def _label(metric: str) -> str:
+    return {"val_loss": "validation loss"}.get(metric, "validation accuracy (fraction)")
+
+
+_CURVES = (
+    "The five best trials, and all others in grey; a cross marks where one was pruned or failed."
+)
+
+
+def _curves(search: Search) -> Figure:
+    figure, axes = _axes()
+    metric, best = _metric(search), search.best(5)
+    for trial in search.trials:
+        steps = trial.history.get(metric)
+        if not steps:
+            continue
+        x = sorted(steps)
+        y = [steps[e] for e in x]
+        if trial in best:
+            continue
+        axes.plot(x, y, color=_GREY, linewidth=0.8, alpha=0.6, marker="", zorder=1)
+        if trial.status in ("pruned", "failed"):
+            axes.plot(x[-1:], y[-1:], "x", color=_GREY, markersize=5)
+    for trial in best:
+        steps = trial.history[metric]
+        x = sorted(steps)
+        label = f"#{trial.number}  {_short(trial)}"
+        axes.plot(x, [steps[e] for e in x], label=label, zorder=2)
+    axes.set(xlabel="epoch", ylabel=_label(metric))
+    axes.locator_params(axis="x", integer=True)
+    figure.legend(loc="outside lower center", ncols=1)
+    figure.set_size_inches(7.2, 5.6)
+    return figure
+
+
+def _short(trial: TrialRecord) -> str:
+    """What matters most, for a legend."""
+    names = ("family", "normalization", "optimizer", "learning_rate", "sgd_learning_rate")
+    own = {n: v for n, v in trial.hyperparameters.items() if n in names}
+    return describe(own or trial.hyperparameters).replace("learning_rate", "rate")[:70]
+
+
+_PROGRESS = (
+    "Each trial at the training time that had been spent when it ended, the trials in their order, "
+    "and the best so far. (Training seconds of all workers together, without validation.)"
+)
+
+
+def _progress(search: Search) -> Figure:
+    figure, axes = _axes()
+    metric, sign = _metric(search), 1 if search.settings.direction == "max" else -1
+    spent, best, xs, ys = 0.0, -math.inf, [], []
+    for trial in search.trials:
+        spent += trial.last("seconds") or 0.0
+        value = trial.best(metric, search.settings.direction)
+        if trial.score is None or value is None:
+            continue
+        marker = "x" if trial.status == "pruned" else "o"
+        axes.plot([spent / 60], [value], marker, color=_GREY)
+        best = max(best, sign * value)
+        xs.append(spent / 60)
+        ys.append(sign * best)
+    axes.step(xs, ys, where="post", marker="", label="best so far")
+    axes.plot([], [], "o", color=_GREY, label="trial")
+    axes.plot([], [], "x", color=_GREY, label="pruned trial")
+    axes.set(xlabel="training time spent (min)", ylabel=_label(metric))
+    axes.legend(loc="best")
+    return figure
+
+
+_PARETO = (
+    "Accuracy, seconds and parameters at once: on the line between the large points, no trial is "
+    "better in one of the three without being worse in another."
+)
+
+
+def _pareto(search: Search) -> Figure:
+    figure, axes = _axes()
+    front = search.pareto()
+    rest = [t for t in search.trials if t.score is not None and t not in front]
+
+    def points(trials: Sequence[TrialRecord]) -> tuple[list[Any], list[Any], list[Any]]:
+        return (
+            [t.last("seconds") for t in trials],
+            [t.best("val_accuracy") for t in trials],
+            [t.last("parameters") for t in trials],
+        )
+
+    x, y, _ = points(rest)
+    axes.plot(x, y, "o", color=_GREY, label="beaten in all three")
+    x, y, sizes = points(front)
+    from matplotlib.colors import LogNorm
+
+    low, high = min(sizes), max(sizes)
+    norm = LogNorm(low, high if high > low else low * 1.1)
+    drawn = axes.scatter(x, y, c=sizes, s=70, norm=norm, edgecolors="black", zorder=3)
+    for trial, a, b in zip(front, x, y, strict=True):
+        axes.annotate(f"#{trial.number}", (a, b), xytext=(6, -9), textcoords="offset points",
+                      fontsize=8)  # fmt: skip
+    figure.colorbar(drawn, ax=axes, label="parameters")
+    axes.set(xlabel="training (s)", ylabel=_label("val_accuracy"), xscale="log")
+    if rest:
+        axes.legend(loc="lower right")
+    return figure
+
+
+_RATES = "Learning rate against accuracy, by normalization; one panel for each optimizer's range."
+
+
+def _rates(search: Search) -> Figure | None:
+    from matplotlib import pyplot
+
+    metric = _metric(search)
+    scored = [t for t in search.trials if t.score is not None]
+    rates = [n for n in _columns(scored) if n.endswith("learning_rate")]
+    if not rates:
+        return None
+    kinds = sorted({str(t.values.get("normalization", "")) for t in scored})
+    figure, panels = pyplot.subplots(
+        1, len(rates), figsize=(4.6 * len(rates) + 1, 4.4), sharey=True, squeeze=False
+    )
+    for axes, name in zip(panels[0], rates, strict=True):
+        for k, kind in enumerate(kinds):
+            own = [t for t in scored if str(t.values.get("normalization", "")) == kind]
+            own = [t for t in own if name in t.values]
+            x = [t.values[name] for t in own]
+            y = [t.best(metric, search.settings.direction) for t in own]
+            axes.plot(x, y, linestyle="", color=f"C{k}", marker="osD^vPX*<>"[k % 10], label=kind)
+        axes.set(xlabel=_words(name), xscale="log")
+    panels[0][0].set_ylabel(_label(metric))
+    if kinds != [""]:
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, title="normalization", loc="outside right center")
+    return figure
+
+
+_PARALLEL = (
+    "Each line is a trial, from its hyperparameters (the most important ones, on the left) to its "
+    "score; bright lines are the best. A line has a gap where a trial has no such hyperparameter."
+)
+
+
+def _parallel(search: Search, weights: dict[str, tuple[float, float]]) -> Figure | None:
+    import matplotlib
+
+    scored = sorted((t for t in search.trials if t.score is not None), key=lambda t: t.score or 0)
+    names = [n for n in weights if n] or list(_columns(scored))
+    names = names[:_MOST_AXES]
+    if not names or len(scored) < 2:
+        return None
+    figure, axes = _axes(1.15 * len(names) + 2.4, 4.8)
+    scales = [_scale([t.values.get(n) for t in scored]) for n in names]
+    scales.append(_scale([t.score for t in scored]))
+    sign = 1 if search.settings.direction == "max" else -1
+    scores = np.array([sign * float(t.score or 0) for t in scored])
+    norm = matplotlib.colors.Normalize(np.quantile(scores, 0.1), scores.max())
+    for trial, score in sorted(zip(scored, scores, strict=True), key=lambda pair: pair[1]):
+        values = [*(trial.values.get(n) for n in names), trial.score]
+        heights = [s[0](v) for s, v in zip(scales, values, strict=True)]
+        color = matplotlib.colormaps["viridis"](norm(score))
+        axes.plot(heights, color=color, linewidth=1.2, marker=".", alpha=0.9)
+    for place, (_, ticks) in enumerate(scales):
+        axes.axvline(place, color="black", linewidth=0.7, zorder=0)
+        behind = {"color": "white", "alpha": 0.65, "pad": 0.6, "linewidth": 0}
+        for height, text in ticks:
+            axes.text(place + 0.04, height, text, fontsize=7.5, va="center", bbox=behind)
+    labels = [*map(_words, names), _words(search.settings.objective)]
+    axes.set_xticks(range(len(labels)), labels, rotation=28, ha="right")
+    axes.set(xlim=(-0.15, len(names) + 0.6), yticks=[])
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+    """Where a value stands, between 0 and 1, NaN for none; and the marks of the axis."""
+    present = [v for v in values if v is not None]
+    if all(map(_is_number, present)) and len(set(present)) > 1:
+        scale = math.log if _is_logarithmic(present) else float
+        low, high = scale(min(present)), scale(max(present))
+        few = sorted(set(present)) if len(set(present)) <= 6 else [min(present), max(present)]
+
+        def height(value: Any) -> float:
+            return math.nan if value is None else (scale(value) - low) / (high - low)
+
+        return height, [(height(v), f"{v:.3g}") for v in few]
+    kinds = sorted(set(map(str, present)))
+    places = {kind: i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
+    return lambda v: math.nan if v is None else places[str(v)], [(p, k) for k, p in places.items()]
+
+
+def _importance_text(weights: dict[str, tuple[float, float]], count: int) -> str:
+    if not weights:
+        return ""
+    r2 = weights[""][0]
+    text = (
+        "How much a random forest's error in predicting the score rises when the values of one "
+        f"hyperparameter are shuffled (five-fold, {count} trials; bars: ± 1 standard deviation). "
+        f"The forest's R² on trials that it had not seen is {r2:.2f}"
+    )
+    return text + (": it predicts nothing, so these bars mean nothing." if r2 <= 0 else ".")
+
+
+def _importance(weights: dict[str, tuple[float, float]]) -> Figure | None:
+    named = {n: w for n, w in weights.items() if n}
+    if not named:
+        return None
+    figure, axes = _axes(6.4, 0.3 * len(named) + 1.2)
+    names = list(named)[::-1]
+    means, spreads = [named[n][0] for n in names], [named[n][1] for n in names]
+    axes.barh(range(len(names)), means, xerr=spreads, color="C0", ecolor=_GREY, height=0.65)
+    axes.set_yticks(range(len(names)), [_words(n) for n in names])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("rise of the squared error (of the score's variance)")
+    return figure
+
+
+# Page ---------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+img { max-width: 100% } p.note, figcaption { color: #555; font-size: .85rem }
+figure { margin: 1rem 0 }
+"""
+
+
+def _page(search: Search, figures: list[tuple[str, str]]) -> str:
+    settings = search.settings
+    title = f"Search: {settings.data}, {settings.tuner}"
+    pictures = "".join(
+        f'<figure><img src="{name}.png" alt="{_escape(text)}"><figcaption>{_escape(text)}'
+        "</figcaption></figure>"
+        for name, text in figures
+    )
+    failed = [t for t in search.trials if t.status == "failed"]
+    parts = [
+        f"<h1>{_escape(title)}</h1>",
+        _summary(search),
+        "<h2>Best trials</h2>",
+        _table(search.best(10)),
+        "<h2>Not beaten in accuracy, seconds and parameters at once</h2>",
+        _table(search.pareto()),
+        "<h2>Plots</h2>",
+        pictures,
+    ]
+    if failed:
+        rows = [[str(t.number), t.reason, describe(t.hyperparameters)] for t in failed]
+        parts += ["<h2>Failed trials</h2>", _rows(["trial", "reason", "hyperparameters"], rows)]
+    options = [[k, str(v)] for k, v in settings.to_dict().items() if v not in (None, {}, [])]
+    parts += ["<h2>Settings</h2>", _rows(["option", "value"], options)]
+    parts.append('<p><a href="trials.csv">All trials as CSV</a></p>')
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}'
+        f"</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _summary(search: Search) -> str:
+    count = {
+        s: sum(t.status == s for t in search.trials)
+        for s in ("completed", "pruned", "failed", "running")
+    }
+    seconds = sum(t.last("seconds") or 0.0 for t in search.trials)
+    best = search.best(1)[0]
+    told = ", ".join(f"{n} {status}" for status, n in count.items() if n)
+    machine = read_search(search.out)["machine"]["summary"]
+    warning = (
+        "The best score is the best of many on the same validation images, and so too high by "
+        "chance: `keras-norm retrain` tests once."
+    )
+    return (
+        f"<p>{len(search.trials)} trials: {told}; {seconds / 60:.1f} min of training. "
+        f"{_escape(_words(search.settings.objective))} of the best, #{best.number}: "
+        f"<b>{best.score:.4f}</b>.</p>"
+        f'<p class="note">{_escape(warning)} Machine: {_escape(machine)}.</p>'
+    )
+
+
+def _table(trials: Sequence[TrialRecord]) -> str:
+    header = ["trial", "score", "val accuracy", "epochs", "s", "parameters", "hyperparameters"]
+    rows = [
+        [
+            f"{t.number}",
+            f"{t.score:.4f}",
+            f"{t.best('val_accuracy') or 0:.4f}",
+            f"{t.epochs}",
+            f"{t.last('seconds') or 0:.1f}",
+            f"{t.last('parameters') or 0:,.0f}",
+            describe(t.hyperparameters),
+        ]
+        for t in trials
+    ]
+    return _rows(header, rows)
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cell(text: str) -> str:
+        number = text.replace(",", "").replace(".", "").replace("-", "").isdecimal()
+        return f'<td class="n">{_escape(text)}</td>' if number else f"<td>{_escape(text)}</td>"
+
+    head = "".join(f"<th>{_escape(h)}</th>" for h in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _escape(text: str) -> str:
+    return html.escape(text)

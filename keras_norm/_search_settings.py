@@ -1,0 +1,374 @@
+"""What a search is asked to do, the folder it lives in, and what can be read from that folder.
+
+Nothing here needs Keras: a command line that is wrong, or a report, costs no import of TensorFlow.
+
+    search.json             settings, space, versions
+    oracle.json             KerasTuner's oracle
+    trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
+    trial_07/checkpoint.npz model, optimizer and history after the last finished epoch
+    trial_07/log.txt        what the trial printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keras_norm.experiments import describe_machine, replace_file
+
+__all__ = [
+    "OBJECTIVES",
+    "SearchError",
+    "Settings",
+    "TrialRecord",
+    "check_address",
+    "clear",
+    "environment",
+    "locked",
+    "prepare",
+    "ranked",
+    "read_search",
+    "read_trials",
+    "record_of",
+    "write_search",
+]
+
+DATA = ("cifar10", "digits", "fashion_mnist", "mnist")
+FAMILIES = ("mlp", "cnn", "fast")
+TUNERS = ("random", "bayesian", "hyperband")
+OBJECTIVES = {
+    "val_accuracy": "max",
+    "val_accuracy_reestimated": "max",
+    "val_loss": "min",
+    "accuracy_per_second": "max",
+}
+"""Objective -> direction."""
+
+# What may differ when a search is resumed: it changes no trial that has been made.
+CHANGEABLE = {"trials", "trial_timeout", "trial_memory", "data_dir", "tensorboard"}
+
+
+class SearchError(ValueError):
+    """What a user can put right: a wrong option, a folder, an address. One line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what the trials of a search are; see `keras_norm.tuning.search`."""
+
+    data: str = "cifar10"
+    subset: int | None = None
+    validation: float = 0.1
+    space: str = "images"
+    families: tuple[str, ...] = ("mlp", "cnn")
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    refine: str | None = None
+    refine_top: int = 5
+    tuner: str = "random"
+    objective: str = "val_accuracy"
+    trials: int = 20
+    epochs: int = 10
+    factor: int = 3
+    prune: bool = False
+    prune_after: int = 1
+    prune_least: int = 5
+    seed: int = 0
+    max_parameters: int | None = None
+    max_flops: float | None = None
+    trial_timeout: float | None = None
+    trial_memory: float | None = None
+    data_dir: str | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("data", self.data, DATA)
+        _one_of("tuner", self.tuner, TUNERS)
+        _one_of("objective", self.objective, OBJECTIVES)
+        if not self.families:
+            raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}.")
+        for family in self.families:
+            _one_of("families", family, FAMILIES)
+        for name in ("trials", "epochs", "prune_after", "prune_least", "refine_top"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("factor", self.factor, 2)
+        _at_least("seed", self.seed, 0)
+        for name in ("subset", "max_parameters", "max_flops", "trial_timeout", "trial_memory"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SearchError(f"{name} must be a number above 0. Received: {name}={value!r}")
+        if not 0 < self.validation < 1:
+            raise SearchError(
+                "validation is the fraction of the training images that is held out, between 0 "
+                f"and 1. Received: validation={self.validation!r}"
+            )
+        if self.prune and self.tuner == "hyperband":
+            raise SearchError(
+                "Hyperband stops trials by a rule of its own: leave out prune. Received: "
+                "prune=True with tuner='hyperband'"
+            )
+        if self.trial_memory is not None and sys.platform != "linux":
+            raise SearchError("trial_memory needs Linux, whose /proc says what a process uses.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Settings:
+        """From a mapping, such as the one in search.json; of an unknown name, an error."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - names)
+        if unknown:
+            raise SearchError(
+                f"A search has no option {unknown[0]!r}. It has: {', '.join(sorted(names))}."
+            )
+        given = dict(options)
+        if "families" in given:
+            given["families"] = tuple(given["families"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**dataclasses.asdict(self), "families": list(self.families)}
+
+    @property
+    def direction(self) -> str:
+        """Of the objective, "max" or "min"."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def planned(self) -> int:
+        """Number of trials; for Hyperband that of one full iteration."""
+        return self.trials if self.tuner != "hyperband" else hyperband(self.epochs, self.factor)
+
+
+def hyperband(epochs: int, factor: int) -> int:
+    """Number of trials in one iteration of Hyperband, as KerasTuner's oracle makes them."""
+    brackets, left = 0, float(epochs)
+    while left >= 1:
+        brackets, left = brackets + 1, left / factor
+    last = math.ceil(1 + math.log(epochs, factor))
+    return sum(
+        math.ceil(last / (bracket + 1) * factor ** (bracket - r))
+        for bracket in range(brackets)
+        for r in range(bracket + 1)
+    )
+
+
+def _one_of(name: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise SearchError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SearchError(
+            f"{name} must be a whole number, at least {least}. Received: {name}={value!r}"
+        )
+
+
+def check_address(text: str) -> tuple[str, int]:
+    """HOST and PORT of "HOST:PORT"; port 0 is any that is free."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 65536):
+        raise SearchError(f"An address is HOST:PORT, such as 192.0.2.7:8100. Received: {text!r}")
+    return host.strip("[]"), int(port)
+
+
+# The folder ---------------------------------------------------------------------------------
+
+
+def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Settings:
+    """The settings to run with, and a folder that holds nothing else.
+
+    With `resume`, what is not given comes from the folder; what is given must agree with it.
+    """
+    if resume and overwrite:
+        raise SearchError("resume and overwrite exclude each other.")
+    exists = (out / "search.json").exists()
+    if resume and not exists:
+        raise SearchError(f"There is no search to resume in {str(out)!r}.")
+    if not exists:
+        if out.is_dir() and not {p.name for p in out.iterdir()} <= {".lock", "processes.txt"}:
+            raise SearchError(
+                f"{str(out)!r} holds other files and no search: choose a new or an empty folder."
+            )
+        return _with_absolute_paths(Settings.of(options))
+    if overwrite:
+        return _with_absolute_paths(Settings.of(options))
+    if not resume:
+        raise SearchError(
+            f"{str(out)!r} holds a search already: pass --resume to go on with it, --overwrite to "
+            "begin anew, or choose another folder."
+        )
+    return _resumed(out, options)
+
+
+def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:
+    saved = Settings.of(read_search(out)["settings"])
+    merged = _with_absolute_paths(Settings.of({**saved.to_dict(), **options}))
+    for name in saved.to_dict():
+        old, new = getattr(saved, name), getattr(merged, name)
+        if old != new and name not in CHANGEABLE:
+            raise SearchError(
+                f"A search cannot be resumed with another {name}: it began with {old!r}, and now "
+                f"received {new!r}. Leave it out, or begin anew with --overwrite or another folder."
+            )
+    return merged
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """So that they mean the same in every process, and when the search is resumed elsewhere."""
+    changes: dict[str, Any] = {}
+    for name in ("data_dir", "refine"):
+        if (path := getattr(settings, name)) is not None:
+            changes[name] = str(Path(path).expanduser().absolute())
+    file, colon, function = settings.space.rpartition(":")
+    if colon and file.endswith(".py"):
+        changes["space"] = f"{Path(file).expanduser().absolute()}:{function}"
+    return dataclasses.replace(settings, **changes)
+
+
+def clear(out: Path) -> None:
+    """Removes what a search has made, and nothing else."""
+    made = ["search.json", "oracle.json", "report", "retrained", "tensorboard"]
+    for path in [*map(out.joinpath, made), *out.glob("trial_*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the folder for one search; the system drops the lock when the process dies."""
+    import fcntl
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 -- held while it runs
+    except OSError as error:
+        raise SearchError(f"Cannot write to {str(out)!r}: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SearchError(f"Another search is running in {str(out)!r}.") from None
+        yield
+
+
+def write_search(out: Path, settings: Settings, space: Mapping[str, Any]) -> None:
+    """Writes search.json."""
+    content = {
+        "settings": settings.to_dict(),
+        "space": space,
+        "machine": describe_machine(),
+    }
+    with replace_file(out / "search.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_search(out: Path) -> dict[str, Any]:
+    """What `write_search` wrote."""
+    try:
+        return dict(json.loads((out / "search.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise SearchError(f"There is no search in {str(out)!r}.") from None
+    except (OSError, ValueError) as error:
+        raise SearchError(f"{str(out / 'search.json')!r} cannot be read: {error}.") from None
+
+
+# Trials -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial of a search, as it lies in its folder.
+
+    Attributes:
+        number: from 0, in the order in which the trials were made.
+        status: "completed", "pruned", "failed" or "running".
+        reason: why it failed or was pruned, or "".
+        score: value of the objective, None if it failed or runs.
+        values: hyperparameter -> value; what the tuner adds ("tuner/epochs") included.
+        history: metric -> epoch -> value. Epochs count from 1.
+    """
+
+    number: int
+    status: str
+    reason: str
+    score: float | None
+    values: dict[str, Any]
+    history: dict[str, dict[int, float]]
+
+    @property
+    def epochs(self) -> int:
+        """Number of finished epochs."""
+        return max((e for steps in self.history.values() for e in steps), default=0)
+
+    def last(self, metric: str) -> float | None:
+        """The metric's value after the last epoch."""
+        steps = self.history.get(metric)
+        return steps[max(steps)] if steps else None
+
+    def best(self, metric: str, direction: str = "max") -> float | None:
+        """The metric's best value."""
+        values = list(self.history.get(metric, {}).values())
+        return (max if direction == "max" else min)(values) if values else None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The values, without those that the tuner adds."""
+        return {k: v for k, v in self.values.items() if not k.startswith("tuner/")}
+
+
+def read_trials(out: Path) -> list[TrialRecord]:
+    """The trials of a search, in order."""
+    records = []
+    for path in out.glob("trial_*/trial.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        records.append(record_of(state))
+    return sorted(records, key=lambda r: r.number)
+
+
+def record_of(state: Mapping[str, Any]) -> TrialRecord:
+    """From KerasTuner's `Trial.get_state()`."""
+    message = state["message"] or ""
+    status = {"COMPLETED": "completed", "FAILED": "failed"}.get(state["status"], "running")
+    if status == "completed" and message:
+        status = "pruned"
+    history = {
+        metric: {int(o["step"]): sum(o["value"]) / len(o["value"]) for o in entry["observations"]}
+        for metric, entry in state["metrics"]["metrics"].items()
+    }
+    return TrialRecord(
+        number=int(state["trial_id"]),
+        status=status,
+        reason=message,
+        score=state["score"] if status in ("completed", "pruned") else None,
+        values=dict(state["hyperparameters"]["values"]),
+        history=history,
+    )
+
+
+def ranked(records: list[TrialRecord], direction: str) -> list[TrialRecord]:
+    """Those that have a score, the best first; of equals the one made first."""
+    sign = -1 if direction == "max" else 1
+    scored = [r for r in records if r.score is not None]
+    return sorted(scored, key=lambda r: (sign * float(r.score or 0), r.number))
+
+
+def environment() -> dict[str, str]:
+    """For the processes of a search: quiet, and one result for one seed."""
+    return {
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
+        "TF_DETERMINISTIC_OPS": os.environ.get("TF_DETERMINISTIC_OPS", "1"),
+        "KERAS_BACKEND": os.environ.get("KERAS_BACKEND", "tensorflow"),
+        "OPENBLAS_NUM_THREADS": "1",  # its threads would be there before the first fork
+    }

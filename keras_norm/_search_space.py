@@ -1,0 +1,473 @@
+"""Hypermodels: functions from KerasTuner's hyperparameters to a model and how it is trained.
+
+A space is a function `space(hp, task) -> Candidate`. It may be called many times, also to find
+out which hyperparameters there are; so it should leave the building of the model to
+`Candidate.model`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_norm import datasets, layers, models, optimizers
+from keras_norm._search_settings import SearchError, Settings, TrialRecord
+
+__all__ = [
+    "Candidate",
+    "SmoothedCrossentropy",
+    "Task",
+    "count_flops",
+    "explore",
+    "images",
+    "narrow",
+    "pin",
+    "space_of",
+]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a space may know of the task.
+
+    Attributes:
+        data: name of the data set, as in `keras_norm.datasets.load`.
+        input_shape: (H, W, C) of one image.
+        classes: number of classes.
+        examples: number of training images.
+        epochs: number of epochs that schedules are planned for.
+        families: families of nets to choose from.
+    """
+
+    data: str
+    input_shape: tuple[int, int, int]
+    classes: int
+    examples: int
+    epochs: int
+    families: tuple[str, ...] = ("mlp", "cnn")
+
+    def steps(self, batch_size: int) -> int:
+        """Training steps in all epochs."""
+        return math.ceil(self.examples / batch_size) * self.epochs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to train, and how; what a space returns.
+
+    Args:
+        model: a function that makes the model, compiled, with the metric "accuracy". (Or the
+            model itself: then it is built also where only its hyperparameters are asked for.)
+        batch_size: images per batch.
+        augment: of `Split.batches`. Default: None.
+        callbacks: of `fit`, in front of those of the search. Default: none.
+        begin: called with (model, training images) before the first epoch. Default: None.
+    """
+
+    model: Callable[[], keras.Model] | keras.Model
+    batch_size: int
+    augment: Any = None
+    callbacks: Sequence[keras.callbacks.Callback] = field(default_factory=tuple)
+    begin: Callable[[keras.Model, Any], Any] | None = None
+
+    def build(self) -> keras.Model:
+        """The model."""
+        return self.model if isinstance(self.model, keras.Model) else self.model()
+
+
+@keras.saving.register_keras_serializable(package="keras_norm")
+class SmoothedCrossentropy(keras.losses.Loss):  # type: ignore[misc]
+    """Cross entropy of logits with class numbers whose certainty is reduced.
+
+        loss = -(1 - s) log p[y] - s mean_k log p[k],    p = softmax(logits)
+
+    Args:
+        label_smoothing: s in [0, 1). Default: 0.
+        name: Default: "smoothed_crossentropy".
+        **kwargs: of `keras.losses.Loss`.
+
+    Reference: Szegedy et al., 2016, Rethinking the Inception Architecture, section 7.
+
+    Example:
+        >>> loss = SmoothedCrossentropy(0.1)
+        >>> round(float(loss([0], [[2.0, 0.0]])), 6)  # 0.95 * 0.126928 + 0.05 * 2.126928
+        0.226928
+    """
+
+    def __init__(
+        self, label_smoothing: float = 0.0, name: str = "smoothed_crossentropy", **kwargs: Any
+    ) -> None:
+        super().__init__(name=name, **kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                "`label_smoothing` must lie in [0, 1). "
+                f"Received: label_smoothing={label_smoothing!r}."
+            )
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Loss of each example, (N,)."""
+        log_p = ops.log_softmax(y_pred)  # (N, K)
+        y = ops.reshape(ops.cast(y_true, "int32"), (-1, 1))  # (N, 1)
+        true = ops.squeeze(ops.take_along_axis(log_p, y, axis=-1), -1)  # (N,)
+        return -(1 - self.label_smoothing) * true - self.label_smoothing * ops.mean(log_p, -1)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments."""
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+
+
+# The space of this package ------------------------------------------------------------------
+
+
+def images(hp: Any, task: Task) -> Candidate:
+    """Nets for images: family, architecture, normalization, regularization, optimizer, schedule.
+
+    Args:
+        hp: `keras_tuner.HyperParameters`.
+        task: the task.
+
+    Returns:
+        The `Candidate` that the values in `hp` stand for.
+    """
+    family = hp.Choice("family", list(task.families))
+    activation = hp.Choice("activation", ["relu", "gelu", "silu"])
+    factory = _normalization(hp)
+    placement = hp.Choice("placement", ["before", "after"], parent_name="family",
+                          parent_values=["mlp", "cnn"])  # fmt: skip
+    dropout = hp.Choice("dropout", [0.0, 0.1, 0.2, 0.3, 0.5], parent_name="family",
+                        parent_values=["mlp", "cnn"])  # fmt: skip
+    l2 = hp.Float("l2", 1e-7, 1e-3, sampling="log", parent_name="family",
+                  parent_values=["mlp", "cnn"])  # fmt: skip
+    smoothing = hp.Choice("label_smoothing", [0.0, 0.05, 0.1])
+    batch_size = hp.Choice("batch_size", [32, 64, 128, 256])
+    common: dict[str, Any] = {"input_shape": task.input_shape, "classes": task.classes}
+    if family != "fast":
+        common |= {
+            "placement": placement,
+            "dropout": dropout,
+            "kernel_regularizer": keras.regularizers.L2(l2),
+        }
+    nets = {"mlp": _mlp(hp), "cnn": _cnn(hp, task), "fast": _fast(hp)}
+    net = functools.partial(nets[family], normalization=factory, activation=activation, **common)
+    optimizer = _optimizer(hp, task.steps(batch_size))
+
+    def compiled() -> keras.Model:
+        model = net()
+        loss = (
+            SmoothedCrossentropy(smoothing)
+            if smoothing
+            else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        )
+        model.compile(optimizer(), loss, metrics=["accuracy"])
+        return model
+
+    augment = _augmentation(hp, task)
+    return Candidate(compiled, batch_size, augment, begin=_begin if family == "fast" else None)
+
+
+def _begin(model: keras.Model, x: Any) -> None:
+    models.fit_whitening(model, x)
+
+
+def _normalization(hp: Any) -> Any:
+    kind = hp.Choice("normalization", ["batch", "ghost", "layer", "group", "rms", "none"])
+    momentum = hp.Choice("momentum", [0.8, 0.9, 0.95, 0.99], default=0.9,
+                         parent_name="normalization", parent_values=["batch", "ghost"])  # fmt: skip
+    ghost = hp.Choice("ghost_size", [8, 16, 32], default=16, parent_name="normalization",
+                      parent_values=["ghost"])  # fmt: skip
+    if kind == "none":
+        return None
+    if kind not in ("batch", "ghost"):
+        return kind
+    return functools.partial(
+        layers.BatchNormalization, momentum=momentum, virtual_batch_size=ghost or None
+    )
+
+
+def _mlp(hp: Any) -> Callable[..., keras.Model]:
+    here = {"parent_name": "family", "parent_values": ["mlp"]}
+    depth = hp.Int("mlp_depth", 1, 4, default=2, **here)
+    width = hp.Choice("mlp_width", [64, 128, 256, 512], default=128, **here)
+    taper = hp.Choice("mlp_taper", [0.5, 1.0], default=1.0, **here)
+    hidden = [max(8, int(width * taper**i)) for i in range(depth)] if depth else []
+    return lambda **common: models.MLP(hidden, **common)
+
+
+def _cnn(hp: Any, task: Task) -> Callable[..., keras.Model]:
+    here = {"parent_name": "family", "parent_values": ["cnn"]}
+    halvings = max(1, int(math.log2(min(task.input_shape[:2]) // 2)))
+    stages = hp.Int("cnn_stages", 1, min(4, halvings), default=min(3, halvings), **here)
+    width = hp.Choice("cnn_width", [8, 16, 32, 64], default=16, **here)
+    growth = hp.Choice("cnn_growth", [1.0, 1.5, 2.0], default=2.0, **here)
+    options = {
+        "blocks": hp.Int("cnn_blocks", 1, 2, **here),
+        "kernel_size": hp.Choice("cnn_kernel", [3, 5], **here),
+        "downsample": hp.Choice("cnn_downsample", ["max_pool", "average_pool", "stride"], **here),
+        "residual": hp.Boolean("cnn_residual", **here),
+        "head": hp.Choice("cnn_head", ["average", "max", "flatten"], **here),
+    }
+    widths = [int(width * growth**i) for i in range(stages)] if stages else []
+    return lambda **common: models.CNN(widths, **options, **common)
+
+
+def _fast(hp: Any) -> Callable[..., keras.Model]:
+    here = {"parent_name": "family", "parent_values": ["fast"]}
+    first = hp.Choice("fast_width", [16, 32, 64], default=32, **here)
+    second = hp.Choice("fast_growth", [1, 2, 4], default=2, **here)
+    widths = [first, first * second, first * second] if first else []
+    return lambda **common: models.FastConvNet(widths, **common)
+
+
+def _augmentation(hp: Any, task: Task) -> Any:
+    """Mirror images of digits are no digits."""
+    mirrored = task.data in ("cifar10", "fashion_mnist")
+    kinds = ["none", "shift", "flip", "flip_shift"] if mirrored else ["none", "shift"]
+    kind = hp.Choice("augmentation", kinds)
+    if kind == "none":
+        return None
+    return datasets.FlipAndShift(
+        shift=max(1, task.input_shape[0] // 16) if "shift" in kind else 0,
+        flip="alternating" if "flip" in kind else "none",
+    )
+
+
+def _optimizer(hp: Any, steps: int) -> Callable[[], keras.optimizers.Optimizer]:
+    kind = hp.Choice("optimizer", ["sgd", "rmsprop", "adam", "adamw"], default="adam")
+    rates = (  # of two names: KerasTuner loses a value whose name stands under two conditions
+        hp.Float("sgd_learning_rate", 1e-3, 1.0, sampling="log", default=0.05,
+                 parent_name="optimizer", parent_values=["sgd"]),
+        hp.Float("learning_rate", 1e-4, 3e-2, sampling="log", default=1e-3,
+                 parent_name="optimizer", parent_values=["rmsprop", "adam", "adamw"]),
+    )  # fmt: skip
+    decay = hp.Float("weight_decay", 1e-4, 1e-1, sampling="log", default=4e-3,
+                     parent_name="optimizer", parent_values=["adamw"])  # fmt: skip
+    schedule = hp.Choice("schedule", ["constant", "cosine", "one_cycle"], default="cosine")
+    peak = next(rate for rate in rates if rate is not None)
+    rate: Any = peak
+    if schedule == "cosine":
+        rate = functools.partial(keras.optimizers.schedules.CosineDecay, peak, steps)
+    elif schedule == "one_cycle":
+        top = max(1, steps // 4)
+        rate = functools.partial(
+            optimizers.PiecewiseLinear, [0, top, max(steps, top + 1)], [peak / 5, peak, peak / 50]
+        )
+
+    def make() -> keras.optimizers.Optimizer:
+        learning_rate = rate() if callable(rate) else rate
+        if kind == "sgd":
+            return optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
+        if kind == "adamw":
+            return optimizers.AdamW(learning_rate, weight_decay=decay)
+        return {"rmsprop": optimizers.RMSprop, "adam": optimizers.Adam}[kind](learning_rate)
+
+    return make
+
+
+def count_flops(model: keras.Model) -> int:
+    """Floating-point operations of one forward pass, as `keras_norm.recipes.flops` counts them."""
+    from keras_norm.recipes import flops
+
+    return flops(model)
+
+
+# Spaces by name -----------------------------------------------------------------------------
+
+
+def space_of(reference: str) -> Callable[[Any, Task], Candidate]:
+    """The function that "images", "module:function" or "file.py:function" names."""
+    if reference == "images":
+        return images
+    place, colon, name = reference.rpartition(":")
+    if not colon:
+        raise SearchError(
+            "space must be 'images', 'module:function' or 'file.py:function'. Received: "
+            f"space={reference!r}"
+        )
+    try:
+        module = (
+            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
+        return getattr(module, name)
+    except (ImportError, OSError, AttributeError, SyntaxError) as error:
+        raise SearchError(f"space={reference!r} cannot be had: {error}") from None
+
+
+def _from_file(path: Path) -> Any:
+    name = f"keras_norm_space_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"no module in {str(path)!r}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def explore(settings: Settings, task: Task) -> dict[str, Any]:
+    """All hyperparameters of the space, also those that only some values bring forth.
+
+    KerasTuner's own way: it calls the space with each condition fulfilled in turn.
+
+    Returns:
+        The config of `keras_tuner.HyperParameters`, without values.
+    """
+    import keras_tuner
+    from keras_tuner.engine.base_tuner import BaseTuner
+
+    space = space_of(settings.space)
+    objective = keras_tuner.Objective(settings.objective, settings.direction)
+    oracle = keras_tuner.oracles.RandomSearchOracle(objective, max_trials=1, seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        BaseTuner(oracle, lambda hp: space(hp, task), directory=folder)
+    return dict(oracle.get_space().get_config(), values={})
+
+
+# Narrower spaces ----------------------------------------------------------------------------
+
+
+def pin(space: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The space with some hyperparameters at one value.
+
+    Raises:
+        SearchError: for a name or a value that the space does not have.
+    """
+    entries = list(space["space"])
+    for name, value in fixed.items():
+        own = [e for e in entries if e["config"]["name"] == name]
+        if not own:
+            names = sorted({e["config"]["name"] for e in entries})
+            raise SearchError(f"The space has no {name!r} to fix. It has: {', '.join(names)}.")
+        allowed = [_coerced(e, value) for e in own]
+        if all(a is None for a in allowed):
+            raise SearchError(f"{name} cannot be {value!r}: it is {_range(own)}.")
+        entries = [
+            _constant(e, _coerced(e, value)) if e in own and _coerced(e, value) is not None else e
+            for e in entries
+        ]
+    return _possible(entries)
+
+
+def _coerced(entry: Mapping[str, Any], value: Any) -> Any:
+    """The value as the hyperparameter has it, or None if it cannot have it."""
+    config, kind = entry["config"], entry["class_name"]
+    try:
+        if kind == "Choice":
+            return next((v for v in config["values"] if v == value or str(v) == str(value)), None)
+        if kind == "Boolean":
+            return {"true": True, "false": False}.get(str(value).lower())
+        if kind == "Int" and float(value) != int(float(value)):
+            return None
+        number: float = int(float(value)) if kind == "Int" else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if config["min_value"] <= number <= config["max_value"] else None
+
+
+def _range(entries: Sequence[Mapping[str, Any]]) -> str:
+    def one(entry: Mapping[str, Any]) -> str:
+        config = entry["config"]
+        if entry["class_name"] == "Choice":
+            return "one of " + ", ".join(map(str, config["values"]))
+        if entry["class_name"] == "Boolean":
+            return "true or false"
+        return f"between {config['min_value']:g} and {config['max_value']:g}"
+
+    return ", or ".join(dict.fromkeys(map(one, entries)))
+
+
+def _constant(entry: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    config = entry["config"]
+    kept = {"name": config["name"], "conditions": config["conditions"]}
+    return {"class_name": "Fixed", "config": {**kept, "value": value}}
+
+
+def narrow(space: Mapping[str, Any], best: Sequence[TrialRecord]) -> dict[str, Any]:
+    """The space around the best trials of an earlier search.
+
+    Of a choice, the values that they have (of ordered ones, those between); of a range, from the
+    smallest to the largest that they have, and a tenth of the whole range beyond. What none of
+    them used stays as it is.
+    """
+    entries = []
+    for entry in space["space"]:
+        parents = [c["config"] for c in entry["config"]["conditions"]]
+        own = [
+            r.values[entry["config"]["name"]]
+            for r in best
+            if entry["config"]["name"] in r.values
+            and all(r.values.get(p["name"]) in p["values"] for p in parents)
+        ]
+        entries.append(_narrowed(entry, own) if own else entry)
+    return _possible(entries)
+
+
+def _narrowed(entry: Mapping[str, Any], own: Sequence[Any]) -> Mapping[str, Any]:
+    config, kind = dict(entry["config"]), entry["class_name"]
+    if kind == "Boolean":
+        return _constant(entry, own[0]) if len(set(own)) == 1 else entry
+    if kind == "Choice":
+        values = config["values"]
+        places = sorted(values.index(v) for v in own if v in values)
+        if places:
+            inside = range(places[0], places[-1] + 1) if config["ordered"] else sorted(set(places))
+            config["values"] = [values[i] for i in inside]
+    elif kind in ("Int", "Float") and (config["sampling"] in ("linear", "log")):
+        config |= _narrowed_range(config, own, whole=kind == "Int")
+    if "values" in config and config.get("default") not in config["values"]:
+        config["default"] = config["values"][0]
+    return {**entry, "config": config}
+
+
+def _narrowed_range(config: Mapping[str, Any], own: Sequence[Any], whole: bool) -> dict[str, Any]:
+    there = math.log if config["sampling"] == "log" else float
+    back = math.exp if config["sampling"] == "log" else float
+    low, high = config["min_value"], config["max_value"]
+    margin = (there(high) - there(low)) / 10
+    least, most = back(there(min(own)) - margin), back(there(max(own)) + margin)
+    if whole or config["step"]:  # the grid stays
+        grid = [low + i * (config["step"] or 1) for i in range(10_000)]
+        grid = list(itertools.takewhile(lambda v: v <= high, grid))
+        inside = [v for v in grid if min(own) <= v <= max(own)] or [min(own)]
+        least, most = inside[0], inside[-1]
+    least, most = max(low, least), min(high, most)
+    default = config["default"]
+    inside_default = default is not None and least <= default <= most
+    return {
+        "min_value": int(least) if whole else least,
+        "max_value": int(most) if whole else most,
+        "default": default if inside_default else (int(least) if whole else least),
+    }
+
+
+def _possible(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Without the hyperparameters whose conditions no value fulfils any more."""
+    kept: list[Mapping[str, Any]] = []
+    left: dict[str, list[Any]] = {}
+    for entry in entries:
+        config = entry["config"]
+        conditions = [c["config"] for c in config["conditions"]]
+        if all(any(v in left[c["name"]] for v in c["values"]) for c in conditions):
+            kept.append(entry)
+            here = {"Choice": config.get("values"), "Fixed": [config.get("value")]}
+            left.setdefault(config["name"], []).extend(
+                here.get(entry["class_name"]) or [True, False]
+            )
+    return {"space": kept, "values": {}}

@@ -1,0 +1,318 @@
+"""One trial: a model is built, trained and judged in a process of its own.
+
+After each epoch the whole state, model, optimizer and history, is written to one file; so a trial
+that was killed goes on from there, and ends in the same numbers to the last bit: the seed comes
+from the search and the trial's number, and the order of the images from seed and epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import math
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_norm import datasets
+from keras_norm._kinds import has_statistics
+from keras_norm._search_process import Channel
+from keras_norm._search_settings import Settings
+from keras_norm._search_space import Candidate, Task, count_flops, explore, narrow, pin, space_of
+from keras_norm.callbacks import ReestimateStatistics
+from keras_norm.experiments import replace_file
+
+__all__ = ["describe_space", "load", "make_candidate", "measure", "preload", "run", "trial_seed"]
+
+_EVALUATION_BATCH = 500
+_REESTIMATED_FROM = 10_000  # images
+
+
+class TrialError(Exception):
+    """The trial failed, for the reason given."""
+
+
+# Data and model -----------------------------------------------------------------------------
+
+
+def load(settings: Settings, *, all_images: bool = False) -> datasets.Data:
+    """The data of a search; with `all_images`, validation images are among those to train on."""
+    return _load(
+        settings.data, settings.subset, 0 if all_images else settings.validation, settings.data_dir
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name: str, subset: int | None, validation: float, data_dir: str | None) -> datasets.Data:
+    """Kept: a nursery loads it once, and its children find it there."""
+    parts = None if subset is None else {"train": subset}
+    return datasets.load(
+        name, validation=validation, subset=parts, stratify=True, data_dir=data_dir
+    )
+
+
+def preload(spec: dict[str, Any]) -> None:
+    """In a nursery: the data and the space, for all its children."""
+    settings = Settings.of(spec["settings"])
+    space_of(settings.space)
+    load(settings)
+
+
+def task_of(settings: Settings, data: datasets.Data) -> Task:
+    """What the space may know."""
+    return Task(
+        data=data.name,
+        input_shape=data.input_shape,
+        classes=data.classes,
+        examples=len(data.train),
+        epochs=settings.epochs,
+        families=settings.families,
+    )
+
+
+def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
+    """A process that sends the search's space: of the task, narrowed and with what is fixed."""
+    from keras_norm._search_settings import ranked, read_search, read_trials
+
+    settings = Settings.of(spec["settings"])
+    try:
+        space = explore(settings, task_of(settings, load(settings)))
+        if settings.refine is not None:
+            earlier = Path(settings.refine)
+            direction = Settings.of(read_search(earlier)["settings"]).direction
+            best = ranked(read_trials(earlier), direction)[: settings.refine_top]
+            if not best:
+                raise ValueError(f"refine={settings.refine!r} holds no finished trial.")
+            space = narrow(space, best)
+        channel.send({"space": pin(space, settings.fixed)})
+    except Exception as error:
+        traceback.print_exc()
+        channel.send({"error": _brief(error)})
+
+
+def make_candidate(
+    settings: Settings, space: Mapping[str, Any], values: Mapping[str, Any], data: datasets.Data
+) -> Candidate:
+    """What the hyperparameters stand for."""
+    import keras_tuner
+
+    hp = keras_tuner.HyperParameters.from_config({**space, "values": dict(values)})
+    return space_of(settings.space)(hp, task_of(settings, data))
+
+
+def measure(channel: Channel, spec: dict[str, Any]) -> None:
+    """A process that builds a proposal's model, and says whether the budget allows it."""
+    settings = Settings.of(spec["settings"])
+    model = make_candidate(settings, spec["space"], spec["values"], load(settings)).build()
+    channel.send({"refused": over_budget(settings, model.count_params(), count_flops(model))})
+
+
+def over_budget(settings: Settings, parameters: int, flops: float) -> str | None:
+    """Why a model of that size is not wanted, or None."""
+    if settings.max_parameters is not None and parameters > settings.max_parameters:
+        return f"{parameters:,} parameters, more than {settings.max_parameters:,}"
+    if settings.max_flops is not None and flops > settings.max_flops:
+        return f"{flops:,.0f} operations per image, more than {settings.max_flops:,.0f}"
+    return None
+
+
+def trial_seed(settings: Settings, number: int) -> int:
+    """From the seed of the search and the number of the trial."""
+    return int(np.random.SeedSequence([settings.seed, 2, number]).generate_state(1)[0] >> 1)
+
+
+# State on disk ------------------------------------------------------------------------------
+
+
+def save_state(path: Path, model: keras.Model, history: list[dict[str, float]]) -> None:
+    """Model, optimizer, seed generators and history in one file, whole or not at all."""
+    variables = enumerate(_variables(model))
+    arrays = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in variables}
+    with replace_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, history=np.array(json.dumps(history)), **arrays)
+
+
+def load_state(path: Path, model: keras.Model) -> list[dict[str, float]]:
+    """Puts a model, just built, to where `save_state` found its twin."""
+    with np.load(path) as file:
+        for i, variable in enumerate(_variables(model)):
+            variable.assign(file[f"v{i}"])
+        return list(json.loads(str(file["history"])))
+
+
+def _variables(model: keras.Model) -> list[Any]:
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    own = [v for layer in model.layers for v in layer.variables]
+    return [*own, *model.optimizer.variables]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process works on this trial, such as one that is being killed."""
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# Training -----------------------------------------------------------------------------------
+
+
+class Reporter(keras.callbacks.Callback):  # type: ignore[misc]
+    """After each epoch: measures, writes the state, reports, and stops if it is told to."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        self.trial = trial
+        self.started = 0.0
+        self.trained = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.started, self.trained = time.monotonic(), 0.0
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self.trained = time.monotonic() - self.started
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        trained = self.trained or time.monotonic() - self.started
+        self.trial.epoch_ended(epoch + 1, dict(logs or {}), trained)
+        if self.trial.stopped:
+            self.model.stop_training = True
+
+
+class Trial:
+    """One trial, from its candidate to its last report."""
+
+    def __init__(self, channel: Channel, spec: dict[str, Any]) -> None:
+        self.channel = channel
+        self.settings = Settings.of(spec["settings"])
+        self.space, self.values = spec["space"], spec["values"]
+        self.folder, self.number = Path(spec["folder"]), int(spec["number"])
+        self.root = int(spec["root"])  # the trial of Hyperband that this one goes on from
+        self.ancestor = spec["ancestor"]  # its folder
+        self.history: list[dict[str, float]] = []
+        self.stopped = False
+
+    def train(self) -> None:
+        settings = self.settings
+        seed = trial_seed(settings, self.root)
+        keras.utils.set_random_seed(seed)
+        data = load(settings)
+        self.candidate = make_candidate(settings, self.space, self.values, data)
+        self.model = self.candidate.build()
+        self.flops = count_flops(self.model)
+        self.classes = data.classes
+        epochs = int(self.values.get("tuner/epochs", settings.epochs))
+        self._restore(data)
+        for metrics in self.history:  # what the chief may not have heard of
+            self._report(metrics)
+        done = len(self.history)
+        if done >= epochs or self.stopped:
+            return
+        batches = data.train.batches(
+            self.candidate.batch_size, seed=seed, augment=self.candidate.augment
+        )
+        batches.epoch = done
+        held_out = data.validation
+        if held_out is None:
+            raise TrialError("there are no validation images")
+        self.model.fit(
+            batches,
+            initial_epoch=done,
+            epochs=epochs,
+            validation_data=(held_out.x, held_out.y),
+            validation_batch_size=_EVALUATION_BATCH,
+            callbacks=self._callbacks(data),
+            shuffle=False,
+            verbose=0,
+        )
+
+    def _restore(self, data: datasets.Data) -> None:
+        own = self.folder / "checkpoint.npz"
+        ancestors = Path(self.ancestor, "checkpoint.npz") if self.ancestor else None
+        source = next((p for p in (own, ancestors) if p is not None and p.exists()), None)
+        if source is not None:
+            self.history = load_state(source, self.model)
+        elif self.candidate.begin is not None:
+            self.candidate.begin(self.model, data.train.x)
+
+    def _callbacks(self, data: datasets.Data) -> list[keras.callbacks.Callback]:
+        callbacks = [*self.candidate.callbacks, keras.callbacks.TerminateOnNaN()]
+        normalized = any(has_statistics(layer) for layer in self.model.layers)
+        if self.settings.objective == "val_accuracy_reestimated" and normalized:
+            callbacks.append(
+                ReestimateStatistics(data.train.x, keep=False, samples=_REESTIMATED_FROM)
+            )
+        return [*callbacks, Reporter(self)]
+
+    def epoch_ended(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
+        for name in ("loss", "val_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrialError(f"diverged: {name} is {logs[name]} in epoch {epoch}")
+        missing = {"val_accuracy", "val_loss"} - set(logs)
+        if missing:
+            raise TrialError(f"the model reports no {missing.pop()}: compile it with 'accuracy'")
+        before = self.history[-1]["seconds"] if self.history else 0.0
+        metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
+        metrics |= {
+            "epoch": epoch,
+            "seconds": before + seconds,
+            "parameters": self.model.count_params(),
+            "flops": self.flops,
+        }
+        above_chance = max(0.0, metrics["val_accuracy"] - 1 / self.classes)
+        metrics["accuracy_per_second"] = above_chance / metrics["seconds"]
+        if self.settings.objective == "val_accuracy_reestimated":
+            metrics["val_accuracy_reestimated"] = metrics["val_accuracy"]
+        self.history.append(metrics)
+        save_state(self.folder / "checkpoint.npz", self.model, self.history)
+        if self.settings.tensorboard:
+            from keras_norm._search_tensorboard import write
+
+            write(self.folder.parent / "tensorboard", self.number, self.values, metrics)
+        self._report(metrics)
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        answer = self.channel.ask({"report": metrics})
+        self.stopped = self.stopped or not answer["go"]
+
+
+def run(channel: Channel, spec: dict[str, Any]) -> None:
+    """The process of a trial.
+
+    Sends {"report": metrics} after each epoch, also after those of an earlier attempt, and waits
+    for {"go": whether to go on}; last {"done": true} or {"failed": reason}.
+    """
+    folder = Path(spec["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        try:
+            Trial(channel, spec).train()
+        except TrialError as error:
+            channel.send({"failed": str(error)})
+        except (MemoryError, Exception) as error:
+            traceback.print_exc()
+            channel.send({"failed": _brief(error)})
+        else:
+            channel.send({"done": True})
+
+
+def _brief(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
+        return f"out of memory: {_first_line(error) or type(error).__name__}"
+    if isinstance(error, datasets.DataUnavailableError) or type(error).__name__ == "SearchError":
+        return " ".join(str(error).split())
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""

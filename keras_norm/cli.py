@@ -1,0 +1,251 @@
+"""The command `keras-norm`: train, tune, report, retrain.
+
+Whatever is wrong with what was asked for is one line on the error stream and exit status 2;
+Ctrl-C is 130. Nothing heavy is imported before it is needed, `--help` least of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from keras_norm import __version__
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "train": "train a net by a recipe",
+    "tune": "search for hyperparameters",
+    "report": "plots, tables and a page of a search",
+    "retrain": "train the best of a search again, and test them once",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments. Default: those of the process.
+
+    Returns:
+        Exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: status 2 and one line for wrong arguments; 0 after --help and --version; 143
+            when terminated.
+
+    Example:
+        >>> main(["report", "no/such/folder"])
+        2
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(argv)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_of_the_user(error):
+            raise
+        print(f"keras-norm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _is_of_the_user(error: Exception) -> bool:
+    """Errors of ours that say what to put right."""
+    named = type(error).__name__ in ("SearchError", "DataUnavailableError")
+    return named or isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-norm", description="Normalization for Keras.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, purpose in _COMMANDS.items():
+        own = commands.add_parser(
+            name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".",
+            allow_abbrev=False, formatter_class=_Help,
+        )  # fmt: skip
+        if name != "train":
+            {"tune": _tune, "report": _report, "retrain": _retrain}[name](own)
+        elif argv[:1] == ["train"]:
+            from keras_norm import quiet
+
+            quiet.start()
+            from keras_norm import recipes
+
+            recipes.configure(own)
+            own.set_defaults(run=recipes.command)
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+# tune ---------------------------------------------------------------------------------------
+
+
+def _tune(parser: argparse.ArgumentParser) -> None:
+    from keras_norm._search_settings import DATA, FAMILIES, OBJECTIVES, TUNERS
+
+    parser.set_defaults(run=_run_tune)
+    # What is not given is not passed on: a resumed search has its own.
+    add = _adder(parser, "the search")
+    add("--out", type=Path, metavar="DIR", required=True, help="folder of the search")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the search in --out")
+    how.add_argument("--overwrite", action="store_true", help="throw it away and begin anew")
+    add("--tuner", choices=TUNERS, help="default: random")
+    add("--objective", choices=list(OBJECTIVES), help="default: val_accuracy")
+    add("--trials", type=_count, metavar="N", help="default: 20; Hyperband's follow from --epochs")
+    add("--epochs", type=_count, metavar="N", help="per trial, default: 10")
+    add("--factor", type=_count, metavar="N", help="of Hyperband, default: 3")
+    add("--seed", type=_whole, metavar="N", help="default: 0")
+    add("--prune", action="store_true", default=argparse.SUPPRESS,
+        help="stop trials below the median of the others at the same epoch")  # fmt: skip
+    add("--prune-after", type=_count, metavar="EPOCH", help="not before, default: 1")
+    add("--prune-least", type=_count, metavar="N", help="others to compare with, default: 5")
+
+    add = _adder(parser, "data and space")
+    add("--data", choices=DATA, help="default: cifar10")
+    add("--data-dir", metavar="DIR", help="folder of the data sets")
+    add("--subset", type=_count, metavar="N", help="images to train on, default: all")
+    add("--validation", type=float, metavar="F", help="fraction held out, default: 0.1")
+    add("--families", nargs="+", choices=FAMILIES, help="of nets, default: mlp cnn")
+    add("--space", metavar="FILE.py:FUNCTION", help="a hypermodel of one's own")
+    add("--fix", nargs="+", type=_pair, metavar="NAME=VALUE", dest="fixed", help="do not search")
+    add("--refine", metavar="DIR", help="narrow the space around the best of that search")
+    add("--refine-top", type=_count, metavar="N", help="how many of them, default: 5")
+    add("--max-parameters", type=_count, metavar="N", help="budget of a net")
+    add("--max-flops", type=float, metavar="N", help="budget: operations for one image")
+
+    add = _adder(parser, "running")
+    add("--workers", type=_whole, metavar="N", help="trials at a time, default: 1")
+    add("--chief", metavar="HOST:PORT", help="let workers of other machines join")
+    add("--join", metavar="HOST:PORT", help="work for the chief there")
+    add("--time-limit", type=float, metavar="MINUTES", help="begin no trial after that")
+    add("--trial-timeout", type=float, metavar="SECONDS", help="a trial that hangs has failed")
+    add("--trial-memory", type=float, metavar="GIB", help="a trial that takes more has failed")
+    add("--worker-timeout", type=float, metavar="SECONDS",
+        help="silence after which a worker's trial is given to another, default: 60")  # fmt: skip
+    add("--tensorboard", action="store_true", default=argparse.SUPPRESS,
+        help="write logs for its HParams plugin")  # fmt: skip
+    add("--quiet", action="store_false", dest="progress", help="no table")
+
+
+def _adder(parser: argparse.ArgumentParser, title: str) -> Any:
+    group = parser.add_argument_group(title)
+
+    def add(flag: str, **options: Any) -> None:
+        options.setdefault("default", argparse.SUPPRESS)
+        group.add_argument(flag, **options)
+
+    return add
+
+
+def _run_tune(arguments: argparse.Namespace) -> int:
+    from keras_norm import tuning
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "out")}
+    if "fixed" in options:
+        options["fixed"] = dict(options["fixed"])
+    signal.signal(signal.SIGTERM, _terminated)
+    out = str(arguments.out)
+    try:
+        found = tuning.search(out, **options)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Finished trials and epochs are kept; go on with:\n"
+            f"  keras-norm tune --out {shlex.quote(out)} --resume",
+            file=sys.stderr,
+        )
+        return 130
+    if options.get("progress", True) and "join" not in options:
+        _conclude(found, out)
+    return 0
+
+
+def _terminated(*_: Any) -> NoReturn:
+    sys.exit(143)
+
+
+def _conclude(found: Any, out: str) -> None:
+    from keras_norm._search_run import describe
+
+    failed = sum(t.status == "failed" for t in found.trials)
+    print(f"\n{len(found.trials)} trials, {failed} of them failed.")
+    for trial in found.best(3):
+        print(f"  #{trial.number}: {trial.score:.4f}  {describe(trial.hyperparameters)}")
+    print(f"\nkeras-norm report {shlex.quote(out)}\nkeras-norm retrain {shlex.quote(out)} --top 1")
+
+
+# report, retrain ----------------------------------------------------------------------------
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_report)
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of the search")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: DIR/report")
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from keras_norm import tuning
+
+    print(tuning.report(arguments.dir, arguments.out))
+    return 0
+
+
+def _retrain(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_retrain)
+    add = parser.add_argument
+    add("dir", type=Path, metavar="DIR", help="folder of the search")
+    add("--top", type=_count, default=1, metavar="K", help="how many trials, default: 1")
+    add("--seeds", type=_count, default=1, metavar="N", help="of each, default: 1")
+    add("--epochs", type=_count, metavar="N", help="default: those of the search")
+    add("--subset", type=_count, metavar="N", help="images to train on, default: all")
+    add("--out", type=Path, metavar="DIR", help="default: DIR/retrained")
+    add("--overwrite", action="store_true", help="use the test set again")
+
+
+def _run_retrain(arguments: argparse.Namespace) -> int:
+    from keras_norm import tuning
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "dir")}
+    signal.signal(signal.SIGTERM, _terminated)
+    print(tuning.retrain(arguments.dir, **options))
+    return 0
+
+
+# Values -------------------------------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
+    return number
+
+
+def _whole(text: str) -> int:
+    plain = text.strip().replace("_", "")
+    if not plain.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0; got {text!r}")
+    return int(plain)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE; got {text!r}")
+    return name, value

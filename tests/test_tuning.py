@@ -1,0 +1,247 @@
+"""Searches end to end, on the embedded digits: kills, failures, resuming, what comes after.
+
+The processes of a search are real ones, and so is `kill -9`. Searches are made once and shared.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from keras_norm import tuning
+
+pytestmark = [
+    pytest.mark.xdist_group("tuning"),
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
+]
+
+# Each epoch that begins is a line in a file, named after the trial by its learning rate.
+SPACE = """
+import os
+import time
+
+import keras
+from keras import layers
+
+from keras_norm.tuning import Candidate
+
+
+class Note(keras.callbacks.Callback):
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def on_epoch_begin(self, epoch, logs=None):
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{self.text} {epoch + 1}\\n")
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+
+
+def net(rate, units, task, **options):
+    def make():
+        inputs = keras.Input(task.input_shape)
+        x = layers.Dense(units, activation="relu")(layers.Flatten()(inputs))
+        outputs = layers.Dense(task.classes)(layers.Dropout(0.1)(x))
+        model = keras.Model(inputs, outputs)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        sgd = keras.optimizers.SGD(rate, momentum=0.9)
+        model.compile(sgd, loss, metrics=["accuracy"], run_eagerly=True)
+        return model
+
+    return Candidate(make, batch_size=100, **options)
+
+
+def quick(hp, task):
+    rate = hp.Float("learning_rate", 1e-2, 1.0, sampling="log")
+    units = hp.Choice("units", [4, 8, 16])
+    return net(rate, units, task, callbacks=[Note(f"{rate:.12g}")])
+
+
+def wider(hp, task):
+    hp.Boolean("another")
+    return quick(hp, task)
+
+
+class Misbehave(keras.callbacks.Callback):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch != 1:
+            return
+        if self.how == "raise":
+            raise RuntimeError("no good\\nsecond line")
+        if self.how == "nan":
+            self.model.layers[2].kernel.assign(self.model.layers[2].kernel * float("nan"))
+        if self.how == "hang":
+            time.sleep(600)
+        if self.how == "exit":
+            os._exit(7)
+        if self.how == "memory":
+            hoard = [bytearray(os.urandom(1 << 26)) for _ in range(64)]
+            time.sleep(600)
+
+
+def misbehaving(hp, task):
+    how = hp.Choice("how", ["fine", "raise", "nan", "hang", "exit", "memory"])
+    return net(0.1, 8, task, callbacks=[Misbehave(how)])
+"""
+TRIALS, EPOCHS = 8, 3
+OPTIONS = {"data": "digits", "subset": 300, "epochs": EPOCHS, "trials": TRIALS, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searches")
+    (folder / "space.py").write_text(SPACE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def notes(folder, monkeypatch):
+    """What the processes of a search inherit."""
+    monkeypatch.setenv("NOTES", str(folder / "notes.txt"))
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "1")
+    (folder / "notes.txt").write_text("")
+    return folder / "notes.txt"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """A search of eight trials by one worker; with TensorBoard, for that matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NOTES", str(folder / "undisturbed.txt"))
+        patch.setenv("TF_NUM_INTRAOP_THREADS", "1")
+        patch.setenv("TF_NUM_INTEROP_THREADS", "1")
+        return tuning.search(
+            folder / "undisturbed",
+            space=f"{folder / 'space.py'}:quick",
+            tensorboard=True,
+            progress=False,
+            **OPTIONS,
+        )
+
+
+def table(search):
+    """All but times."""
+    return [
+        (
+            t.number,
+            t.status,
+            t.score,
+            t.values,
+            {m: t.history[m] for m in ("loss", "val_loss", "accuracy", "val_accuracy")},
+        )
+        for t in search.trials
+    ]
+
+
+def processes(root):
+    """Name -> process id, of a process and all that it has brought forth."""
+    parents, names = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue
+        pid, rest = int(stat.parent.name), text.rpartition(")")
+        names[pid] = rest[0].partition("(")[2]
+        parents[pid] = int(rest[2].split()[1])
+    found = {root}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {names[pid]: pid for pid in found if pid in names}
+
+
+def finished(out):
+    return {t.number for t in tuning.load(out).trials if t.status == "completed"}
+
+
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happens"
+        time.sleep(0.05)
+
+
+def start(out, space, *flags):
+    command = [sys.executable, "-m", "keras_norm", "tune", "--out", out, *flags]
+    if "--resume" not in flags:
+        options = {**OPTIONS, "space": space, "workers": 2}
+        command += [part for name, v in options.items() for part in (f"--{name}", str(v))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_killed_worker_chief_and_search(folder, undisturbed, notes, monkeypatch):
+    """Equal to the undisturbed search, apart from times; no epoch but the running one is lost."""
+    monkeypatch.setenv("PAUSE", "0.3")
+    out = folder / "killed"
+    search = start(out, f"{folder / 'space.py'}:quick")
+    kills = 0
+    try:
+        wait_for(lambda: (out / "search.json").exists() and len(finished(out)) >= 2)
+        for name, enough in (("kn-worker-0", 3), ("kn-chief", 5)):
+            before = finished(out)
+            os.kill(processes(search.pid)[name], signal.SIGKILL)
+            kills += 1
+            wait_for(lambda enough=enough: len(finished(out)) >= enough)
+            assert before <= finished(out)
+        before = finished(out)
+        assert len(before) < TRIALS
+        own = processes(search.pid)
+    finally:
+        search.kill()
+    kills += 2  # two workers had a trial each
+    said = search.communicate()[0]
+    assert "worker-0 has died (killed by SIGKILL): restarted" in said
+    assert "chief has died (killed by SIGKILL): restarted" in said
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in own.values()), 10)
+
+    search = start(out, "", "--resume")
+    said = search.communicate(timeout=300)[0]
+    assert search.returncode == 0, said
+    assert f"{len(before)} trials are done already" in said or len(finished(out)) == TRIALS
+    assert table(tuning.load(out)) == table(undisturbed)
+    assert len(list(out.glob("trial_*"))) == TRIALS
+    times = Counter(notes.read_text().splitlines())
+    assert len(times) == TRIALS * EPOCHS
+    repeated = sum(n - 1 for n in times.values())
+    assert repeated <= kills + 1  # the chief's death stops no trial; + 1: killed between two
+    assert max(times.values()) <= 2
+
+
+def test_what_fails_is_recorded_and_the_search_goes_on(folder):
+    search = tuning.search(
+        folder / "failing",
+        data="digits",
+        subset=200,
+        space=f"{folder / 'space.py'}:misbehaving",
+        trials=6,
+        epochs=2,
+        trial_timeout=20,
+        trial_memory=1.5,
+        seed=1,
+        workers=2,
+        progress=False,
+    )
+    ends = {t.values["how"]: (t.status, t.reason) for t in search.trials}
+    assert len(ends) == 6
+    assert ends["fine"] == ("completed", "")
+    assert ends["raise"] == ("failed", "RuntimeError: no good")
+    assert ends["nan"][0] == "failed"
+    assert ends["nan"][1].startswith("diverged: loss is nan")
+    assert ends["hang"] == ("failed", "timeout: not done after 20 s")
+    assert ends["exit"] == ("failed", "the process ended with status 7: see log.txt")
+    assert ends["memory"][0] == "failed"
+    assert "GiB resident, more than 1.5 GiB" in ends["memory"][1]
+    log = next(t.number for t in search.trials if t.values["how"] == "raise")
+    assert "second line" in (folder / f"failing/trial_{log}/log.txt").read_text()
+    assert [t.score is None for t in search.trials].count(True) == 5
