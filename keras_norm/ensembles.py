@@ -14,7 +14,7 @@ rule that treats each weight on its own then moves every net as it would move al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -173,14 +173,14 @@ class _StackedDense(keras.layers.Layer):  # type: ignore[misc]
         return keras.activations.get(self.like["activation"])(y)
 
 
-def _stacked(layer: Any) -> Callable[[Tensor], Tensor]:
+def _stacked(layer: Any) -> Any:
     """The layer that does for all nets what this one does for its own."""
     if type(layer) is keras.layers.Dense:
-        return _StackedDense(layer)  # type: ignore[no-any-return]
+        return _StackedDense(layer)
     if type(layer) is BatchNormalization and layer.axis == -1:
         return type(layer).from_config({**layer.get_config(), "axis": (0, 2)})
     if type(layer) in _PLAIN:
-        return type(layer).from_config(layer.get_config())  # type: ignore[no-any-return]
+        return type(layer).from_config(layer.get_config())
     raise ValueError(
         "Models that are trained together may consist of Flatten, Dense, Activation, ReLU and "
         "keras_norm.layers.BatchNormalization with axis -1. Received: layer "

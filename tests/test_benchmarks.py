@@ -50,6 +50,18 @@ def test_training(tmp_path):
     assert "ours/Keras" in printed
 
 
+def test_reestimation(tmp_path):
+    options = ["--nets", "lenet", "--images", "20", "--turns", "3", "--out", tmp_path]
+    printed = run("reestimation.py", *options)
+    with (tmp_path / "reestimation.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["images"] == "20"
+    for method in ("layerwise", "one_pass"):
+        assert float(row[f"{method} over predict"]) > 0
+        assert float(row[f"{method} first s"]) > float(row[f"{method} s"])
+    assert "layerwise/predict" in printed
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_memory():
     printed = run("memory.py", "--shape", "64,32,32,16", "--repeats", "1")
