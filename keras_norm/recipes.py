@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ from keras_norm.experiments import classification_metrics, describe_machine, rep
 
 __all__ = ["RECIPES", "Outcome", "Recipe", "command", "configure", "flops", "train"]
 
+_BETA = r"_norm/beta$"
+_KERNELS = r"conv.*/kernel$"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -44,6 +48,8 @@ class Recipe:
         learning_rate: at its peak, of a mean loss, for batches of 1,024; in proportion to the batch
             size for others.
         momentum: of Nesterov's rule.
+        matrix_rate, matrix_momentum: of `optimizers.Muon`, which then trains the kernels of the
+            convolutions; None leaves them to Nesterov's rule, too.
         l2: decay that passes through the momentum.
         bias_rate: by what the learning rate of normalization's beta is multiplied; its decay is
             divided by it.
@@ -68,6 +74,8 @@ class Recipe:
     batch_size: int = 1024
     learning_rate: float = 1.5
     momentum: float = 0.85
+    matrix_rate: float | None = None
+    matrix_momentum: float = 0.6
     l2: float = 1.33e-3
     bias_rate: float = 64.0
     warmup: float = 0.23
@@ -103,20 +111,29 @@ class Recipe:
             net.get_layer("whitening").trainable = False
         return net
 
-    def optimizer(self, steps: int) -> keras.optimizers.Optimizer:
-        """The optimizer of a training of so many steps."""
-        peak, top = self.learning_rate * self.batch_size / 1024, max(1, round(self.warmup * steps))
+    def optimizer(self, model: Any, steps: int) -> keras.optimizers.Optimizer:
+        """The optimizer for this model and a training of so many steps."""
+        top = max(1, round(self.warmup * steps))
+        peak = self.learning_rate * self.batch_size / 1024
+        scale = peak if self.matrix_rate is None else self.matrix_rate
         rate = optimizers.PiecewiseLinear(
-            [0, top, max(steps, top + 1)], [self.start * peak, peak, self.end * peak]
+            [0, top, max(steps, top + 1)], [self.start * scale, scale, self.end * scale]
         )
-        beta = r"_norm/beta$"
-        fitted = self.normalization is not None
-        return optimizers.SGD(
+        decay, factors = {"": self.l2}, {"": peak / scale}
+        if any(re.search(_BETA, v.path) for v in model.trainable_variables):
+            decay = {_BETA: self.l2 / self.bias_rate, **decay}
+            factors = {_BETA: self.bias_rate * peak / scale, **factors}
+        if self.matrix_rate is None:
+            return optimizers.SGD(
+                rate, self.momentum, True, l2_decay=decay, learning_rate_multipliers=factors
+            )
+        return optimizers.Muon(
             rate,
-            momentum=self.momentum,
-            nesterov=True,
-            l2_decay={beta: self.l2 / self.bias_rate, "": self.l2} if fitted else self.l2,
-            learning_rate_multipliers={beta: self.bias_rate} if fitted else None,
+            self.matrix_momentum,
+            other_momentum=self.momentum,
+            matrices=_KERNELS,
+            l2_decay=decay,
+            learning_rate_multipliers={_KERNELS: 1.0, **factors},
         )
 
     def steps(self, images: int) -> int:
@@ -263,7 +280,7 @@ def train(
     models.fit_whitening(model, data.train.x)
     steps = recipe.steps(len(data.train))
     model.compile(
-        recipe.optimizer(steps),
+        recipe.optimizer(model, steps),
         keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=recipe.label_smoothing
         ),

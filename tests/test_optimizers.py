@@ -995,3 +995,80 @@ def test_piecewise_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             optimizers.PiecewiseLinear(points, values)
+
+
+# Muon -------------------------------------------------------------------------------------------
+
+
+def test_orthogonal_works_on_the_singular_values_alone(float64):
+    rng = np.random.default_rng(0)
+    for shape in ((5, 3), (3, 5), (4, 4)):
+        g = rng.normal(size=shape)
+        u, s, vt = np.linalg.svd(g, full_matrices=False)
+        x = s / np.sqrt((s**2).sum())
+        for _ in range(3):
+            x = 3.4445 * x - 4.775 * x**3 + 2.0315 * x**5
+        result = array(optimizers.orthogonal(ops.convert_to_tensor(g), 3))
+        np.testing.assert_allclose(result, u @ np.diag(x) @ vt, atol=1e-6)
+        as_kernel = ops.reshape(ops.convert_to_tensor(g), (1, *shape))
+        np.testing.assert_allclose(array(optimizers.orthogonal(as_kernel, 3))[0], result)
+
+
+def test_orthogonal_brings_singular_values_close_to_one(float64):
+    for iterations, least in ((3, 0.1), (5, 0.01)):
+        values = np.concatenate([np.linspace(least, 1, 20), np.zeros(0)])
+        g = np.diag(np.concatenate([values, [0.0]]))
+        norm = np.sqrt((values**2).sum())
+        result = np.diag(array(optimizers.orthogonal(ops.convert_to_tensor(g * norm), iterations)))
+        inside = result[:-1][values / norm > least]
+        assert ((inside > 0.55) & (inside < 1.35)).all()
+        assert result[-1] == 0
+    assert not array(optimizers.orthogonal(ops.zeros((2, 3)))).any()
+
+
+def test_muon_takes_the_published_steps(float64):
+    rng = np.random.default_rng(1)
+    w, b = rng.normal(size=(2, 2, 3, 4)), rng.normal(size=4)
+    kernel = keras.Variable(w, name="kernel", dtype="float64")
+    bias = keras.Variable(b, name="bias", dtype="float64")
+    rule = optimizers.Muon(
+        0.2, 0.6, other_momentum=0.8, l2_decay=0.1, learning_rate_multipliers={"bias": 0.5}
+    )
+    velocity, other = np.zeros_like(w), np.zeros_like(b)
+    for _ in range(4):
+        dw, db = rng.normal(size=w.shape), rng.normal(size=4)
+        rule.apply([ops.convert_to_tensor(dw), ops.convert_to_tensor(db)], [kernel, bias])
+        velocity = 0.6 * velocity + dw
+        direction = array(optimizers.orthogonal(ops.convert_to_tensor(dw + 0.6 * velocity)))
+        w = w * 2 / np.sqrt((w**2).sum()) - 0.2 * direction  # 2: the root of 4 columns
+        g = db + 0.1 * b
+        other = 0.8 * other - 0.1 * g
+        b = b + 0.8 * other - 0.1 * g
+    np.testing.assert_allclose(array(kernel), w, rtol=1e-6)
+    np.testing.assert_allclose(array(bias), b, rtol=1e-6)
+
+
+def test_muon_chooses_matrices_by_pattern_and_survives_its_config():
+    rule = optimizers.Muon(0.2, matrices="dense", ns_steps=2, normalize=False, l2_decay={"b": 1})
+    again = optimizers.Muon.from_config(rule.get_config())
+    assert again.get_config() == rule.get_config()
+    variables = [keras.Variable(np.ones(s), name=n) for n, s in (("dense", (2, 3)), ("b", 3))]
+    again.build(variables)
+    again.apply([ops.ones((2, 3)), ops.ones(3)], variables)
+    step = array(optimizers.orthogonal(ops.ones((2, 3)), 2))
+    np.testing.assert_allclose(array(variables[0]), 1 - 0.2 * step, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ns_steps": 0}, "ns_steps=0"),
+        ({"other_momentum": 2.0}, "2.0"),
+        ({"matrices": "nothing"}, "nothing"),
+        ({"matrices": "bias"}, r"rank 2 or more.*bias"),
+    ],
+)
+def test_muon_refuses(arguments, message):
+    variables = [keras.Variable(np.ones(s), name=n) for n, s in (("k", (2, 3)), ("bias", 3))]
+    with pytest.raises(ValueError, match=message):
+        optimizers.Muon(0.1, **arguments).build(variables)

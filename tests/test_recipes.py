@@ -85,9 +85,13 @@ def test_settings_reach_the_training(digits):
     names = [layer.name for layer in model.layers]
     assert "conv0" in names
     assert not any(name.endswith("_norm") for name in names)
-    optimizer = SMALL.optimizer(100)
+    model = SMALL.model((9, 9, 1))
+    optimizer = SMALL.optimizer(model, 100)
     assert float(optimizer.learning_rate) == pytest.approx(0.2 * 12 * 32 / 1024)
-    assert optimizer.learning_rate_multipliers == {r"_norm/beta$": 64}
+    assert optimizer.learning_rate_multipliers == {r"_norm/beta$": 64, "": 1}
+    muon = dataclasses.replace(SMALL, matrix_rate=0.2).optimizer(model, 100)
+    assert float(muon.learning_rate) == pytest.approx(0.2 * 0.2)
+    assert muon.learning_rate_multipliers[""] == pytest.approx(12 * 32 / 1024 / 0.2)
 
 
 def test_statistics_are_reestimated_at_the_end(digits, outcome):
