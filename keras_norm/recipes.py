@@ -30,7 +30,17 @@ from keras import ops
 from keras_norm import callbacks, datasets, models, optimizers, statistics
 from keras_norm.experiments import classification_metrics, describe_machine, replace_file
 
-__all__ = ["RECIPES", "Outcome", "Recipe", "command", "configure", "flops", "train"]
+__all__ = [
+    "RECIPES",
+    "CourseRecipe",
+    "Outcome",
+    "Recipe",
+    "command",
+    "configure",
+    "flops",
+    "settings",
+    "train",
+]
 
 _BETA = r"_norm/beta$"
 _KERNELS = r"conv.*/kernel$"
@@ -119,7 +129,8 @@ class Recipe:
         rate = optimizers.PiecewiseLinear(
             [0, top, max(steps, top + 1)], [self.start * scale, scale, self.end * scale]
         )
-        decay, factors = {"": self.l2}, {"": peak / scale}
+        decay: dict[Any, float] = {"": self.l2}
+        factors: dict[Any, float] = {"": peak / scale}
         if any(re.search(_BETA, v.path) for v in model.trainable_variables):
             decay = {_BETA: self.l2 / self.bias_rate, **decay}
             factors = {_BETA: self.bias_rate * peak / scale, **factors}
@@ -141,6 +152,31 @@ class Recipe:
         return self.epochs * max(1, images // self.batch_size)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CourseRecipe(Recipe):
+    """Four 5x5 convolutions, each with batch normalization and pooled; RMSProp at one rate.
+
+    Of the settings of `Recipe` it has epochs, batch_size, normalization, label_smoothing, shift,
+    flip, lookahead and views; widths are those of the convolutions.
+    """
+
+    def model(self, input_shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Any:
+        """A new net, not compiled."""
+        norm = "batch" if self.normalization == "fast" else self.normalization
+        return models.CNN(
+            self.widths,
+            norm,
+            kernel_size=5,
+            head="flatten",
+            input_shape=input_shape,
+            classes=classes,
+        )
+
+    def optimizer(self, model: Any, steps: int) -> keras.optimizers.Optimizer:
+        """RMSProp."""
+        return optimizers.RMSprop(self.learning_rate)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -148,6 +184,16 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="cpu-10min", widths=(64, 128, 128), epochs=9, batch_size=512),
         Recipe(name="cpu-25min", widths=(64, 256, 256), epochs=10, batch_size=512),
         Recipe(name="gpu-94", whitening_bias=True),
+        CourseRecipe(
+            name="course",
+            widths=(32, 64, 64, 64),
+            batch_size=64,
+            learning_rate=1e-4,
+            label_smoothing=0.0,
+            shift=0,
+            flip="none",
+            lookahead=False,
+        ),
         Recipe(name="smoke", widths=(8, 8, 8), epochs=2, batch_size=64),
     )
 }
@@ -185,7 +231,7 @@ class Outcome:
     def card(self) -> dict[str, Any]:
         """All of it but the weights, as JSON values."""
         return {
-            "recipe": _settings(self.recipe),
+            "recipe": settings(self.recipe),
             "seed": self.seed,
             "data": self.data,
             "metrics": dict(self.metrics),
@@ -272,7 +318,7 @@ def train(
     recipe = _recipe(recipe)
     if data is None:
         data = datasets.load("cifar10", standardize="channel")
-    saved = _Backup(backup, f"{_settings(recipe)} {seed} {dtype_policy} {data!r}")
+    saved = _Backup(backup, f"{settings(recipe)} {seed} {dtype_policy} {data!r}")
     saved.read()
     with _policy(dtype_policy):
         keras.utils.set_random_seed(seed)
@@ -321,11 +367,12 @@ def _recipe(recipe: Recipe | str) -> Recipe:
     return RECIPES[recipe]
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    settings = dataclasses.asdict(recipe)
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON values."""
+    values = dataclasses.asdict(recipe)
     if callable(recipe.normalization):
-        settings["normalization"] = repr(recipe.normalization)
-    return settings
+        values["normalization"] = repr(recipe.normalization)
+    return values
 
 
 @contextlib.contextmanager

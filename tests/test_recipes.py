@@ -114,3 +114,13 @@ def test_operations_are_counted():
 def test_an_unknown_recipe():
     with pytest.raises(ValueError, match="recipe='fast'"):
         recipes.train("fast")
+
+
+def test_the_net_of_the_course():
+    recipe = recipes.RECIPES["course"]
+    model = recipe.model()
+    kernels = [
+        tuple(layer.kernel.shape[:2]) for layer in model.layers if "Conv" in str(type(layer))
+    ]
+    assert kernels == [(5, 5)] * 4
+    assert float(recipe.optimizer(model, 10).learning_rate) == pytest.approx(1e-4)

@@ -1,0 +1,160 @@
+"""How long a recipe trains, and how accurate it is then: recipe x normalization x seeds.
+
+    python benchmarks/time_to_accuracy.py --recipes cpu-4min --seeds 3
+    python benchmarks/time_to_accuracy.py --normalizations fast keras --validation 5000
+
+Runs on any backend; with `--data-dir cifar10.npz` (keras_norm.datasets.pack) without TensorFlow.
+Seconds are those of training, without compilation, and nothing else should be running. So that
+they carry over to other machines, the floating-point operations stand beside them, and the rate at
+which this machine multiplies matrices of 2048 x 2048 right before each run. Interrupted, it goes
+on with the epoch that was not finished.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from keras_norm import quiet
+
+quiet.start()
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_norm import datasets, experiments, recipes
+
+NORMALIZATIONS = {
+    "fast": "fast",
+    "keras": functools.partial(
+        keras.layers.BatchNormalization, momentum=0.6, epsilon=1e-6, scale=False
+    ),
+    "none": None,
+}
+METRICS = ("training_seconds", "compilation_seconds", "data_seconds", "gflops", "matmul_gflops")
+
+
+def matmul_rate(size=2048, turns=7):
+    """GFLOP/s of a product of square float32 matrices; the median."""
+    a = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(size, size)).astype("float32"))
+    seconds = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        ops.convert_to_numpy(ops.matmul(a, a)[:1, :1])
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / np.median(seconds) / 1e9
+
+
+def measured(settings, seed, progress, *, data, out, dtype_policy):
+    """One training, as `experiments.run` wants it."""
+    recipe = dataclasses.replace(
+        recipes.RECIPES[settings["recipe"]],
+        normalization=NORMALIZATIONS[settings["normalization"]],
+    )
+    rate = matmul_rate()
+
+    def report(epochs, metrics):
+        if metrics:
+            progress.epoch(int(epochs), recipe.epochs, **metrics)
+        else:
+            progress.part(epochs, recipe.epochs)
+
+    backup = out / f"{settings['recipe']}-{settings['normalization']}-{seed}.npz"
+    outcome = recipes.train(
+        recipe, data, seed=seed, backup=backup, on_epoch=report, dtype_policy=dtype_policy
+    )
+    seconds, costs = outcome.seconds, outcome.costs
+    return {
+        "history": outcome.history,
+        "final": {
+            **outcome.metrics,
+            **{f"{name}_seconds": value for name, value in seconds.items()},
+            "images_per_second": costs["images_per_second"],
+            "tflop": costs["flops_training"] / 1e12,
+            "gflops": costs["flops_training"] / seconds["training"] / 1e9,
+            "matmul_gflops": rate,
+        },
+    }
+
+
+def draw(results, metric, path):
+    """Accuracy against seconds of training: a point for each run, a cross for mean and spread."""
+    from keras_norm import plotting
+
+    with plotting.style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(6.6, 4.2))
+        for name in results.names:
+            x, y = (results.values(name, m) for m in ("training_seconds", metric))
+            spread = y.std(ddof=1) if len(y) > 1 else 0
+            line = axes.errorbar(
+                x.mean(),
+                y.mean(),
+                yerr=spread,
+                capsize=4,
+                marker="s",
+                label=f"{name} (n = {len(y)})",
+            )
+            axes.plot(x, y, "o", alpha=0.4, color=line[0].get_color())
+        axes.set(xlabel="seconds of training, without compilation", ylabel=metric.replace("_", " "))
+        axes.legend(title="mean ± standard deviation")
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+        pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--recipes", nargs="+", choices=recipes.RECIPES, default=["cpu-4min"])
+    parser.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["fast"])
+    parser.add_argument("--seeds", type=int, default=3, help="number of them (default: 3)")
+    parser.add_argument("--validation", type=int, default=0, help="images held out to judge by")
+    parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
+    parser.add_argument("--dtype-policy", default="float32")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("results/time_to_accuracy")
+    )
+    arguments = parser.parse_args()
+    data = datasets.load(
+        "cifar10",
+        data_dir=arguments.data_dir,
+        standardize="channel",
+        validation=arguments.validation,
+    )
+    print(data)
+    settings = {
+        name if norm == "fast" else f"{name}, {norm}": {
+            "recipe": name,
+            "normalization": norm,
+            "epochs": recipes.RECIPES[name].epochs,
+            **{f"recipe_{k}": v for k, v in recipes.settings(recipes.RECIPES[name]).items()},
+        }
+        for name in arguments.recipes
+        for norm in arguments.normalizations
+    }
+    train = functools.partial(
+        measured, data=data, out=arguments.out, dtype_policy=arguments.dtype_policy
+    )
+    results = experiments.run(
+        train,
+        settings,
+        range(arguments.seeds),
+        out=arguments.out,
+        title="Time to accuracy",
+        context={"data": data.title, "images": len(data.train), "policy": arguments.dtype_policy},
+    )
+    part = "validation" if arguments.validation else "test"
+    accuracies = [f"{part}_accuracy", f"{part}_accuracy_views"]
+    print(results.table(*accuracies, digits=4))
+    print(results.table("tflop", "images_per_second", *METRICS, digits=1))
+    draw(results, accuracies[-1], arguments.out / "time_to_accuracy.png")
+    print(f"Written to {arguments.out}; {experiments.describe_machine()['summary']}")
+
+
+if __name__ == "__main__":
+    main()
