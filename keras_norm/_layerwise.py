@@ -866,16 +866,24 @@ def _remembered(
     return plan
 
 
+_OF_THE_TRAINER = frozenset(  # what `fit` and its like note down; no function of ours reads it
+    ["train_function", "test_function", "predict_function"]
+    + ["steps_per_execution", "unrolled_steps_per_execution"]
+)
+
+
 def _mark(layer: Any) -> tuple[Any, ...]:
     """What a compiled function may have taken from a layer: dtypes, and plain attributes."""
     plain = (bool, int, float, str, tuple, type(None))
     public = {
         k: v
         for k, v in vars(layer).items()
-        if not k.startswith(("_", "stop_")) and isinstance(v, plain)
+        if not k.startswith(("_", "stop_")) and k not in _OF_THE_TRAINER and isinstance(v, plain)
     }
     graph = _graph_of(layer) if isinstance(layer, keras.Model) else None
-    model = (id(graph), getattr(layer, "run_eagerly", None), getattr(layer, "compiled", None))
+    compiled = bool(getattr(layer, "compiled", False))
+    jit_compile = compiled and bool(getattr(layer, "jit_compile", False))
+    model = (id(graph), getattr(layer, "run_eagerly", None), compiled, jit_compile)
     switch = getattr(layer, "use_batch_statistics", None)
     return layer.compute_dtype, layer.variable_dtype, switch, model, tuple(public.items())
 

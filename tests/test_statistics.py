@@ -975,6 +975,31 @@ def test_the_model_can_be_changed_saved_and_estimated_again(tmp_path):
     assert len(statistics._normalizations(copied)) == 2
 
 
+@pytest.mark.parametrize("method", ["layerwise", "one_pass"])
+def test_what_was_compiled_is_kept_as_long_as_the_model_is_the_same(method):
+    model = MLP((3, 5), KINDS["ours"], input_shape=(4,), classes=2)
+    x, y = example_data((4,), 400), np.zeros((400, 2), "float32")
+    kind = {"layerwise": _layerwise.Plan, "one_pass": _layerwise.OnePass}[method]
+
+    def kept():
+        reestimate(model, x, method=method)
+        return vars(model)[_layerwise._KEPT].plans[kind][1]
+
+    model.compile("sgd", "mse")
+    first = kept()
+    model.fit(x, y, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    adapt(model, x + 1, method=method)
+    assert kept() is first
+    if method == "layerwise":
+        assert_exact(model, x, 2)
+    model.compile("sgd", "mse", run_eagerly=True)
+    second = kept()
+    assert second is not first
+    assert all(program.run_eagerly for program in second.programs)
+
+
 # Adaptation --------------------------------------------------------------------------------------
 
 
