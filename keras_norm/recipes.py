@@ -178,12 +178,15 @@ class CourseRecipe(Recipe):
         return optimizers.RMSprop(self.learning_rate)
 
 
+# With Muon the rate falls from the first step on, and to zero.
+_MUON: Any = {"matrix_rate": 0.2, "warmup": 0.0, "start": 1.0, "end": 0.0}
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="cpu-4min", widths=(32, 64, 64), epochs=8, batch_size=512),
-        Recipe(name="cpu-10min", widths=(64, 128, 128), epochs=9, batch_size=512),
-        Recipe(name="cpu-25min", widths=(64, 256, 256), epochs=10, batch_size=512),
+        Recipe(name="cpu-4min", widths=(32, 64, 64), epochs=8, batch_size=512, **_MUON),
+        Recipe(name="cpu-10min", widths=(64, 128, 128), epochs=8, batch_size=512, **_MUON),
+        Recipe(name="cpu-25min", widths=(64, 256, 256), epochs=9, batch_size=512, **_MUON),
         Recipe(name="gpu-94", whitening_bias=True),
         CourseRecipe(
             name="course",
