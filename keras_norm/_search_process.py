@@ -3,8 +3,8 @@
 A trial of a search runs in a process of its own, so that its memory goes back to the system and
 a crash is its own. A new Python would spend seconds in importing TensorFlow; so a *nursery*
 imports everything and then does nothing but fork. It computes nothing, so TensorFlow has started
-no threads in it, which makes the fork safe. Where `fork` is not (macOS), each process is a new
-Python.
+no threads in it, which makes the fork safe. Where it is not, on other systems than Linux, or where
+somebody's module starts threads when it is imported, each process is a new Python.
 
 Parent and child talk in lines of JSON over a socket. Whoever holds the other end of a nursery's
 socket owns it: when the owner dies, in whatever way, the nursery kills its children and goes.
@@ -27,9 +27,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Channel", "Child", "Nursery"]
+__all__ = ["Channel", "Child", "Nursery", "can_fork"]
 
-FORKS = sys.platform == "linux"
 _PRELOAD = (
     "keras_tuner",
     "grpc",
@@ -38,6 +37,7 @@ _PRELOAD = (
     "keras_norm.models",
     "keras_norm.optimizers",
     "keras_norm._search_chief",
+    "keras_norm._search_retrain",
     "keras_norm._search_trial",
     "keras_norm._search_worker",
 )
@@ -103,6 +103,7 @@ class Nursery:
     def __init__(self, channel: Channel, process: Any) -> None:
         self.channel = channel
         self._process = process
+        self._asked = False
 
     @classmethod
     def new(cls, environment: dict[str, str], log: Path) -> Nursery:
@@ -123,7 +124,7 @@ class Nursery:
     @classmethod
     def forked(cls, *to_close: Channel) -> Nursery:
         """A fork of this process, which a nursery has made and which has no threads yet."""
-        if not FORKS:
+        if not can_fork():
             return cls.new(dict(os.environ), Path(os.devnull))
         ours, theirs = socket.socketpair()
         pid = os.fork()
@@ -137,6 +138,7 @@ class Nursery:
 
     def start(self, name: str, target: str, spec: dict[str, Any], log: Path) -> Child:
         """A process that runs `target`, "module:function", with (its channel, spec)."""
+        self._asked = True
         ours, theirs = socket.socketpair()
         request = {"name": name, "target": target, "spec": spec, "log": str(log)}
         with theirs:
@@ -160,8 +162,15 @@ class Nursery:
         self.channel.close()
         if isinstance(self._process, int):
             os.waitpid(self._process, 0)
-        else:
-            self._process.wait()
+            return
+        if not self._asked:  # it may still be importing
+            self._process.kill()
+        self._process.wait()
+
+
+def can_fork() -> bool:
+    """Whether this process is the only thread in it; a lock that another held would stay locked."""
+    return sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
 
 
 # In the nursery -----------------------------------------------------------------------------
@@ -230,7 +239,7 @@ def _preloaded(target: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 def _begin(channel: Channel, message: dict[str, Any], fd: int) -> int:
     """Starts one child; returns its process id."""
-    if not FORKS:
+    if not can_fork():
         request = json.dumps({k: message[k] for k in ("name", "target", "spec", "log")})
         command = [sys.executable, "-c", _FRESH.format("alone"), str(fd), request]
         pid = subprocess.Popen(command, pass_fds=[fd]).pid

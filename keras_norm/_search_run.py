@@ -185,8 +185,9 @@ class _Owner:
 
     def _preload(self, spec: dict[str, Any]) -> None:
         self.display.note("Importing TensorFlow and reading the data ...")
+        request = {**spec, "folder": str(self.out)}
         try:
-            error = self.nursery.preload("keras_norm._search_trial:preload", spec)
+            error = self.nursery.preload("keras_norm._search_trial:preload", request)
         except (EOFError, OSError):
             raise SearchError(self._last_words("The processes of the search")) from None
         if error:

@@ -7,6 +7,7 @@ out which hyperparameters there are; so it should leave the building of the mode
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -31,6 +32,7 @@ __all__ = [
     "Task",
     "count_flops",
     "explore",
+    "hyperparameters",
     "images",
     "narrow",
     "pin",
@@ -338,6 +340,14 @@ def explore(settings: Settings, task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         BaseTuner(oracle, lambda hp: space(hp, task), directory=folder)
     return dict(oracle.get_space().get_config(), values={})
+
+
+def hyperparameters(space: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """`keras_tuner.HyperParameters` of a space. (KerasTuner changes the config that it reads.)"""
+    import keras_tuner
+
+    config = copy.deepcopy({"space": space["space"], "values": dict(values)})
+    return keras_tuner.HyperParameters.from_config(config)
 
 
 # Narrower spaces ----------------------------------------------------------------------------

@@ -12,26 +12,53 @@ import fcntl
 import functools
 import json
 import math
+import os
+import pickle
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_norm import datasets
+from keras_norm import datasets, statistics
 from keras_norm._kinds import has_statistics
-from keras_norm._search_process import Channel
-from keras_norm._search_settings import Settings
-from keras_norm._search_space import Candidate, Task, count_flops, explore, narrow, pin, space_of
+from keras_norm._search_process import Channel, can_fork
+from keras_norm._search_settings import SearchError, Settings
+from keras_norm._search_space import (
+    Candidate,
+    Task,
+    count_flops,
+    explore,
+    hyperparameters,
+    narrow,
+    pin,
+    space_of,
+)
 from keras_norm.callbacks import ReestimateStatistics
 from keras_norm.experiments import replace_file
 
-__all__ = ["describe_space", "load", "make_candidate", "measure", "preload", "run", "trial_seed"]
+__all__ = [
+    "EVALUATION_BATCH",
+    "brief",
+    "count_flops",
+    "describe_space",
+    "has_moving_statistics",
+    "load",
+    "load_state",
+    "make_candidate",
+    "measure",
+    "preload",
+    "reestimated",
+    "run",
+    "save_state",
+    "trial_seed",
+]
 
-_EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500
 _REESTIMATED_FROM = 10_000  # images
 
 
@@ -44,25 +71,72 @@ class TrialError(Exception):
 
 def load(settings: Settings, *, all_images: bool = False) -> datasets.Data:
     """The data of a search; with `all_images`, validation images are among those to train on."""
-    return _load(
-        settings.data, settings.subset, 0 if all_images else settings.validation, settings.data_dir
-    )
+    return _load(*_key(settings, all_images))
 
 
-@functools.lru_cache(maxsize=1)
-def _load(name: str, subset: int | None, validation: float, data_dir: str | None) -> datasets.Data:
-    """Kept: a nursery loads it once, and its children find it there."""
-    parts = None if subset is None else {"train": subset}
-    return datasets.load(
-        name, validation=validation, subset=parts, stratify=True, data_dir=data_dir
-    )
+def _key(settings: Settings, all_images: bool) -> tuple[Any, ...]:
+    held_out = 0 if all_images else settings.validation
+    return settings.data, settings.subset, held_out, settings.data_dir
+
+
+def _load(*key: Any) -> datasets.Data:
+    name, subset, validation, data_dir = key
+    if key not in _LOADED:
+        parts = None if subset is None else {"train": subset}
+        _LOADED[key] = datasets.load(
+            name, validation=validation, subset=parts, stratify=True, data_dir=data_dir
+        )
+    return _LOADED[key]
+
+
+_LOADED: dict[tuple[Any, ...], datasets.Data] = {}
 
 
 def preload(spec: dict[str, Any]) -> None:
-    """In a nursery: the data and the space, for all its children."""
-    settings = Settings.of(spec["settings"])
+    """In a nursery: the data and the space, for all its children.
+
+    To read the data may start threads; so a child does that, and leaves it in a file, from which
+    the nursery maps it into its memory.
+    """
+    settings, all_images = Settings.of(spec["settings"]), spec.get("all_images", False)
     space_of(settings.space)
-    load(settings)
+    if not can_fork():
+        return
+    with tempfile.TemporaryDirectory(dir=spec["folder"], prefix=".data") as folder:
+        pid = os.fork()
+        if pid == 0:
+            _leave(Path(folder), functools.partial(load, settings, all_images=all_images))
+        os.waitpid(pid, 0)
+        outcome = _found(Path(folder))
+    if isinstance(outcome, str):
+        raise SearchError(outcome)
+    _LOADED.clear()
+    _LOADED[_key(settings, all_images)] = outcome
+
+
+def _leave(folder: Path, make: Callable[[], Any]) -> None:
+    """Pickles what is made, its arrays in files of their own; or the reason. Never returns."""
+    try:
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            content = pickle.dumps(make(), protocol=5, buffer_callback=buffers.append)
+        except Exception as error:
+            traceback.print_exc()
+            content = pickle.dumps(brief(error))
+        for i, buffer in enumerate(buffers):
+            (folder / f"{i}.bin").write_bytes(buffer.raw())
+        (folder / "content.pickle").write_bytes(content)
+    finally:
+        os._exit(0)
+
+
+def _found(folder: Path) -> Any:
+    """What `_leave` left. The arrays are mapped, read-only; the files may go."""
+    if not (folder / "content.pickle").exists():
+        return "the process that read the data has died"
+    count = len(list(folder.glob("*.bin")))
+    buffers = [np.memmap(folder / f"{i}.bin", mode="r") for i in range(count)]
+    return pickle.loads((folder / "content.pickle").read_bytes(), buffers=buffers)
 
 
 def task_of(settings: Settings, data: datasets.Data) -> Task:
@@ -94,17 +168,14 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
         channel.send({"space": pin(space, settings.fixed)})
     except Exception as error:
         traceback.print_exc()
-        channel.send({"error": _brief(error)})
+        channel.send({"error": brief(error)})
 
 
 def make_candidate(
     settings: Settings, space: Mapping[str, Any], values: Mapping[str, Any], data: datasets.Data
 ) -> Candidate:
     """What the hyperparameters stand for."""
-    import keras_tuner
-
-    hp = keras_tuner.HyperParameters.from_config({**space, "values": dict(values)})
-    return space_of(settings.space)(hp, task_of(settings, data))
+    return space_of(settings.space)(hyperparameters(space, values), task_of(settings, data))
 
 
 def measure(channel: Channel, spec: dict[str, Any]) -> None:
@@ -160,6 +231,16 @@ def _alone(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def has_moving_statistics(model: keras.Model) -> bool:
+    """Whether there is something to re-estimate."""
+    return any(has_statistics(layer) for layer in model.layers)
+
+
+def reestimated(model: keras.Model, data: datasets.Data) -> None:
+    """Gives the model re-estimated statistics for good."""
+    statistics.reestimate(model, data.train.x, samples=_REESTIMATED_FROM)
 
 
 # Training -----------------------------------------------------------------------------------
@@ -228,7 +309,7 @@ class Trial:
             initial_epoch=done,
             epochs=epochs,
             validation_data=(held_out.x, held_out.y),
-            validation_batch_size=_EVALUATION_BATCH,
+            validation_batch_size=EVALUATION_BATCH,
             callbacks=self._callbacks(data),
             shuffle=False,
             verbose=0,
@@ -245,8 +326,8 @@ class Trial:
 
     def _callbacks(self, data: datasets.Data) -> list[keras.callbacks.Callback]:
         callbacks = [*self.candidate.callbacks, keras.callbacks.TerminateOnNaN()]
-        normalized = any(has_statistics(layer) for layer in self.model.layers)
-        if self.settings.objective == "val_accuracy_reestimated" and normalized:
+        re_estimated = self.settings.objective == "val_accuracy_reestimated"
+        if re_estimated and has_moving_statistics(self.model):
             callbacks.append(
                 ReestimateStatistics(data.train.x, keep=False, samples=_REESTIMATED_FROM)
             )
@@ -299,12 +380,12 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
             channel.send({"failed": str(error)})
         except (MemoryError, Exception) as error:
             traceback.print_exc()
-            channel.send({"failed": _brief(error)})
+            channel.send({"failed": brief(error)})
         else:
             channel.send({"done": True})
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """One line."""
     if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
         return f"out of memory: {_first_line(error) or type(error).__name__}"

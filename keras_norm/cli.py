@@ -223,7 +223,11 @@ def _run_retrain(arguments: argparse.Namespace) -> int:
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("run", "dir")}
     signal.signal(signal.SIGTERM, _terminated)
-    print(tuning.retrain(arguments.dir, **options))
+    try:
+        print(tuning.retrain(arguments.dir, **options))
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last epoch.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "images",
     "load",
     "report",
+    "retrain",
     "search",
 ]
 
@@ -256,3 +257,52 @@ def report(
         return write_report(found, found.out / "report" if out is None else Path(out))
     except OSError as error:
         raise SearchError(f"The report cannot be written: {error}.") from None
+
+
+def retrain(
+    search: str | os.PathLike[str] | Search,
+    *,
+    top: int = 1,
+    seeds: int = 1,
+    epochs: int | None = None,
+    subset: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Trains the best of a search again, on training and validation images, and tests them once.
+
+    Each training runs in a process of its own. When it is interrupted, the same call goes on from
+    the last finished epoch.
+
+    Args:
+        search: a `Search`, or its folder.
+        top: int >= 1, how many trials. Default: 1.
+        seeds: int >= 1, trainings of each, with seeds of their own. Default: 1.
+        epochs: of each. Default: those of the search.
+        subset: number of images to train on. Default: all, also where the search had a subset.
+        out: folder to write to. Default: "retrained" in that of the search.
+        overwrite: do it again, although the test set has been used.
+        progress: whether to show a bar. Default: True.
+
+    Returns:
+        The path of model_card.md; beside it are model_card.json and model.keras, the net of the
+        best trial and the first seed, and in folders those of the others.
+
+    Raises:
+        SearchError: if there is no trial with a score; if the test set has been used for this
+            search already; if a training fails.
+    """
+    from keras_norm._search_retrain import write_retrained
+
+    found = search if isinstance(search, Search) else load(search)
+    return write_retrained(
+        found,
+        found.out / "retrained" if out is None else Path(out),
+        top=top,
+        seeds=seeds,
+        epochs=epochs,
+        subset=subset,
+        overwrite=overwrite,
+        progress=progress,
+    )

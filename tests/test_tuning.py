@@ -3,7 +3,10 @@
 The processes of a search are real ones, and so is `kill -9`. Searches are made once and shared.
 """
 
+import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +14,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import keras
 import pytest
 
-from keras_norm import tuning
+from keras_norm import datasets, tuning
+from keras_norm.tuning import SearchError
 
 pytestmark = [
     pytest.mark.xdist_group("tuning"),
@@ -164,7 +169,7 @@ def finished(out):
     return {t.number for t in tuning.load(out).trials if t.status == "completed"}
 
 
-def wait_for(condition, seconds=240):
+def wait_for(condition, seconds=400):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happens"
@@ -226,7 +231,7 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder):
         space=f"{folder / 'space.py'}:misbehaving",
         trials=6,
         epochs=2,
-        trial_timeout=20,
+        trial_timeout=60,
         trial_memory=1.5,
         seed=1,
         workers=2,
@@ -238,10 +243,110 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder):
     assert ends["raise"] == ("failed", "RuntimeError: no good")
     assert ends["nan"][0] == "failed"
     assert ends["nan"][1].startswith("diverged: loss is nan")
-    assert ends["hang"] == ("failed", "timeout: not done after 20 s")
+    assert ends["hang"] == ("failed", "timeout: not done after 60 s")
     assert ends["exit"] == ("failed", "the process ended with status 7: see log.txt")
     assert ends["memory"][0] == "failed"
     assert "GiB resident, more than 1.5 GiB" in ends["memory"][1]
     log = next(t.number for t in search.trials if t.values["how"] == "raise")
     assert "second line" in (folder / f"failing/trial_{log}/log.txt").read_text()
     assert [t.score is None for t in search.trials].count(True) == 5
+
+
+def test_resume_overwrite_or_error(folder, undisturbed):
+    out = folder / "undisturbed"
+    before = table(tuning.load(out))
+    with pytest.raises(SearchError, match="holds a search already: pass --resume"):
+        tuning.search(out, **OPTIONS)
+    with pytest.raises(SearchError, match="another seed: it began with 5, and now received 6"):
+        tuning.search(out, resume=True, seed=6)
+    with pytest.raises(SearchError, match="another space"):
+        tuning.search(out, resume=True, space=f"{folder / 'space.py'}:wider")
+    assert table(tuning.load(out)) == before
+
+
+def test_another_space_under_the_same_name(folder, undisturbed, monkeypatch):
+    """What counts is what the function declares."""
+    copied = folder / "changed"
+    shutil.copytree(folder / "undisturbed", copied)
+    space = folder / "changing.py"
+    space.write_text(SPACE.replace("def wider", "def unused").replace("[4, 8, 16]", "[4, 8]"))
+    content = json.loads((copied / "search.json").read_text())
+    content["settings"]["space"] = f"{space}:quick"
+    (copied / "search.json").write_text(json.dumps(content))
+    with pytest.raises(SearchError, match="with another space: the hyperparameters of"):
+        tuning.search(copied, resume=True, progress=False)
+    assert table(tuning.load(copied)) == table(undisturbed)
+
+
+def test_best_and_pareto(undisturbed):
+    scores = [t.score for t in undisturbed.trials]
+    assert undisturbed.best()[0].score == max(scores)
+    assert [t.score for t in undisturbed.best(3)] == sorted(scores, reverse=True)[:3]
+    front = undisturbed.pareto()
+    assert undisturbed.best()[0] in front
+    for trial in undisturbed.trials:
+        own = trial.best("val_accuracy"), trial.last("seconds"), trial.last("parameters")
+        beaten = any(
+            f.best("val_accuracy") >= own[0]
+            and f.last("seconds") <= own[1]
+            and f.last("parameters") <= own[2]
+            for f in front
+            if f != trial
+        )
+        assert beaten != (trial in front)
+
+
+def test_report(undisturbed, tmp_path):
+    page = tuning.report(undisturbed, tmp_path / "report")
+    text = page.read_text()
+    for name in ("curves", "progress", "pareto", "rates", "parallel"):
+        picture = (tmp_path / f"report/{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 5000
+        assert f'src="{name}.png"' in text
+    assert "importance.png" not in text  # of eight trials there is none to state
+    assert f"<b>{undisturbed.best()[0].score:.4f}</b>" in text
+    with open(tmp_path / "report/trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["trial"]) for r in rows] == list(range(TRIALS))
+    for row, trial in zip(rows, undisturbed.trials, strict=True):
+        assert float(row["val_accuracy"]) == pytest.approx(trial.last("val_accuracy"))
+        assert float(row["learning_rate"]) == trial.values["learning_rate"]
+    with pytest.raises(SearchError, match="There is no search"):
+        tuning.report(tmp_path)
+
+
+def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for trial in undisturbed.trials[:2]:
+        events = EventAccumulator(str(folder / f"undisturbed/tensorboard/trial_{trial.number:04d}"))
+        events.Reload()
+        logged = {e.step: e.value for e in events.Scalars("val_accuracy")}
+        assert logged == pytest.approx(trial.history["val_accuracy"])
+        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        assert b"learning_rate" in content
+
+
+@pytest.mark.slow
+def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, tmp_path):
+    out = tmp_path / "retrained"
+    card = tuning.retrain(undisturbed, seeds=2, epochs=4, out=out, progress=False)
+    content = json.loads((out / "model_card.json").read_text())
+    accuracies = content["results"][0]["test_accuracy"]
+    assert len(set(accuracies)) == 2
+    assert content["training"] == {
+        "trials": [undisturbed.best()[0].number],
+        "seeds": 2,
+        "epochs": 4,
+        "subset": None,
+    }
+    model = keras.models.load_model(out / "model.keras")
+    data = datasets.load("digits")  # nothing is held out
+    assert content["data"]["train"] == len(data.train) == 1437
+    found = model.evaluate(data.test.x, data.test.y, batch_size=500, return_dict=True, verbose=0)
+    assert found["accuracy"] == pytest.approx(accuracies[0])
+    assert accuracies[0] > 0.8
+    assert f"{sum(accuracies) / 2:.4f} ±" in card.read_text()
+    with pytest.raises(SearchError, match="The test set has been used"):
+        tuning.retrain(undisturbed, out=out)

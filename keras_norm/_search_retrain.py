@@ -1,0 +1,377 @@
+"""After a search: its best trials trained again on all training images, and tested once.
+
+retrained/plan.json                 what is to be trained
+retrained/trial_07/seed_0/          model.keras, result.json; while it trains, checkpoint.npz
+retrained/model.keras               that of the best trial (by validation) and the first seed
+retrained/model_card.md, .json      what it is, what it was trained on, how good it is
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keras_norm._search_process import Channel, Nursery
+from keras_norm._search_run import describe
+from keras_norm._search_settings import (
+    SearchError,
+    Settings,
+    TrialRecord,
+    environment,
+    locked,
+    read_search,
+)
+from keras_norm.experiments import describe_machine, replace_file
+
+if TYPE_CHECKING:
+    from keras_norm.tuning import Search
+
+__all__ = ["run", "write_retrained"]
+
+
+def write_retrained(
+    search: Search,
+    out: Path,
+    *,
+    top: int,
+    seeds: int,
+    epochs: int | None,
+    subset: int | None,
+    overwrite: bool,
+    progress: bool,
+) -> Path:
+    """See `keras_norm.tuning.retrain`."""
+    chosen = search.best(top)
+    if not chosen:
+        raise SearchError(f"No trial in {str(search.out)!r} has a score.")
+    settings = dataclasses.replace(
+        search.settings, epochs=epochs or search.settings.epochs, subset=subset, fixed={}
+    )
+    plan = {
+        "trials": [t.number for t in chosen],
+        "seeds": seeds,
+        "epochs": settings.epochs,
+        "subset": subset,
+    }
+    space = read_search(search.out)["space"]
+    with locked(out):
+        _begin(out, plan, overwrite)
+        results = []
+        with _Runs(out, settings, space, len(chosen) * seeds, progress) as runs:
+            for trial in chosen:
+                results.append([runs.result(trial, seed) for seed in range(seeds)])
+        return _finish(search, out, plan, chosen, results)
+
+
+def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    path = out / "plan.json"
+    if overwrite:
+        for made in ("plan.json", "model.keras", "model_card.md", "model_card.json"):
+            (out / made).unlink(missing_ok=True)
+        for folder in out.glob("trial_*"):
+            shutil.rmtree(folder)
+    if (out / "model_card.json").exists():
+        raise SearchError(
+            f"The test set has been used for this search: see {str(out / 'model_card.md')!r}. To "
+            "choose again by what it said would make its answer worthless; --overwrite does it."
+        )
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        raise SearchError(
+            f"{str(out)!r} holds an unfinished training of another choice: repeat that with the "
+            "same options, or pass --overwrite."
+        )
+    _write_json(path, plan)
+
+
+class _Runs:
+    """Makes the trainings, one after the other, each in a process of its own."""
+
+    def __init__(
+        self, out: Path, settings: Settings, space: Any, count: int, progress: bool
+    ) -> None:
+        from tqdm import tqdm
+
+        self.out, self.settings, self.space = out.absolute(), settings, space
+        total = count * settings.epochs
+        self.bar = tqdm(total=total, unit="epoch", disable=None if progress else True)
+        self.nursery: Nursery | None = None
+
+    def __enter__(self) -> _Runs:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        if self.nursery is not None:
+            self.nursery.close()
+
+    def result(self, trial: TrialRecord, seed: int) -> dict[str, Any]:
+        """Trains, if that has not been done."""
+        folder = self.out / f"trial_{trial.number}" / f"seed_{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "result.json"
+        self.bar.set_postfix_str(f"#{trial.number}, seed {seed}")
+        if not path.exists():
+            spec = {
+                "settings": self.settings.to_dict(),
+                "space": self.space,
+                "values": trial.values,
+                "number": trial.number,
+                "seed": seed,
+                "folder": str(folder),
+            }
+            self._train(spec, folder)
+        self.bar.n = self.settings.epochs * math.ceil((self.bar.n + 1) / self.settings.epochs)
+        self.bar.refresh()
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def _train(self, spec: dict[str, Any], folder: Path) -> None:
+        child = self._nursery().start(
+            f"kn-retrain-{spec['number']}",
+            "keras_norm._search_retrain:run",
+            spec,
+            folder / "log.txt",
+        )
+        message: dict[str, Any] | None = None
+        with contextlib.suppress(EOFError):
+            while (message := child.channel.receive()) is not None and "epoch" in message:
+                self.bar.update(1)
+        code = child.wait()
+        if not (folder / "result.json").exists():
+            reason = (message or {}).get("failed", f"the process ended with status {code}")
+            raise SearchError(f"Trial {spec['number']} with seed {spec['seed']}: {reason}.")
+
+    def _nursery(self) -> Nursery:
+        if self.nursery is None:
+            self.nursery = Nursery.new(environment(), self.out / "processes.txt")
+            settings, folder = self.settings.to_dict(), str(self.out)
+            spec = {"settings": settings, "folder": folder, "all_images": True}
+            error = self.nursery.preload("keras_norm._search_trial:preload", spec)
+            if error:
+                raise SearchError(error)
+        return self.nursery
+
+
+# In the processes ---------------------------------------------------------------------------
+
+
+def run(channel: Channel, spec: dict[str, Any]) -> None:
+    """The process of one training. Sends {"epoch": n} after each; last {"failed": reason}."""
+    import traceback
+
+    from keras_norm._search_trial import brief
+
+    try:
+        result = _trained(channel, spec)
+        _write_json(Path(spec["folder"]) / "result.json", result)
+        Path(spec["folder"], "checkpoint.npz").unlink(missing_ok=True)
+    except Exception as error:
+        traceback.print_exc()
+        channel.send({"failed": brief(error)})
+
+
+def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains, tests and saves one net; goes on where an earlier attempt was stopped."""
+    import keras
+
+    from keras_norm import _search_trial as trial
+
+    settings, folder = Settings.of(spec["settings"]), Path(spec["folder"])
+    seed = trial.trial_seed(settings, 10_000 * (spec["seed"] + 1) + spec["number"])
+    keras.utils.set_random_seed(seed)
+    data = trial.load(settings, all_images=True)
+    candidate = trial.make_candidate(settings, spec["space"], spec["values"], data)
+    model = candidate.build()
+    history: list[dict[str, float]] = []
+    if (folder / "checkpoint.npz").exists():
+        history = trial.load_state(folder / "checkpoint.npz", model)
+    elif candidate.begin is not None:
+        candidate.begin(model, data.train.x)
+
+    def epoch_ended(epoch: int, logs: Any) -> None:
+        history.append({name: float(value) for name, value in logs.items()})
+        if not math.isfinite(history[-1]["loss"]):
+            raise ValueError(f"diverged: the loss is {history[-1]['loss']} in epoch {epoch + 1}")
+        trial.save_state(folder / "checkpoint.npz", model, history)
+        channel.send({"epoch": epoch + 1})
+
+    keeper = keras.callbacks.LambdaCallback(on_epoch_end=epoch_ended)
+    batches = data.train.batches(candidate.batch_size, seed=seed, augment=candidate.augment)
+    batches.epoch = len(history)
+    if len(history) < settings.epochs:
+        model.fit(
+            batches,
+            initial_epoch=len(history),
+            epochs=settings.epochs,
+            callbacks=[*candidate.callbacks, keras.callbacks.TerminateOnNaN(), keeper],
+            shuffle=False,
+            verbose=0,
+        )
+    return _tested(settings, spec, model, data, history)
+
+
+def _tested(
+    settings: Settings,
+    spec: Mapping[str, Any],
+    model: Any,
+    data: Any,
+    history: list[dict[str, float]],
+) -> dict[str, Any]:
+    from keras_norm import _search_trial as trial
+
+    if settings.objective == "val_accuracy_reestimated" and trial.has_moving_statistics(model):
+        trial.reestimated(model, data)
+    with replace_file(Path(spec["folder"]) / "model.keras") as temporary:
+        model.save(temporary)
+    test = model.evaluate(
+        data.test.x, data.test.y, batch_size=trial.EVALUATION_BATCH, return_dict=True, verbose=0
+    )
+    return {
+        "seed": spec["seed"],
+        "test_accuracy": float(test["accuracy"]),
+        "test_loss": float(test["loss"]),
+        "history": history,
+        "parameters": model.count_params(),
+        "flops": trial.count_flops(model),
+        "data": {
+            "title": data.title,
+            "source": data.source,
+            "train": len(data.train),
+            "test": len(data.test),
+            "class_names": list(data.class_names),
+            "mean": data.mean.ravel().tolist(),
+            "std": data.std.ravel().tolist(),
+            "input_shape": list(data.input_shape),
+        },
+    }
+
+
+# The card -----------------------------------------------------------------------------------
+
+
+def _finish(
+    search: Search,
+    out: Path,
+    plan: dict[str, Any],
+    chosen: list[TrialRecord],
+    results: list[list[dict[str, Any]]],
+) -> Path:
+    """Writes the card last: it says that the test set has been used."""
+    first = out / f"trial_{chosen[0].number}" / "seed_0" / "model.keras"
+    with replace_file(out / "model.keras") as temporary:
+        shutil.copyfile(first, temporary)
+    best = results[0]
+    card = {
+        "data": best[0]["data"],
+        "hyperparameters": chosen[0].hyperparameters,
+        "parameters": best[0]["parameters"],
+        "flops_forward": best[0]["flops"],
+        "training": plan,
+        "search": search.settings.to_dict(),
+        "search_trials": len(search.trials),
+        "results": [
+            {
+                "trial": trial.number,
+                "search_score": trial.score,
+                "hyperparameters": trial.hyperparameters,
+                "test_accuracy": [r["test_accuracy"] for r in runs],
+                "test_loss": [r["test_loss"] for r in runs],
+            }
+            for trial, runs in zip(chosen, results, strict=True)
+        ],
+        "machine": describe_machine(),
+    }
+    path = out / "model_card.md"
+    with replace_file(path) as temporary:
+        temporary.write_text(_markdown(card), encoding="utf-8")
+    _write_json(out / "model_card.json", card)
+    return path
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def _markdown(card: dict[str, Any]) -> str:
+    data, training, settings = card["data"], card["training"], card["search"]
+    height, width, channels = data["input_shape"]
+    tested = card["results"][0]["test_accuracy"]
+    count = len(tested)
+    spread = f" (mean ± standard deviation over {count} seeds)" if count > 1 else ""
+    own = f" The model file is that of seed 0, with {tested[0]:.4f}." if count > 1 else ""
+    rows = [
+        f"| #{r['trial']} | {r['search_score']:.4f} | {_spread(r['test_accuracy'])} | "
+        f"{describe(r['hyperparameters'])} |"
+        for r in card["results"]
+    ]
+    values = [f"| {n} | {v} |" for n, v in card["hyperparameters"].items()]
+    return f"""# Model card
+
+A net that tells the {len(data["class_names"])} classes of {data["title"]} apart:
+test accuracy **{_spread(tested)}**{spread}, n = {data["test"]:,} test images.{own}
+
+## Use
+
+```python
+import keras
+import keras_norm.tuning
+from keras_norm import models, optimizers  # the layers and rules that the file names
+
+keras_norm.tuning.SmoothedCrossentropy
+model = keras.models.load_model("model.keras")
+mean, std = {_numbers(data["mean"])}, {_numbers(data["std"])}
+logits = model.predict((pixels / 255 - mean) / std)  # pixels: (N, {height}, {width}, {channels})
+```
+
+Classes, in the order of the logits: {", ".join(data["class_names"])}.
+
+## Model
+
+{card["parameters"]:,} parameters; {card["flops_forward"] / 1e6:,.1f} million operations for one
+image (convolutions and dense layers).
+
+| hyperparameter | value |
+|---|---|
+{chr(10).join(values)}
+
+## Training
+
+{data["train"]:,} images of {data["title"]} (training and validation images together),
+{training["epochs"]} epochs. Source of the data: {data["source"]}
+
+## Results
+
+Chosen by {settings["objective"]} among {card["search_trials"]} trials ({settings["tuner"]} search,
+seed {settings["seed"]}); trained again as above, and tested once.
+
+| trial | {settings["objective"]} in the search | test accuracy | hyperparameters |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+The score of the search is the best of many on the same validation images, and so too high by
+chance; the test accuracy is not, for the first row. To choose another row because of its test
+accuracy would make it so.
+
+## Limits
+
+Trained and tested on images of one source; nothing is known of its answers to others.
+
+Machine: {card["machine"]["summary"]}.
+"""
+
+
+def _numbers(values: list[float]) -> str:
+    told = ", ".join(f"{v:.7g}" for v in values)
+    return told if len(values) == 1 else f"[{told}]"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -1,0 +1,114 @@
+"""The command: what is wrong is one line and status 2; help costs no import of TensorFlow."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keras_norm import __version__
+from keras_norm.cli import main
+
+
+def refused(capsys, *argv):
+    """The one line that the command leaves behind."""
+    try:
+        status = main(list(map(str, argv)))
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.strip().splitlines()
+    message = lines[-1]  # argparse puts its usage above
+    assert sum("error: " in line for line in lines) == 1
+    return message.partition("error: ")[2]
+
+
+def test_help_is_fast():
+    code = (
+        "import sys; from keras_norm.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(sorted({'keras', 'tensorflow', 'matplotlib', 'keras_tuner'} "
+        "& set(sys.modules)))"
+    )
+    for argv in (["--help"], ["tune", "--help"], ["report", "--help"], ["retrain", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "usage: keras-norm" in done.stdout
+        assert done.stdout.endswith("[]\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["tune"], "the following arguments are required: --out"),
+        (["tune", "--out", "x", "--trails", "3"], "unrecognized arguments: --trails 3"),
+        (["tune", "--out", "x", "--tria", "3"], "unrecognized arguments: --tria 3"),
+        (["tune", "--out", "x", "--trials", "0"], "must be a whole number, at least 1; got '0'"),
+        (["tune", "--out", "x", "--fix", "family"], "must be NAME=VALUE; got 'family'"),
+        (["tune", "--out", "x", "--resume", "--overwrite"], "not allowed with argument"),
+        (["tune", "--out", "x", "--validation", "2"], "between 0 and 1. Received: validation=2.0"),
+        (["tune", "--out", "x", "--chief", "8100"], "An address is HOST:PORT"),
+        (["tune", "--out", "x", "--workers", "0"], "workers must be a whole number, at least 1"),
+        (["tune", "--out", "x", "--resume"], "There is no search to resume in 'x'"),
+        (["report", "x"], "There is no search in 'x'"),
+        (["retrain", "x"], "There is no search in 'x'"),
+    ],
+)
+def test_wrong_arguments(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    message = refused(capsys, "tune", "--data", "digits", "--out", tmp_path / "file" / "search")
+    assert message.startswith("Cannot write to")
+
+
+def test_port_in_use_and_chief_that_is_not_there(capsys, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        message = refused(capsys, "tune", "--out", tmp_path / "a", "--chief", address)
+        assert message == f"Cannot listen on {address}: Address already in use."
+    message = refused(capsys, "tune", "--out", tmp_path / "a", "--join", address)
+    assert message.startswith(f"The chief at {address} cannot be reached: ")
+    message = refused(capsys, "tune", "--out", tmp_path / "a", "--join", address, "--trials", "3")
+    assert message == "The chief decides on trials: leave it out when joining."
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
+    command = [sys.executable, "-m", "keras_norm", "tune", "--data", "digits", "--out", "a b"]
+    search = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    own = Path(f"/proc/{search.pid}/task/{search.pid}/children")
+    end = time.monotonic() + 60
+    while not own.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    nursery = int(own.read_text().split()[0])
+    time.sleep(0.5)
+    search.send_signal(signal.SIGINT)
+    said = search.communicate(timeout=60)[1]
+    assert search.returncode == 130
+    assert "keras-norm tune --out 'a b' --resume" in said
+    assert not os.path.exists(f"/proc/{nursery}")

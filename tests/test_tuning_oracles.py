@@ -1,0 +1,381 @@
+"""The parts of a search, without its processes: oracles, spaces, settings."""
+
+import json
+import math
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+
+from keras_norm import _search_space as spaces
+from keras_norm import tuning
+from keras_norm._search_chief import _Attendance, make_oracle
+from keras_norm._search_settings import hyperband, prepare, record_of, write_search
+from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:keras_tuner")
+
+
+def line(*entries):
+    """A space of KerasTuner, as its config."""
+    hp = keras_tuner.HyperParameters()
+    for name, low, high in entries or [("x", 0.0, 1.0)]:
+        hp.Float(name, low, high)
+    return dict(hp.get_config(), values={})
+
+
+def oracle_in(folder, space=None, admit=None, **options):
+    settings = Settings(**{"data": "digits", "trials": 10, "epochs": 4, **options})
+    oracle = make_oracle(settings, space or line())
+    oracle.start(settings, folder, admit)
+    if (folder / "oracle.json").exists():
+        oracle.reload()
+    return oracle
+
+
+def score(oracle, trial, curve, worker="w"):
+    """Reports until the end, or until told to stop; returns the number of epochs."""
+    for epoch, value in enumerate(curve, start=1):
+        answer = oracle.update_trial(trial.trial_id, {"val_accuracy": value}, step=epoch)
+        if answer.status == "STOPPED":
+            break
+    oracle.finish(worker, trial.trial_id, "COMPLETED", "")
+    return epoch
+
+
+def values_of(trial):
+    return trial.hyperparameters.values
+
+
+def run(oracle, function, count, worker="w"):
+    """Lets the oracle propose, and answers by a function of the values."""
+    found = []
+    for _ in range(count):
+        trial = oracle.create_trial(worker)
+        if trial.status == "STOPPED":
+            break
+        found.append(values_of(trial))
+        score(oracle, trial, [function(values_of(trial))], worker)
+    return found
+
+
+def peak(values):
+    return 1 - sum((v - 0.3) ** 2 for v in values.values())
+
+
+@pytest.mark.parametrize("tuner", ["random", "bayesian"])
+def test_seeds_repeat_a_search_and_a_crash_does_not_change_it(tmp_path, tuner):
+    def go(name, seed):
+        (tmp_path / name).mkdir()
+        return run(oracle_in(tmp_path / name, tuner=tuner, seed=seed), peak, 10)
+
+    whole = go("whole", 0)
+    assert len(whole) == 10
+    assert go("again", 0) == whole
+    assert go("other", 1) != whole
+    (tmp_path / "parts").mkdir()
+    parts = []
+    for count in (2, 5, 3):  # a new oracle each time, from the files
+        parts += run(oracle_in(tmp_path / "parts", tuner=tuner, seed=0), peak, count)
+    assert parts == whole
+
+
+def test_bayesian_search_comes_closer_than_its_random_beginning(tmp_path):
+    space = line(("x", 0.0, 1.0), ("y", 0.0, 1.0))
+    found = run(oracle_in(tmp_path, space, tuner="bayesian", trials=20), peak, 20)
+    distance = [math.dist((v["x"], v["y"]), (0.3, 0.3)) for v in found]
+    assert len(found) == 20
+    assert np.median(distance[-6:]) < 0.15 < np.median(distance[:6])
+
+
+def test_crash_between_the_two_files(tmp_path):
+    """A trial is written before the oracle: each half may be missing."""
+    oracle = oracle_in(tmp_path)
+    first = oracle.create_trial("a")
+    before = (tmp_path / "oracle.json").read_text()
+    second = oracle.create_trial("b")
+    (tmp_path / "oracle.json").write_text(before)  # the second was not noted
+    oracle = oracle_in(tmp_path)
+    assert list(oracle.trials) == [first.trial_id]
+    again = oracle.create_trial("b")
+    assert again.trial_id == second.trial_id
+    assert values_of(again) == values_of(second)
+
+    before = (tmp_path / "oracle.json").read_text()
+    score(oracle, first, [0.5], "a")
+    (tmp_path / "oracle.json").write_text(before)  # the end of the first was not noted
+    oracle = oracle_in(tmp_path)
+    assert oracle.end_order == [first.trial_id]
+    assert oracle.trials[first.trial_id].score == 0.5
+    assert oracle.create_trial("b").trial_id == second.trial_id  # its own goes on
+    assert oracle.create_trial("a").trial_id not in (first.trial_id, second.trial_id)
+
+
+def test_what_is_told_twice_counts_once(tmp_path):
+    oracle = oracle_in(tmp_path)
+    trial = oracle.create_trial("a")
+    assert oracle.create_trial("a").trial_id == trial.trial_id
+    for value in (0.25, 0.75):  # the second is of an epoch that is known
+        oracle.update_trial(trial.trial_id, {"val_accuracy": value}, step=1)
+    oracle.finish("b", trial.trial_id, "FAILED", "not mine")
+    assert oracle.trials[trial.trial_id].status == "RUNNING"
+    oracle.finish("a", trial.trial_id, "COMPLETED", "")
+    oracle.finish("a", trial.trial_id, "FAILED", "too late")
+    record = record_of(oracle.trials[trial.trial_id].get_state())
+    assert (record.status, record.score, record.history["val_accuracy"]) == (
+        "completed",
+        0.25,
+        {1: 0.25},
+    )
+    assert oracle.end_order == [trial.trial_id]
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_median_rule(tmp_path, direction):
+    objective = {"max": "val_accuracy", "min": "val_loss"}[direction]
+    sign = {"max": 1, "min": -1}[direction]
+    options = {"prune": True, "prune_after": 2, "prune_least": 3, "objective": objective}
+
+    def train(oracle, levels):
+        trial = oracle.create_trial("w")
+        for epoch, level in enumerate(levels, start=1):
+            metrics = {objective: sign * level, "val_accuracy": level}
+            answer = oracle.update_trial(trial.trial_id, metrics, step=epoch)
+            if answer.status == "STOPPED":
+                break
+        return trial, epoch
+
+    oracle = oracle_in(tmp_path, **options)
+    for level in (0.1, 0.5, 0.7):
+        trial, epochs = train(oracle, [level] * 4)
+        assert epochs == 4  # there are too few to compare with
+        oracle.finish("w", trial.trial_id, "COMPLETED", "")
+    trial, epochs = train(oracle, [0.6, 0.4, 0.4, 0.4])
+    assert epochs == 4  # its best so far is above the median, .5
+    oracle.finish("w", trial.trial_id, "COMPLETED", "")
+    trial, epochs = train(oracle, [0.3, 0.3, 0.9, 0.9])
+    assert epochs == 2  # .3 after epoch 2, the median is (.4 + .5) / 2
+    again = oracle_in(tmp_path, **options)  # the decision outlives the chief
+    answer = again.update_trial(trial.trial_id, {objective: sign * 0.3}, step=2)
+    assert answer.status == "STOPPED"
+    again.finish("w", trial.trial_id, "COMPLETED", "")
+    record = record_of(again.trials[trial.trial_id].get_state())
+    assert record.status == "pruned"
+    assert record.reason == "pruned after epoch 2: below the median of the others"
+    assert record.score == sign * 0.3
+
+
+def test_budget_refuses_before_there_is_a_trial(tmp_path):
+    def admit(values):
+        return "too large" if values["x"] > 0.5 else None
+
+    for tuner in ("random", "bayesian"):
+        (tmp_path / tuner).mkdir()
+        oracle = oracle_in(tmp_path / tuner, admit=admit, tuner=tuner)
+        found = run(oracle, lambda v: v["x"], 11)
+        assert len(found) == 10  # as many as without a budget
+        assert max(v["x"] for v in found) <= 0.5
+        assert oracle.refused > 0
+    (tmp_path / "none").mkdir()
+    oracle = oracle_in(tmp_path / "none", admit=lambda values: "too large")
+    assert oracle.create_trial("w").status == "STOPPED"
+    assert oracle.exhausted == "the budget refused 200 proposals in a row"
+
+
+@pytest.mark.parametrize(("epochs", "factor"), [(4, 2), (9, 3), (10, 3)])
+def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
+    oracle = oracle_in(tmp_path, tuner="hyperband", epochs=epochs, factor=factor)
+    trials = {}
+    while (trial := oracle.create_trial("w")).status != "STOPPED":
+        values = values_of(trial)
+        trials[trial.trial_id] = values
+        for epoch in range(1, values["tuner/epochs"] + 1):
+            oracle.update_trial(trial.trial_id, {"val_accuracy": peak({"x": values["x"]})}, epoch)
+        oracle.finish("w", trial.trial_id, "COMPLETED", "")
+    assert len(trials) == hyperband(epochs, factor)
+    promoted = [v for v in trials.values() if "tuner/trial_id" in v]
+    assert promoted
+    for values in promoted:
+        before = trials[values["tuner/trial_id"]]
+        assert before["x"] == values["x"]
+        assert before["tuner/epochs"] == values["tuner/initial_epoch"] < values["tuner/epochs"]
+
+
+def test_failures_in_a_row_do_not_end_the_search(tmp_path):
+    oracle = oracle_in(tmp_path)
+    for _ in range(10):
+        trial = oracle.create_trial("w")
+        oracle.finish("w", trial.trial_id, "FAILED", "no luck")
+    states = [t.status for t in oracle.trials.values()]
+    assert states == ["FAILED"] * 10
+    assert oracle.create_trial("w").status == "STOPPED"
+
+
+def test_nobody_goes_home_while_a_trial_may_need_them(tmp_path):
+    oracle = oracle_in(tmp_path, trials=2)
+    one, other = oracle.create_trial("a"), oracle.create_trial("b")
+    score(oracle, other, [0.5], "b")
+    assert oracle.create_trial("b").status == "IDLE"
+    oracle.release("a")  # it went silent
+    taken = oracle.create_trial("b")
+    assert (taken.trial_id, taken.status) == (one.trial_id, "RUNNING")
+    oracle.finish("a", one.trial_id, "FAILED", "late")
+    score(oracle, taken, [0.5], "b")
+    assert oracle.create_trial("b").status == "STOPPED"
+
+
+def test_attendance():
+    there = _Attendance(patience=1.0)  # five ticks
+    there.seen("a")
+    there.seen("b")
+    assert not there.over()
+    for _ in range(4):
+        assert there.tick() == []
+        there.seen("b")
+    assert there.tick() == []
+    assert there.tick() == ["a"]
+    there.dismissed.add("b")
+    assert there.over()
+
+
+# Spaces -------------------------------------------------------------------------------------
+
+TASKS = {
+    "digits": Task("digits", (8, 8, 1), 10, 1000, 2),
+    "cifar10": Task("cifar10", (32, 32, 3), 10, 1000, 2, ("mlp", "cnn", "fast")),
+}
+
+
+@pytest.fixture(scope="module")
+def explored():
+    return {
+        name: spaces.explore(Settings(data=name, families=task.families), task)
+        for name, task in TASKS.items()
+    }
+
+
+def named(space, name):
+    return [e for e in space["space"] if e["config"]["name"] == name]
+
+
+def sample(space, seed):
+    hp = spaces.hyperparameters({"space": []}, {})
+    for offset, entry in enumerate(spaces.hyperparameters(space, {}).space):
+        hp.merge([entry])
+        if hp.is_active(entry):
+            hp.values[entry.name] = entry.random_sample(100 * seed + offset)
+    return hp
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_space_of_images_builds(explored, name):
+    """Whatever it proposes is a net of the task, compiled, with what was proposed."""
+    seen = set()
+    for seed in range(8):
+        hp = sample(explored[name], seed)
+        candidate = spaces.images(hp, TASKS[name])
+        model = candidate.build()
+        assert model.input_shape == (None, *TASKS[name].input_shape)
+        assert model.output_shape == (None, 10)
+        assert candidate.batch_size == hp.values["batch_size"]
+        rule = {"sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam", "adamw": "AdamW"}
+        assert type(model.optimizer).__name__ == rule[hp.values["optimizer"]]
+        norms = [y for y in model.layers if y.name.endswith("_norm")]
+        assert bool(norms) == (hp.values["normalization"] != "none")
+        if hp.values["normalization"] == "ghost":
+            assert norms[0].virtual_batch_size == hp.values["ghost_size"]
+            assert norms[0].momentum == hp.values["momentum"]
+        seen.add(hp.values["family"])
+    assert len(seen) > 1
+
+
+def test_space_has_no_mirrored_digits(explored):
+    assert named(explored["digits"], "augmentation")[0]["config"]["values"] == ["none", "shift"]
+    assert "flip" in named(explored["cifar10"], "augmentation")[0]["config"]["values"]
+
+
+def test_pin(explored):
+    space = spaces.pin(
+        explored["cifar10"], {"family": "cnn", "learning_rate": "0.002", "optimizer": "adam"}
+    )
+    for seed in range(5):
+        values = sample(space, seed).values
+        assert (values["family"], values["learning_rate"]) == ("cnn", 0.002)
+        assert not {"mlp_depth", "sgd_learning_rate", "fast_width"} & set(values)
+    with pytest.raises(SearchError, match=r"no 'famly' to fix\. It has: activation, "):
+        spaces.pin(explored["cifar10"], {"famly": "cnn"})
+    with pytest.raises(SearchError, match="family cannot be 'rnn': it is one of mlp, cnn, fast"):
+        spaces.pin(explored["cifar10"], {"family": "rnn"})
+    with pytest.raises(SearchError, match=r"it is between 0\.0001 and 0\.03"):
+        spaces.pin(explored["cifar10"], {"learning_rate": "3"})
+
+
+def test_narrow(explored):
+    def record(**values):
+        return TrialRecord(0, "completed", "", 0.5, values, {})
+
+    best = [
+        record(family="cnn", optimizer="adam", learning_rate=1e-3, cnn_width=16, dropout=0.1),
+        record(family="cnn", optimizer="adamw", learning_rate=4e-3, cnn_width=64, dropout=0.1),
+    ]
+    space = spaces.narrow(explored["cifar10"], best)
+    assert named(space, "family")[0]["config"]["values"] == ["cnn"]
+    assert not named(space, "mlp_depth")
+    assert not named(space, "sgd_learning_rate")
+    assert named(space, "cnn_width")[0]["config"]["values"] == [16, 32, 64]  # ordered: between
+    assert named(space, "optimizer")[0]["config"]["values"] == ["adam", "adamw"]
+    assert named(space, "dropout")[0]["config"]["values"] == [0.1]
+    rate = named(space, "learning_rate")[0]["config"]
+    tenth = 300**0.1  # of the whole range, on its logarithmic scale
+    assert rate["min_value"] == pytest.approx(1e-3 / tenth)
+    assert rate["max_value"] == pytest.approx(4e-3 * tenth)
+    for seed in range(5):
+        assert 1e-3 / tenth <= sample(space, seed).values["learning_rate"] <= 4e-3 * tenth
+
+
+def test_smoothed_crossentropy():
+    rng = np.random.default_rng(0)
+    logits, y = rng.normal(size=(6, 4)).astype("float32"), np.array([0, 1, 2, 3, 0, 1])
+    log_p = logits - np.log(np.exp(logits.astype("float64")).sum(1, keepdims=True))
+    target = 0.9 * np.eye(4)[y] + 0.1 / 4
+    expected = -(target * log_p).sum(1).mean()
+    assert float(tuning.SmoothedCrossentropy(0.1)(y, logits)) == pytest.approx(expected, rel=1e-6)
+    again = keras.losses.deserialize(keras.losses.serialize(tuning.SmoothedCrossentropy(0.1)))
+    assert again.label_smoothing == 0.1
+    with pytest.raises(ValueError, match="label_smoothing=1"):
+        tuning.SmoothedCrossentropy(1)
+
+
+# Settings and folders -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "imagenet"}, "data must be one of cifar10"),
+        ({"trials": 0}, "trials must be a whole number, at least 1. Received: trials=0"),
+        ({"validation": 1.0}, "between 0 and 1. Received: validation=1.0"),
+        ({"tuner": "hyperband", "prune": True}, "leave out prune"),
+        ({"trial_timeout": -1}, "trial_timeout must be a number above 0"),
+        ({"trails": 3}, "no option 'trails'"),
+        ({"families": []}, "families must name at least one"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(SearchError, match=message):
+        Settings.of(options)
+
+
+def test_what_may_change_when_a_search_is_resumed(tmp_path):
+    write_search(tmp_path, Settings(data="digits", trials=5), line())
+    settings = prepare(tmp_path, {"trials": 9}, resume=True, overwrite=False)
+    assert (settings.data, settings.trials) == ("digits", 9)
+    with pytest.raises(SearchError, match="another epochs: it began with 10, and now received 3"):
+        prepare(tmp_path, {"epochs": 3}, resume=True, overwrite=False)
+    assert prepare(tmp_path, {"epochs": 3}, resume=False, overwrite=True).epochs == 3
+    assert json.loads((tmp_path / "search.json").read_text())["settings"]["epochs"] == 10
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.txt").touch()
+    with pytest.raises(SearchError, match="holds other files and no search"):
+        prepare(tmp_path / "other", {}, resume=False, overwrite=True)
