@@ -131,6 +131,31 @@ def test_tutorial_2_on_the_data_that_is_there(tmp_path, no_data):
         assert after == pytest.approx(before, rel=1e-6)
 
 
+@pytest.mark.slow
+def test_tutorial_5_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
+    process = run("05_statistics.py", tmp_path, "--fast", **no_data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning" not in process.stderr.lower()
+    assert "NOT of CIFAR-10" in process.stdout
+    plots = ["nets", "corrupted", "samples"]
+    for plot in [*plots, *(f"corruptions_{part}" for part in ("source", "adapted", "gain"))]:
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["answers"]) == 4
+    assert answers["largest_difference_from_numpy"] < 1e-5
+    assert answers["mean_of_batch_variances"]["sorted"] < 0.5
+    assert answers["mean_of_batch_variances"]["shuffled"] == pytest.approx(0.9, abs=0.02)
+    assert "skewed" in answers["warning"]
+    results = Results.load(tmp_path)
+    for metric in ("test_accuracy", "reestimated_accuracy", "adapted_accuracy"):
+        assert results.values("3 layers, batch norm", metric).mean() > FLOOR_DIGITS
+    assert min(answers["clean"]) > FLOOR_DIGITS
+    source, adapted = (
+        results.values("contrast", f"{which}_accuracy").mean() for which in ("source", "adapted")
+    )
+    assert adapted > source + 0.1
+
+
 def test_a_typo_in_the_flags_is_an_error(tmp_path):
     process = run("01_batchnorm.py", tmp_path, "--fats")
     assert process.returncode == 2
