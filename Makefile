@@ -53,8 +53,8 @@ test: lint
 
 test-backends:
 	@$(MAKE) --no-print-directory -j2 .venv-jax/installed .venv-torch/installed
-	@$(MAKE) --no-print-directory test-jax
-	@$(MAKE) --no-print-directory test-torch
+	@echo "The core tests on JAX and on PyTorch, at the same time; each reports when it is done"
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-jax test-torch
 
 # What one process has compiled the other need not: a fifth of the time.
 JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv-jax/compiled \

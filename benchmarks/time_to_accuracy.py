@@ -27,7 +27,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_norm import datasets, experiments, recipes
+from keras_norm import experiments, recipes
 
 NORMALIZATIONS = {
     "fast": "fast",
@@ -36,7 +36,15 @@ NORMALIZATIONS = {
     ),
     "none": None,
 }
-METRICS = ("training_seconds", "compilation_seconds", "data_seconds", "gflops", "matmul_gflops")
+METRICS = (
+    "training_seconds",
+    "compilation_seconds",
+    "data_seconds",
+    "images_per_second",
+    "tflop",
+    "gflops",
+    "matmul_gflops",
+)
 
 
 def matmul_rate(size=2048, turns=7):
@@ -108,23 +116,21 @@ def draw(results, metric, path):
         pyplot.close(figure)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--recipes", nargs="+", choices=recipes.RECIPES, default=["cpu-4min"])
     parser.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["fast"])
     parser.add_argument("--seeds", type=int, default=3, help="number of them (default: 3)")
     parser.add_argument("--validation", type=int, default=0, help="images held out to judge by")
+    parser.add_argument("--data", default="cifar10", help="data set (default: cifar10)")
     parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
     parser.add_argument("--dtype-policy", default="float32")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("results/time_to_accuracy")
     )
-    arguments = parser.parse_args()
-    data = datasets.load(
-        "cifar10",
-        data_dir=arguments.data_dir,
-        standardize="channel",
-        validation=arguments.validation,
+    arguments = parser.parse_args(argv)
+    data = recipes.load(
+        arguments.data, data_dir=arguments.data_dir, validation=arguments.validation
     )
     print(data)
     settings = {
@@ -150,8 +156,8 @@ def main():
     )
     part = "validation" if arguments.validation else "test"
     accuracies = [f"{part}_accuracy", f"{part}_accuracy_views"]
-    print(results.table(*accuracies, digits=4))
-    print(results.table("tflop", "images_per_second", *METRICS, digits=1))
+    print(results.table(accuracies, digits=4))
+    print(results.table(METRICS, digits=1))
     draw(results, accuracies[-1], arguments.out / "time_to_accuracy.png")
     print(f"Written to {arguments.out}; {experiments.describe_machine()['summary']}")
 

@@ -178,7 +178,7 @@ On the right the ravine is turned by 45 degrees, and so is the start; rates and 
 """
 
 # %%
-STEPS = arguments.choose(fast=30, default=60, full=60)
+STEPS = arguments.choose(fast=20, default=60, full=60)
 START = np.array([-4.0, 1.6])
 STEEPNESS = np.array([0.1, 2.0])
 TURN = np.sqrt(0.5) * np.array([[1.0, -1.0], [1.0, 1.0]])  # by 45 degrees
@@ -314,7 +314,7 @@ def compiled(rule, normalization):
 
 
 def train(settings, seed, progress):
-    """One run on the 4,000 images; training and validation accuracy after each epoch."""
+    """One run on the 4,000 images; training and validation accuracy after its epochs."""
     model = compiled(settings["rule"], settings["normalization"])
     models.restart(model, seed, settings["learning_rate"])
     history = experiments.train_on_arrays(
@@ -324,6 +324,7 @@ def train(settings, seed, progress):
         batch_size=BATCH_SIZE,
         seed=seed,
         evaluate=parts,
+        every=arguments.choose(fast=2, default=1, full=1),
         progress=progress,
     )
     final = {name: values[-1] for name, values in history.items() if name != "epoch"}
@@ -514,7 +515,7 @@ the step.
 
 
 # %%
-HAND_STEPS = arguments.choose(fast=60, default=200, full=200)
+HAND_STEPS = arguments.choose(fast=40, default=200, full=200)
 cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -676,7 +677,7 @@ CYCLE_EPOCHS = arguments.choose(fast=4, default=8, full=20)
 cyclical_context = {"data": data.title, "images": len(data.train), "batch_size": BATCH_SIZE}
 
 range_test = callbacks.LearningRateRangeTest(
-    1e-5, 1.0, steps=arguments.choose(fast=100, default=300, full=450)
+    1e-5, 1.0, steps=arguments.choose(fast=60, default=300, full=450)
 )
 keras.utils.set_random_seed(0)
 range_model = cyclical_model(cyclical("Adam", "batch", 1e-3, 1e-3, CYCLE_EPOCHS, 0.6))
@@ -700,7 +701,7 @@ after short trainings of two cycles; and which penalty, after full ones at that 
 # %%
 MAXIMA = arguments.choose(fast=[3e-3], default=[1e-3, 1e-2], full=[1e-3, 3e-3, 1e-2])
 PENALTIES = arguments.choose(fast=[1e-3], default=[1e-3], full=[2e-4, 1e-3, 5e-3])
-SHORT_EPOCHS = arguments.choose(fast=2, default=4, full=4)
+SHORT_EPOCHS = arguments.choose(fast=1, default=4, full=4)
 
 
 def cycles_of(rule, maxima, penalties, epochs, decay):
