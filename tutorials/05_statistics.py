@@ -383,9 +383,9 @@ for test, p in KTH_TESTS.values():
 LABELS = {
     "test_accuracy": "test accuracy (fraction)",
     "accuracy": "accuracy (fraction)",
-    "source": "accuracy, statistics of clean images",
-    "gain": "gain by adapted statistics (fraction)",
-    "samples": "unlabelled images of the target domain",
+    "source": "accuracy (fraction)",
+    "adapted": "accuracy (fraction)",
+    "gain": "gain (fraction)",
 }
 plotting.bars(
     rows,
@@ -443,7 +443,6 @@ def target(kind, strength, count):
 
 
 judged_classes, other_classes = np.split(data.test.y[ORDER], [JUDGED])
-LABELS["adapted"] = f"accuracy, statistics of {ADAPTED:,} such images"
 plotting.image_grid(
     [corrupted("none", 0, 5)[4], *(corrupted(kind, 3, 5)[4] for kind in KINDS)],
     ["none", *(kind.replace("_", " ") for kind in KINDS)],
@@ -565,7 +564,12 @@ cells = experiments.Results(
         for strength in STRENGTHS
     ]
 )
-for metric in ("source", "adapted", "gain"):
+TITLES = {
+    "source": "Statistics of clean images",
+    "adapted": f"Statistics of {ADAPTED:,} such images",
+    "gain": "Gain by adaptation",
+}
+for metric, title in TITLES.items():
     plotting.heatmap(
         cells,
         "strength",
@@ -573,7 +577,7 @@ for metric in ("source", "adapted", "gain"):
         metric,
         labels=LABELS,
         digits=2,
-        title=f"Convolutional net, {data.title}, n = {len(fewer_seeds)}",
+        title=f"{title}, {data.title}, n = {len(fewer_seeds)}",
         path=out / f"corruptions_{metric}.png",
     )
 
@@ -680,13 +684,21 @@ unadapted = run(
     context=cnn_context,
 )
 UNADAPTED = unadapted.values("clean statistics", "accuracy")
-plotting.sweep(
-    by_size,
-    "samples",
-    "accuracy",
-    group="prior",
-    published={"clean statistics": {"accuracy": (float(UNADAPTED.mean()), "no adaptation")}},
-    labels={**LABELS, **{str(prior): f"prior {prior}" for prior in PRIORS}},
+plotting.lines(
+    SIZES,
+    {
+        f"prior {prior}": np.stack(
+            [by_size.values(f"{size} images, prior {prior}", "accuracy") for size in SIZES], axis=1
+        )
+        for prior in PRIORS
+    },
+    xlabel="unlabelled images of the domain",
+    ylabel="accuracy (fraction)",
+    xscale="log",
+    reference={
+        "not adapted": float(UNADAPTED.mean()),
+        "clean images": float(CLEAN.mean()),
+    },
     title=f"Noise and low contrast at strength 4, {data.title}",
     path=out / "samples.png",
 )
