@@ -11,7 +11,7 @@ from keras_norm import datasets, models, optimizers
 from keras_norm.ensembles import train_together
 from keras_norm.layers import BatchNormalization
 
-SEEDS = (3, 4, 5)
+SEEDS = (3, 4)
 BATCH_SIZE, EPOCHS = 20, 2
 
 
@@ -53,11 +53,7 @@ def alone(model, x, y, seed, optimizer):
 
 @pytest.mark.parametrize(
     ("options", "optimizer"),
-    [
-        ({}, sgd),
-        ({"normalization": None}, sgd),
-        ({"placement": "after"}, lambda: optimizers.Adam(0.01)),
-    ],
+    [({}, sgd), ({"placement": "after"}, lambda: optimizers.Adam(0.01))],
 )
 def test_each_net_is_what_it_would_be_alone(options, optimizer):
     x, y = problem()
