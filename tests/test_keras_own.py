@@ -34,6 +34,7 @@ def passed_and_failed(result, name):
 
 @pytest.mark.core
 @pytest.mark.slow
+@pytest.mark.slow_on_jax
 def test_all_pass():
     result = run()
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
