@@ -22,8 +22,8 @@ that each rule can stand.
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to. With neither network nor folder: the digits that come with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` 2 minutes (10,000 images), the default about 10, `--full` two to
-three hours (five seeds, all rates; it can be interrupted and goes on where it was).
+**Needs** on two CPU cores: `--fast` 2 minutes (10,000 images), the default about 10, `--full` two
+to three hours (five seeds, all rates; it can be interrupted and goes on where it was).
 
 **Expect** of the net of five times 100 on 4,000 images, and of the three-layer net with Adam and
 decaying cycles: see the results table of the README, which `--full` reproduces.
