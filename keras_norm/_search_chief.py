@@ -430,8 +430,12 @@ def _attend(channel: Channel, oracle: Any, attendance: _Attendance) -> None:
             oracle.closing = True
         while oracle.events:
             channel.send(oracle.events.popleft())
-        for worker in attendance.tick():
-            oracle.release(worker)
+        if oracle.lock.acquire(blocking=False):  # else nobody could be heard at present
+            try:
+                for worker in attendance.tick():
+                    oracle.release(worker)
+            finally:
+                oracle.lock.release()
         if attendance.over() and not oracle.ongoing_trials:
             time.sleep(2 * _TICK)  # for the last answer to arrive
             channel.send({"over": {"refused": oracle.refused, "exhausted": oracle.exhausted}})

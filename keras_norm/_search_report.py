@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["importance", "write_report"]
 
 _GREY = "#9a9a9a"
-_MOST_AXES = 11  # of the parallel coordinates
+_MOST_AXES = 8  # of the parallel coordinates
+_MOST_BARS = 15  # of the importance
 _LEAST_FOR_IMPORTANCE = 12  # trials
 _METRICS = ("val_accuracy", "val_loss", "accuracy", "loss", "seconds", "parameters", "flops")
 
@@ -100,15 +101,16 @@ def importance(trials: Sequence[TrialRecord]) -> dict[str, tuple[float, float]]:
     rises: dict[str, list[float]] = {name: [] for name in columns}
     errors, rng = np.empty_like(y), np.random.default_rng(0)
     for rest, part in KFold(5, shuffle=True, random_state=0).split(x):
-        forest = RandomForestRegressor(200, min_samples_leaf=2, random_state=0)
+        forest = RandomForestRegressor(100, min_samples_leaf=2, random_state=0)
         forest.fit(x[rest], y[rest])
         errors[part] = (forest.predict(x[part]) - y[part]) ** 2
         for name, low, high in zip(columns, places[:-1], places[1:], strict=True):
-            for _ in range(10):
-                shuffled = x[part].copy()
-                shuffled[:, low:high] = rng.permutation(shuffled[:, low:high])
-                worse = np.mean((forest.predict(shuffled) - y[part]) ** 2)
-                rises[name].append(float((worse - errors[part].mean()) / y.var()))
+            shuffled = np.tile(x[part], (10, 1, 1))  # (10, n, columns)
+            for copy in shuffled:
+                copy[:, low:high] = rng.permutation(copy[:, low:high])
+            predicted = forest.predict(shuffled.reshape(-1, x.shape[1])).reshape(10, -1)
+            worse = ((predicted - y[part]) ** 2).mean(axis=1)
+            rises[name] += list((worse - errors[part].mean()) / y.var())
     found = {name: (float(np.mean(r)), float(np.std(r))) for name, r in rises.items()}
     ordered = dict(sorted(found.items(), key=lambda item: -item[1][0]))
     return {"": (1 - float(errors.mean() / y.var()), 0.0), **ordered}
@@ -251,8 +253,8 @@ def _progress(search: Search) -> Figure:
 
 
 _PARETO = (
-    "Accuracy, seconds and parameters at once: on the line between the large points, no trial is "
-    "better in one of the three without being worse in another."
+    "Accuracy, seconds and parameters at once: nothing is better than one of the large points in "
+    "one of the three without being worse in another."
 )
 
 
@@ -269,7 +271,7 @@ def _pareto(search: Search) -> Figure:
         )
 
     x, y, _ = points(rest)
-    axes.plot(x, y, "o", color=_GREY, label="beaten in all three")
+    axes.plot(x, y, "o", color=_GREY, label="other trials")
     x, y, sizes = points(front)
     from matplotlib.colors import LogNorm
 
@@ -282,7 +284,7 @@ def _pareto(search: Search) -> Figure:
     figure.colorbar(drawn, ax=axes, label="parameters")
     axes.set(xlabel="training (s)", ylabel=_label("val_accuracy"), xscale="log")
     if rest:
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper right")
     return figure
 
 
@@ -330,7 +332,7 @@ def _parallel(search: Search, weights: dict[str, tuple[float, float]]) -> Figure
     names = names[:_MOST_AXES]
     if not names or len(scored) < 2:
         return None
-    figure, axes = _axes(1.15 * len(names) + 2.4, 4.8)
+    figure, axes = _axes(1.2 * len(names) + 2.0, 5.0)
     scales = [_scale([t.values.get(n) for t in scored]) for n in names]
     scales.append(_scale([t.score for t in scored]))
     sign = 1 if search.settings.direction == "max" else -1
@@ -345,9 +347,9 @@ def _parallel(search: Search, weights: dict[str, tuple[float, float]]) -> Figure
         axes.axvline(place, color="black", linewidth=0.7, zorder=0)
         behind = {"color": "white", "alpha": 0.65, "pad": 0.6, "linewidth": 0}
         for height, text in ticks:
-            axes.text(place + 0.04, height, text, fontsize=7.5, va="center", bbox=behind)
+            axes.text(place + 0.04, height, text, fontsize=9.5, va="center", bbox=behind)
     labels = [*map(_words, names), _words(search.settings.objective)]
-    axes.set_xticks(range(len(labels)), labels, rotation=28, ha="right")
+    axes.set_xticks(range(len(labels)), labels, rotation=28, ha="right", fontsize=10.5)
     axes.set(xlim=(-0.15, len(names) + 0.6), yticks=[])
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
@@ -377,14 +379,15 @@ def _importance_text(weights: dict[str, tuple[float, float]], count: int) -> str
     r2 = weights[""][0]
     text = (
         "How much a random forest's error in predicting the score rises when the values of one "
-        f"hyperparameter are shuffled (five-fold, {count} trials; bars: ± 1 standard deviation). "
+        f"hyperparameter are shuffled (five-fold, {count} trials, pruned ones with what they had "
+        f"reached; bars: ± 1 standard deviation; at most {_MOST_BARS} are shown). "
         f"The forest's R² on trials that it had not seen is {r2:.2f}"
     )
     return text + (": it predicts nothing, so these bars mean nothing." if r2 <= 0 else ".")
 
 
 def _importance(weights: dict[str, tuple[float, float]]) -> Figure | None:
-    named = {n: w for n, w in weights.items() if n}
+    named = dict([(n, w) for n, w in weights.items() if n][:_MOST_BARS])
     if not named:
         return None
     figure, axes = _axes(6.4, 0.3 * len(named) + 1.2)

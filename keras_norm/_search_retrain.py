@@ -321,11 +321,9 @@ test accuracy **{_spread(tested)}**{spread}, n = {data["test"]:,} test images.{o
 
 ```python
 import keras
-import keras_norm.tuning
-from keras_norm import models, optimizers  # the layers and rules that the file names
+from keras_norm import models  # makes the layers known that the file names
 
-keras_norm.tuning.SmoothedCrossentropy
-model = keras.models.load_model("model.keras")
+model = keras.models.load_model("model.keras", compile=False)
 mean, std = {_numbers(data["mean"])}, {_numbers(data["std"])}
 logits = model.predict((pixels / 255 - mean) / std)  # pixels: (N, {height}, {width}, {channels})
 ```

@@ -173,15 +173,19 @@ class _Owner:
         """Loads the data, finds the space, and writes search.json; or checks it."""
         spec = {"settings": self.settings.to_dict()}
         self._preload(spec)
-        self.space = self._answer("keras_norm._search_trial:describe_space", spec)["space"]
-        if resume and read_search(self.out)["space"] != self.space:
-            raise SearchError(
-                "A search cannot be resumed with another space: the hyperparameters of "
-                f"{self.settings.space!r} are not those it began with."
-            )
+        answer = self._answer("keras_norm._search_trial:describe_space", {**spec, "resume": resume})
+        self.space, whole = answer["space"], answer["whole"]
+        if resume:
+            saved = read_search(self.out)
+            if saved["whole_space"] != whole:
+                raise SearchError(
+                    "A search cannot be resumed with another space: the hyperparameters of "
+                    f"{self.settings.space!r} are not those it began with."
+                )
+            self.space = saved["space"]
         if overwrite:
             clear(self.out)
-        write_search(self.out, self.settings, self.space)
+        write_search(self.out, self.settings, self.space, whole)
 
     def _preload(self, spec: dict[str, Any]) -> None:
         self.display.note("Importing TensorFlow and reading the data ...")
@@ -435,7 +439,7 @@ class _Display:
             return
         if not self.headed:
             self.headed = True
-            self._write(_line("trial", "status", self.settings.objective, "epochs", "s", "weights"))
+            self._write(_line("trial", "status", "score", "epochs", "s", "weights"))
         numbers = {k: event[k] for k in ("score", "seconds", "parameters")}
         cells = {
             "score": "" if numbers["score"] is None else f"{numbers['score']:.4f}",

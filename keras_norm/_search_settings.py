@@ -97,6 +97,8 @@ class Settings:
             raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}.")
         for family in self.families:
             _one_of("families", family, FAMILIES)
+        if "fast" in self.families and self.data == "digits":
+            raise SearchError("The family 'fast' needs images larger than those of digits.")
         for name in ("trials", "epochs", "prune_after", "prune_least", "refine_top"):
             _at_least(name, getattr(self, name), 1)
         _at_least("factor", self.factor, 2)
@@ -262,11 +264,14 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def write_search(out: Path, settings: Settings, space: Mapping[str, Any]) -> None:
-    """Writes search.json."""
+def write_search(
+    out: Path, settings: Settings, space: Mapping[str, Any], whole: Mapping[str, Any]
+) -> None:
+    """Writes search.json: the space as it is searched, and the whole one that it is a part of."""
     content = {
         "settings": settings.to_dict(),
         "space": space,
+        "whole_space": whole,
         "machine": describe_machine(),
     }
     with replace_file(out / "search.json") as temporary:

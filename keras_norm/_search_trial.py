@@ -27,7 +27,13 @@ import numpy as np
 from keras_norm import datasets, statistics
 from keras_norm._kinds import has_statistics
 from keras_norm._search_process import Channel, can_fork
-from keras_norm._search_settings import SearchError, Settings
+from keras_norm._search_settings import (
+    SearchError,
+    Settings,
+    ranked,
+    read_search,
+    read_trials,
+)
 from keras_norm._search_space import (
     Candidate,
     Task,
@@ -153,19 +159,19 @@ def task_of(settings: Settings, data: datasets.Data) -> Task:
 
 def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
     """A process that sends the search's space: of the task, narrowed and with what is fixed."""
-    from keras_norm._search_settings import ranked, read_search, read_trials
 
     settings = Settings.of(spec["settings"])
     try:
-        space = explore(settings, task_of(settings, load(settings)))
-        if settings.refine is not None:
+        whole = explore(settings, task_of(settings, load(settings)))
+        space: Mapping[str, Any] = whole
+        if settings.refine is not None and not spec["resume"]:
             earlier = Path(settings.refine)
             direction = Settings.of(read_search(earlier)["settings"]).direction
             best = ranked(read_trials(earlier), direction)[: settings.refine_top]
             if not best:
-                raise ValueError(f"refine={settings.refine!r} holds no finished trial.")
-            space = narrow(space, best)
-        channel.send({"space": pin(space, settings.fixed)})
+                raise SearchError(f"refine={settings.refine!r} holds no finished trial.")
+            space = narrow(whole, best)
+        channel.send({"space": pin(space, settings.fixed), "whole": whole})
     except Exception as error:
         traceback.print_exc()
         channel.send({"error": brief(error)})

@@ -186,7 +186,7 @@ def _conclude(found: Any, out: str) -> None:
     failed = sum(t.status == "failed" for t in found.trials)
     print(f"\n{len(found.trials)} trials, {failed} of them failed.")
     for trial in found.best(3):
-        print(f"  #{trial.number}: {trial.score:.4f}  {describe(trial.hyperparameters)}")
+        print(f"  #{trial.number}: {trial.score:.4f}  {describe(trial.hyperparameters)[:120]}")
     print(f"\nkeras-norm report {shlex.quote(out)}\nkeras-norm retrain {shlex.quote(out)} --top 1")
 
 
