@@ -69,6 +69,8 @@ _MARKERS = "os^DvPX*<p"
 _DASHES = [(0, (6, 3)), (0, (3, 2)), (0, (8, 2, 2, 2)), (0, (2, 1))]
 _BAND = "mean, band: ± 1 standard deviation over n seeds"
 _GREY = "#444444"
+_DPI_MOVING = 72
+_FRAMES_PER_SECOND = 12
 
 
 # ---------------------------------------------------------------------------- house style
@@ -1073,17 +1075,36 @@ def _contours(
 
 
 def _animate(figure: Figure, drawn: Sequence[Any], path: str | os.PathLike[str]) -> None:
-    """Write the paths as they grow; the lines are whole again afterwards."""
-    from matplotlib.animation import PillowWriter
+    """Write the paths as they grow; the lines are whole again afterwards.
 
-    frames = max(len(at) for _, _, at in drawn)
-    writer = PillowWriter(fps=12)
-    with replace_file(path) as temporary, writer.saving(figure, str(temporary), dpi=72):
-        for frame in range(1, frames + 1):
-            for line, cross, at in drawn:
-                line.set_data(*at[:frame].T)
-                cross.set_data(*at[:frame][-1:].T)
-            writer.grab_frame()
+    What stands still is drawn once: most of a frame's time is that of axes and contours.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    artists = [artist for line, cross, _ in drawn for artist in (line, cross)]
+    kept, dpi = figure.canvas, figure.dpi
+    figure.set_dpi(_DPI_MOVING)
+    canvas = FigureCanvasAgg(figure)
+    for artist in artists:
+        artist.set_animated(True)
+    canvas.draw()
+    background, frames = canvas.copy_from_bbox(figure.bbox), []
+    for length in range(1, max(len(at) for _, _, at in drawn) + 1):
+        canvas.restore_region(background)
+        for line, cross, at in drawn:
+            line.set_data(*at[:length].T)
+            cross.set_data(*at[:length][-1:].T)
+        for artist in artists:
+            artist.axes.draw_artist(artist)
+        frames.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
+    for artist in artists:
+        artist.set_animated(False)
+    figure.set_canvas(kept)
+    figure.set_dpi(dpi)
+    timing: dict[str, Any] = {"duration": round(1000 / _FRAMES_PER_SECOND), "loop": 0}
+    with replace_file(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], **timing)
 
 
 def image_grid(
