@@ -132,6 +132,7 @@ class Nursery:
             for channel in to_close:
                 channel.close()
             ours.close()
+            _introduce("kn-nursery")
             _serve(Channel(theirs))
         theirs.close()
         return cls(Channel(ours), pid)
