@@ -9,6 +9,8 @@ from pathlib import Path
 import keras
 import pytest
 
+from keras_norm.experiments import Results
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -83,10 +85,9 @@ def test_gpu_is_refused_without_one():
 def test_time_to_accuracy(tmp_path):
     options = ["--recipes", "smoke", "--data", "digits", "--validation", "300", "--seeds", "1"]
     printed = run("time_to_accuracy.py", *options, "--out", tmp_path)
-    with (tmp_path / "results.csv").open() as file:
-        row = list(csv.DictReader(file))[-1]
-    assert float(row["final.validation_accuracy"]) > 0.3
-    assert float(row["final.matmul_gflops"]) > 0
+    (entry,) = Results.load(tmp_path).runs
+    assert entry.value("validation_accuracy") > 0.3
+    assert entry.value("matmul_gflops") > 0
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.npz"))
     assert "validation_accuracy_views" in printed

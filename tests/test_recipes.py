@@ -10,7 +10,7 @@ from arrays import array
 
 from keras_norm import datasets, recipes
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.xdist_group("recipes")]
 
 SMALL = recipes.Recipe(
     name="small", widths=(16, 16), epochs=3, batch_size=32, learning_rate=12.0, flip="none", shift=0

@@ -22,6 +22,7 @@ from keras_norm import datasets, tuning
 from keras_norm.tuning import SearchError
 
 pytestmark = [
+    pytest.mark.slow,  # all of them: tests between them would have the shared search made again
     pytest.mark.xdist_group("tuning"),
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
 ]
@@ -201,7 +202,6 @@ def start(out, space, workers, *flags):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.slow
 def test_killed_worker_chief_and_search(folder, undisturbed, notes, monkeypatch):
     """Equal to the undisturbed search, apart from times; no epoch but the running one is lost."""
     monkeypatch.setenv("PAUSE", "0.3")
@@ -345,7 +345,6 @@ def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
         assert b"learning_rate" in content
 
 
-@pytest.mark.slow
 def test_retrain_tests_once_and_can_be_loaded(undisturbed, tmp_path):
     out = tmp_path / "retrained"
     card = tuning.retrain(undisturbed, seeds=2, epochs=4, out=out, progress=False)
