@@ -44,6 +44,9 @@ _PRELOAD = (
 _FRESH = "import sys; from keras_norm import _search_process as p; sys.exit(p.{}(*sys.argv[1:]))"
 
 
+_PATIENCE = 10.0  # seconds for a nursery to end by itself
+
+
 class Channel:
     """Messages, dicts, one line of JSON each, over a connected socket."""
 
@@ -164,8 +167,9 @@ class Nursery:
         if isinstance(self._process, int):
             os.waitpid(self._process, 0)
             return
-        if not self._asked:  # it may still be importing
-            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE if self._asked else 0)
+        self._process.kill()  # it may still be importing; on Linux its children die with it
         self._process.wait()
 
 

@@ -109,7 +109,7 @@ def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
         nursery = int(own.read_text().split()[0])
         time.sleep(0.5)
         search.send_signal(signal.SIGINT)
-        said = search.communicate(timeout=180)[1]  # first it imports TensorFlow to the end
+        said = search.communicate(timeout=120)[1]
     finally:
         search.kill()
         search.communicate()
