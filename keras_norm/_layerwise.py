@@ -869,6 +869,7 @@ def _remembered(
 _OF_THE_TRAINER = frozenset(  # what `fit` and its like note down; no function of ours reads it
     ["train_function", "test_function", "predict_function"]
     + ["steps_per_execution", "unrolled_steps_per_execution"]
+    + ["training"]  # of PyTorch's modules
 )
 
 
