@@ -4,7 +4,6 @@ import json
 import math
 
 import keras
-import keras_tuner
 import numpy as np
 import pytest
 
@@ -14,6 +13,8 @@ from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
 from keras_norm._search_settings import hyperband, prepare, record_of, write_search
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
+
+keras_tuner = pytest.importorskip("keras_tuner", reason="not in the environments of the core tests")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:keras_tuner")
 
