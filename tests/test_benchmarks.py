@@ -2,11 +2,11 @@
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import keras
 import pytest
 
 from keras_norm.experiments import Results
@@ -14,21 +14,20 @@ from keras_norm.experiments import Results
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(script, *arguments):
-    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
-    result = subprocess.run(
-        [sys.executable, BENCHMARKS / script, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script as the command line does, in this process; returns what it prints."""
+
+    def run_script(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
 
 
 @pytest.mark.parametrize("compiled", ["graph", "eager"])
-def test_layers(tmp_path, compiled):
+def test_layers(run, tmp_path, compiled):
     options = ["--repeats", "3", "--shapes", "8,4,4,16", "--compiled", compiled]
     printed = run("layers.py", "--layers", "batch", "group", *options, "--out", tmp_path)
     with (tmp_path / "layers.csv").open() as file:
@@ -43,7 +42,7 @@ def test_layers(tmp_path, compiled):
     assert "group, inference: Keras/ours, geometric mean" in printed
 
 
-def test_training(tmp_path):
+def test_training(run, tmp_path):
     printed = run("training.py", "--nets", "mlp 5x100", "--turns", "3", "--out", tmp_path)
     with (tmp_path / "training.csv").open() as file:
         (row,) = csv.DictReader(file)
@@ -52,7 +51,7 @@ def test_training(tmp_path):
     assert "ours/Keras" in printed
 
 
-def test_reestimation(tmp_path):
+def test_reestimation(run, tmp_path):
     options = ["--nets", "lenet", "--images", "20", "--turns", "3", "--out", tmp_path]
     printed = run("reestimation.py", *options)
     with (tmp_path / "reestimation.csv").open() as file:
@@ -65,7 +64,7 @@ def test_reestimation(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_memory():
+def test_memory(run):
     printed = run("memory.py", "--shape", "64,32,32,16", "--repeats", "1")
     assert "ours / Keras's" in printed
 
@@ -82,7 +81,7 @@ def test_gpu_is_refused_without_one():
     assert "no GPU is in sight" in result.stderr or "is installed" in result.stderr
 
 
-def test_time_to_accuracy(tmp_path):
+def test_time_to_accuracy(run, tmp_path):
     options = ["--recipes", "smoke", "--data", "digits", "--validation", "300", "--seeds", "1"]
     printed = run("time_to_accuracy.py", *options, "--out", tmp_path)
     (entry,) = Results.load(tmp_path).runs
