@@ -3,6 +3,9 @@
 # make test-backends  the core tests on JAX and on PyTorch, each in an environment of its own
 # make test-implementations  the layers' tests under every implementation that can be forced
 # make bench          benchmarks of layers, training and memory (nothing else should be running)
+# make results        RESULTS.md from the runs saved in docs/results
+# make docs           the pages, into docs/_build/html, in an environment of their own
+# make notebooks      the tutorials as notebooks, on the runs saved in docs/results, for the pages
 # Environments are made when they are missing, or older than pyproject.toml, and only then.
 
 PYTHON ?= python3
@@ -17,7 +20,8 @@ export PYTHONUNBUFFERED := 1
 WORKERS ?= auto
 PYTEST := -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 
-.PHONY: tutorial test test-backends test-implementations test-jax test-torch lint bench clean
+.PHONY: tutorial test test-backends test-implementations test-jax test-torch lint bench clean \
+	results docs notebooks
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -26,6 +30,13 @@ PYTEST := -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
 	@.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@
+
+.venv-docs/installed: pyproject.toml
+	@echo "Making the environment .venv-docs (once; a few minutes)"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) --editable '.[docs,notebooks]'
 	@touch $@
 
 # --no-deps: the core group stands in for the dependencies, without TensorFlow.
@@ -86,5 +97,21 @@ bench: .venv/installed
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/training.py
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/memory.py --layers batch layer rms group
 
+results: .venv/installed
+	@.venv/bin/python docs/report.py
+
+# Warnings are errors, among them links to pages, headings and functions that are not there; links
+# to files are checked by the second command, which lists those to other sites.
+docs: .venv-docs/installed
+	@.venv-docs/bin/sphinx-build --quiet --fail-on-warning --keep-going -d docs/_build/doctrees \
+		-b html docs docs/_build/html
+	@.venv-docs/bin/sphinx-build --quiet -d docs/_build/doctrees -b linkcheck docs docs/_build/links
+	@echo "Open docs/_build/html/index.html; links to other sites: docs/_build/links/output.txt"
+
+TUTORIALS ?= $(basename $(notdir $(wildcard tutorials/[0-9][0-9]*_*.py)))
+
+notebooks: .venv-docs/installed
+	@KERAS_BACKEND=tensorflow .venv-docs/bin/python docs/notebooks.py $(TUTORIALS)
+
 clean:
-	rm -rf .venv .venv-jax .venv-torch build *.egg-info
+	rm -rf .venv .venv-jax .venv-torch .venv-docs build docs/_build docs/_pages *.egg-info
