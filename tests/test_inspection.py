@@ -1,0 +1,200 @@
+"""What is measured inside a net, held against NumPy; and that looking leaves no trace."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_norm import models
+from keras_norm._gradients import float64_promotion
+from keras_norm.inspection import (
+    LEVELS,
+    Distribution,
+    InsideMonitor,
+    along_gradient,
+    covariate_shift,
+    distributions,
+)
+from keras_norm.layers import Dropout
+
+pytestmark = pytest.mark.core
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(12, 3)), RNG.normal(size=(12, 2))
+
+
+def linear(*widths):
+    """A net of dense layers without biases, with the mean squared error, in float64."""
+    keras.utils.set_random_seed(0)
+    options = {"use_bias": False, "dtype": "float64"}
+    layers = [keras.layers.Dense(n, name=f"d{n}", **options) for n in widths]
+    model = keras.Sequential([keras.Input((3,), dtype="float64"), *layers])
+    model.compile("sgd", keras.losses.MeanSquaredError(dtype="float64"))
+    return model
+
+
+@pytest.fixture
+def float64():
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    with float64_promotion():
+        yield
+    keras.config.set_floatx(before)
+
+
+def classifier(normalization="batch"):
+    keras.utils.set_random_seed(0)
+    model = models.MLP((6, 5), normalization, input_shape=(3,), classes=3, dropout=0.2)
+    model.compile(
+        keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return model
+
+
+def state(model):
+    return [np.array(v.numpy()) for v in model.variables]
+
+
+INPUTS = X.astype("float32"), np.arange(12) % 3
+
+
+def test_a_quadratic_loss_along_its_gradient(float64):
+    model = linear(2)
+    w = np.array(model.get_weights()[0])
+    hessian = X.T @ X / 12  # of the mean over 12 examples and 2 outputs: 2 / 24 X^T X
+
+    def loss(w):
+        return np.mean((X @ w - Y) ** 2)
+
+    g = X.T @ (X @ w - Y) / 12
+    lengths = [0.1, 0.5]
+    found = along_gradient(model, X, Y, lengths)
+    assert found.loss == pytest.approx(loss(w), rel=1e-12)
+    assert found.gradient_norm == pytest.approx(np.linalg.norm(g), rel=1e-12)
+    np.testing.assert_allclose(found.losses, [loss(w - t * g) for t in lengths], rtol=1e-12)
+    change = np.linalg.norm(hessian @ g)
+    np.testing.assert_allclose(found.changes, [t * change for t in lengths], rtol=1e-9)
+    assert found.smoothness == pytest.approx(change / np.linalg.norm(g), rel=1e-9)
+
+
+def test_covariate_shift_of_two_layers(float64):
+    model = linear(4, 2)
+    a, b = (np.array(w) for w in model.get_weights())
+
+    def gradient_of_b(a):
+        return (X @ a).T @ (X @ a @ b - Y) / 12
+
+    g = X.T @ (X @ a @ b - Y) @ b.T / 12
+    before, after = gradient_of_b(a), gradient_of_b(a - 0.3 * g)
+    found = covariate_shift(model, X, Y, 0.3)
+    assert (found["d4"].shift, found["d4"].cosine) == (0.0, 1.0)
+    shift = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert found["d2"].shift == pytest.approx(shift, rel=1e-10)
+    cosine = np.sum(after * before) / np.linalg.norm(after) / np.linalg.norm(before)
+    assert found["d2"].cosine == pytest.approx(cosine, rel=1e-10)
+
+
+def test_distributions_of_a_linear_net(float64):
+    model = linear(4, 2)
+    a, b = (np.array(w) for w in model.get_weights())
+    found = distributions(model, X, Y)
+    outputs, gradient = X @ a, (X @ a @ b - Y) @ b.T  # of an example: 2 / 2 outputs
+    first = found["d4"]
+    np.testing.assert_allclose(first.mean, outputs.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(first.std, outputs.std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(first.quantiles, np.quantile(outputs, LEVELS), rtol=1e-12)
+    assert first.gradient_rms == pytest.approx(np.sqrt(np.mean(gradient**2)), rel=1e-12)
+    np.testing.assert_allclose(
+        first.gradient_quantiles, np.quantile(gradient, LEVELS), rtol=1e-10, atol=1e-15
+    )
+    assert list(found) == ["d4", "d2"]
+
+
+def test_drift_and_scale_are_those_of_shifted_and_stretched_channels():
+    a = RNG.normal(3, 2, (1000, 2))
+    a = (a - a.mean(axis=0)) / a.std(axis=0)
+    b = np.concatenate([a, np.zeros((1000, 1))], axis=1)  # a dead channel, left out
+    before, after = (Distribution.of(v, v) for v in (b, b * [2, 8, 0] + [3, 4, 1]))
+    drift, scale = after.since(before)
+    assert drift == pytest.approx(np.sqrt((9 + 16) / 2))
+    assert scale == pytest.approx(4)
+    dead = Distribution.of(b[:, 2:], b[:, 2:])
+    assert np.isnan(dead.since(dead)).all()
+    assert dead.zeros == 1
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("normalization", ["batch", None])
+def test_looking_leaves_no_trace(normalization):
+    model = classifier(normalization)
+    before = state(model)
+    along_gradient(model, *INPUTS, [0.1, 1.0])
+    covariate_shift(model, *INPUTS, 0.1)
+    distributions(model, *INPUTS)
+    for old, new in zip(before, state(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.slow_on_jax
+def test_the_monitor_sees_training_and_does_not_disturb_it():
+    x, y = RNG.normal(size=(40, 3)).astype("float32"), np.arange(40) % 3
+    weights, losses = [], []
+    monitor = InsideMonitor(*INPUTS, every=3, layers=["dense2_norm"], shifts=["dense2"])
+    for callbacks in ([], [monitor]):
+        model = classifier()
+        losses += model.fit(x, y, batch_size=10, verbose=0, callbacks=callbacks).history["loss"]
+        weights.append(model.get_weights())
+    for alone, watched in zip(*weights, strict=True):
+        np.testing.assert_array_equal(alone, watched)
+    assert losses[0] == losses[1]
+    assert [record["step"] for record in monitor.records] == [0, 3, 4]
+    end = along_gradient(model, *INPUTS, [0.05, 0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose(monitor.records[-1]["losses"], end.losses, rtol=1e-6)
+    last = {r["layer"]: r for r in monitor.layer_records if r["step"] == 4}
+    now = distributions(model, *INPUTS, ["dense2_norm"])["dense2_norm"]
+    np.testing.assert_allclose(last["dense2_norm"]["quantiles"], now.quantiles, rtol=1e-6)
+    assert last["dense2_norm"]["drift"] > 0
+    shift = covariate_shift(model, *INPUTS, 0.1, ["dense2"])["dense2"].shift
+    assert last["dense2"]["shift"] == pytest.approx(shift, rel=1e-6)
+
+
+def test_dropout_is_the_same_at_both_ends_of_a_step():
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((200,)), Dropout(0.5), keras.layers.Dense(1, use_bias=False)]
+    model = keras.Sequential(layers)
+    model.compile("sgd", "mse")
+    x, y = np.ones((1, 200), "float32"), np.zeros((1, 1), "float32")
+    found = along_gradient(model, x, y, [1e-3])
+    kept = found.smoothness / 8  # loss (2 sum of kept w)^2: curvature 2 * 2^2 * number of kept
+    assert 60 < kept < 140
+    assert kept == pytest.approx(round(kept), abs=0.02)
+    along_the_line = (1 - 1e-3 * found.smoothness) ** 2
+    assert found.losses[0] == pytest.approx(found.loss * along_the_line, rel=1e-3)
+
+
+def test_errors():
+    model, (x, y) = classifier(), INPUTS
+    for lengths in ([], [0.0], [np.inf]):
+        with pytest.raises(ValueError, match=r"`lengths` must be .* Received: lengths=\["):
+            along_gradient(model, x, y, lengths)
+    with pytest.raises(ValueError, match=r"step length > 0.* Received: length=-1"):
+        covariate_shift(model, x, y, -1)
+    with pytest.raises(ValueError, match=r"with trainable weights.*Received: \['flatten'\]"):
+        covariate_shift(model, x, y, 1.0, ["flatten"])
+    with pytest.raises(ValueError, match=r"Received: \['nothing'\]"):
+        distributions(model, x, y, ["nothing"])
+    with pytest.raises(ValueError, match=r"must be compiled.*Received: model='mlp'"):
+        along_gradient(models.MLP(input_shape=(3,)), x, y, [1.0])
+    with pytest.raises(ValueError, match="every=0"):
+        InsideMonitor(x, y, every=0)
+    with pytest.raises(ValueError, match=r"lengths=\(-1,\)"):
+        InsideMonitor(x, y, lengths=(-1,))
+    shared = keras.layers.Dense(3, name="shared")
+    inputs = keras.Input((3,))
+    twice = keras.Model(inputs, shared(shared(inputs)))
+    twice.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(ValueError, match="'shared', called more than once"):
+        distributions(twice, x, y)
+    silent = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
+    silent.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"gradient of norm 0\.0"):
+        along_gradient(silent, np.zeros((2, 3)), np.zeros((2, 1)), [1.0])
