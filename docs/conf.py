@@ -44,6 +44,7 @@ autodoc_typehints = "none"
 napoleon_custom_sections = [
     ("Call arguments", "params_style"),
     ("Arguments with the same meaning everywhere", "params_style"),
+    ("Returns", "notes_style"),  # its text begins with a tuple and a colon, which is no type
     ("State", "notes_style"),
     ("Numerics", "notes_style"),
     ("Reference", "notes_style"),
