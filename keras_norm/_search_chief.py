@@ -416,10 +416,11 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     if not port:
         channel.send({"error": f"cannot listen on {spec['host']}:{spec['port']}: is it in use?"})
         return
-    server.start()
-    channel.send({"listening": port})
-    _attend(channel, oracle, attendance)
-    server.stop(1).wait()
+    with contextlib.redirect_stdout(None):  # KerasTuner prints each condition that it sends
+        server.start()
+        channel.send({"listening": port})
+        _attend(channel, oracle, attendance)
+        server.stop(1).wait()
 
 
 def _attend(channel: Channel, oracle: Any, attendance: _Attendance) -> None:

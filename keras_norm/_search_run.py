@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import os
 import shutil
 import signal
@@ -67,6 +68,8 @@ def run_search(
         raise SearchError("chief and join exclude each other.")
     if time_limit is not None and not time_limit > 0:
         raise SearchError(f"time_limit must be minutes above 0. Received: {time_limit!r}")
+    if not 0 < worker_timeout < math.inf:
+        raise SearchError(f"worker_timeout must be seconds above 0. Received: {worker_timeout!r}")
     if join is not None:
         _join(out, options, join, workers, worker_timeout, progress)
         return
@@ -116,7 +119,7 @@ def _join(
     try:
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
-        raise SearchError(f"The chief at {address} cannot be reached: {error}.") from None
+        raise SearchError(f"The chief at {address} cannot be reached: {_reason(error)}.") from None
     with _folder(out), _Owner(out, Settings(), workers, progress) as owner:
         owner.join(host, port, patience, options)
         owner.watch()
@@ -129,7 +132,11 @@ def _check_free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise SearchError(f"Cannot listen on {host}:{port}: {error.strerror}.") from None
+        raise SearchError(f"Cannot listen on {host}:{port}: {_reason(error)}.") from None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _is_loopback(host: str) -> bool:

@@ -39,6 +39,7 @@ __all__ = [
     "read_search",
     "read_trials",
     "record_of",
+    "refined_from",
     "write_search",
 ]
 
@@ -200,15 +201,37 @@ def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: b
             raise SearchError(
                 f"{str(out)!r} holds other files and no search: choose a new or an empty folder."
             )
-        return _with_absolute_paths(Settings.of(options))
+        return _begun(options)
     if overwrite:
-        return _with_absolute_paths(Settings.of(options))
+        return _begun(options)
     if not resume:
         raise SearchError(
             f"{str(out)!r} holds a search already: pass --resume to go on with it, --overwrite to "
             "begin anew, or choose another folder."
         )
     return _resumed(out, options)
+
+
+def _begun(options: Mapping[str, Any]) -> Settings:
+    settings = _with_absolute_paths(Settings.of(options))
+    if settings.tuner == "hyperband" and "trials" in options:
+        raise SearchError(
+            "The number of Hyperband's trials follows from epochs and factor, here "
+            f"{settings.planned}: leave out trials. Received: trials={settings.trials}"
+        )
+    if settings.refine is not None:
+        refined_from(settings)
+    return settings
+
+
+def refined_from(settings: Settings) -> list[TrialRecord]:
+    """The best trials of the search that `refine` names."""
+    earlier = Path(str(settings.refine))
+    direction = Settings.of(read_search(earlier)["settings"]).direction
+    best = ranked(read_trials(earlier), direction)[: settings.refine_top]
+    if not best:
+        raise SearchError(f"refine={settings.refine!r} holds no finished trial.")
+    return best
 
 
 def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:

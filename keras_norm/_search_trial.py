@@ -30,9 +30,7 @@ from keras_norm._search_process import Channel, can_fork
 from keras_norm._search_settings import (
     SearchError,
     Settings,
-    ranked,
-    read_search,
-    read_trials,
+    refined_from,
 )
 from keras_norm._search_space import (
     Candidate,
@@ -165,12 +163,7 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
         whole = explore(settings, task_of(settings, load(settings)))
         space: Mapping[str, Any] = whole
         if settings.refine is not None and not spec["resume"]:
-            earlier = Path(settings.refine)
-            direction = Settings.of(read_search(earlier)["settings"]).direction
-            best = ranked(read_trials(earlier), direction)[: settings.refine_top]
-            if not best:
-                raise SearchError(f"refine={settings.refine!r} holds no finished trial.")
-            space = narrow(whole, best)
+            space = narrow(whole, refined_from(settings))
         channel.send({"space": pin(space, settings.fixed), "whole": whole})
     except Exception as error:
         traceback.print_exc()

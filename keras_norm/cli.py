@@ -25,6 +25,17 @@ _COMMANDS = {
     "retrain": "train the best of a search again, and test them once",
 }
 
+_EXAMPLES = {
+    "tune": """examples:
+  keras-norm tune --out first --tuner bayesian --prune --trials 40 --epochs 8 --workers 2
+  keras-norm tune --out first --resume --trials 60      go on, and further than planned
+  keras-norm tune --out second --refine first           narrow the space around its best
+  keras-norm tune --out small --families cnn --fix cnn_stages=2 --max-parameters 50_000
+""",
+    "report": "example:\n  keras-norm report first        then open first/report/index.html\n",
+    "retrain": "example:\n  keras-norm retrain first --top 2 --seeds 5\n",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -65,15 +76,13 @@ def _is_of_the_user(error: Exception) -> bool:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="keras-norm", description="Normalization for Keras.", allow_abbrev=False
-    )
+    parser = _Parser(prog="keras-norm", description="Normalization for Keras.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, purpose in _COMMANDS.items():
         own = commands.add_parser(
             name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".",
-            allow_abbrev=False, formatter_class=_Help,
+            allow_abbrev=False, formatter_class=_Help, epilog=_EXAMPLES.get(name),
         )  # fmt: skip
         if name != "train":
             {"tune": _tune, "report": _report, "retrain": _retrain}[name](own)
@@ -86,6 +95,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             recipes.configure(own)
             own.set_defaults(run=recipes.command)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse puts the whole usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -1,0 +1,211 @@
+"""Searches: memory of the processes that last, and what a second worker brings.
+
+    python benchmarks/search.py                     # both, on digits
+    python benchmarks/search.py --only memory --trials 100
+    python benchmarks/search.py --only workers --turns 3
+
+Memory: a search of many short trials. Once a second it writes down the resident memory of every
+process that lives as long as the search: the one that was started, the chief, the worker, and the
+two nurseries that fork. Growth is the median of the last ten samples less that of the ten after
+the fifth trial. Linux only: it reads /proc.
+
+Workers: the same search, of nets of one size, by one worker and by two, each with one thread and
+one core to itself; the times are those of the whole command, from its start to its end, and from
+the first trial's start to the end. Nothing else should be running.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from tqdm import tqdm
+
+from keras_norm import experiments, tuning
+
+ONE_THREAD = {
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+MEBIBYTE = 2**20
+EARLY = 5  # trials, after which everything has been imported and run once
+SHORT = "--data digits --subset 300 --epochs 1 --fix family=mlp"
+ONE_SIZE = (
+    "--data digits --fix family=cnn normalization=batch activation=relu augmentation=none "
+    "batch_size=64 optimizer=adam cnn_stages=2 cnn_width=32 cnn_growth=1.5 cnn_blocks=2 "
+    "cnn_kernel=3 cnn_downsample=max_pool cnn_residual=true cnn_head=average"
+)
+
+
+def started(out, options, workers, trials):
+    """The command `keras-norm tune`, running."""
+    command = [sys.executable, "-m", "keras_norm", "tune", "--quiet", "--out", out]
+    command += [*shlex.split(options), "--workers", str(workers), "--trials", str(trials)]
+    return subprocess.Popen(command, env={**os.environ, **ONE_THREAD})
+
+
+def ended(search):
+    if search.wait():
+        raise SystemExit(f"The search ended with status {search.returncode}.")
+
+
+# Memory -------------------------------------------------------------------------------------
+
+
+def lasting(root):
+    """Name -> MiB resident, of a search's processes that live as long as it does."""
+    found = {"search": resident(root)}
+    for nursery in children(root):
+        found["nursery"] = resident(nursery)
+        for pid in children(nursery):
+            name = read(f"/proc/{pid}/comm").strip().removeprefix("kn-")
+            if name == "chief" or name.startswith("worker"):
+                found[name] = resident(pid)
+                for own in children(pid):
+                    found[f"nursery of {name}"] = resident(own)
+    return found
+
+
+def read(path):
+    try:
+        return pathlib.Path(path).read_text()
+    except OSError:  # it has just ended
+        return ""
+
+
+def children(pid):
+    return [
+        int(child)
+        for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+        for child in read(path).split()
+    ]
+
+
+def resident(pid):
+    fields = read(f"/proc/{pid}/statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / MEBIBYTE if fields else 0.0
+
+
+def trials_done(out):
+    text = read(out / "oracle.json")
+    return len(json.loads(text)["end_order"]) if text else 0
+
+
+def memory(trials, period):
+    """Rows of samples, all with the same names."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=trials, unit="trial") as bar:
+        out = pathlib.Path(folder) / "search"
+        begun, search = time.monotonic(), started(out, SHORT, 1, trials)
+        while search.poll() is None:
+            sizes = lasting(search.pid)
+            bar.n = trials_done(out)
+            if "nursery of worker-0" in sizes and "chief" in sizes:
+                row = {"seconds": round(time.monotonic() - begun, 1), "trials": bar.n}
+                sizes = {name: round(size, 2) for name, size in sizes.items()}
+                rows.append({**row, **sizes, "all": round(sum(sizes.values()), 2)})
+            bar.refresh()
+            time.sleep(period)
+        ended(search)
+    return rows
+
+
+def growth(rows, name):
+    """MiB, from soon after the first trials to the last."""
+    early = [r[name] for r in rows if r["trials"] >= EARLY][:10]
+    late = [r[name] for r in rows][-10:]
+    return statistics.median(late) - statistics.median(early)
+
+
+def measure_memory(trials, period, out):
+    rows = [r for r in memory(trials, period) if all(value is not None for value in r.values())]
+    write(out / "search_memory.csv", rows)
+    print(f"Resident memory over a search of {trials} trials, MiB:")
+    for name in list(rows[-1])[2:]:
+        early = next(r[name] for r in rows if r["trials"] >= EARLY)
+        print(f"{name:>20} {early:8.1f} after trial {EARLY}; growth {growth(rows, name):+6.1f}")
+
+
+# Workers ------------------------------------------------------------------------------------
+
+
+def timed(workers, trials, epochs):
+    """Seconds of the whole command and of its trials, and the table of the trials without times."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "search"
+        begun = time.monotonic()
+        search = started(out, f"{ONE_SIZE} --epochs {epochs}", workers, trials)
+        while search.poll() is None and not (out / "trial_0").exists():
+            time.sleep(0.05)
+        first = time.monotonic()
+        ended(search)
+        end = time.monotonic()
+        found = tuning.load(out).trials
+    if {t.status for t in found} != {"completed"}:
+        raise SystemExit("A trial failed: the times say nothing.")
+    table = [(t.values, t.history["val_accuracy"], t.history["val_loss"]) for t in found]
+    return end - begun, end - first, table
+
+
+def measure_workers(turns, trials, epochs, out):
+    rows, tables = [], []
+    with tqdm(total=2 * turns, unit="search") as bar:
+        for turn in range(turns):
+            for workers in (1, 2) if turn % 2 else (2, 1):
+                whole, of_trials, table = timed(workers, trials, epochs)
+                tables.append(table)
+                row = {"turn": turn, "workers": workers, "trials": trials, "epochs": epochs}
+                rows.append({**row, "seconds": round(whole, 2), "trials s": round(of_trials, 2)})
+                write(out / "search_workers.csv", rows)
+                bar.update()
+    same = all(table == tables[0] for table in tables)
+    print(f"{trials} trials of {epochs} epochs, one thread for each worker, {turns} turns:")
+    for name, told in (("seconds", "whole command"), ("trials s", "its trials")):
+        ratios = [of(rows, turn, 1)[name] / of(rows, turn, 2)[name] for turn in range(turns)]
+        print(f"{told:>14}: two workers {statistics.median(ratios):.2f} times as fast as one")
+    print(f"The searches found {'the same' if same else 'DIFFERENT'} trials.")
+
+
+def of(rows, turn, workers):
+    return next(r for r in rows if (r["turn"], r["workers"]) == (turn, workers))
+
+
+def write(path, rows):
+    with experiments.replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", choices=("memory", "workers"), help="default: both")
+    parser.add_argument("--trials", type=int, default=100, help="of memory, default: %(default)s")
+    parser.add_argument("--period", type=float, default=1.0, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, default=1, help="of workers, default: %(default)s")
+    parser.add_argument("--workers-trials", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--workers-epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_search"))
+    arguments = parser.parse_args()
+    if arguments.trials <= EARLY:
+        parser.error(f"--trials must be more than {EARLY}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.only != "workers":
+        measure_memory(arguments.trials, arguments.period, arguments.out)
+    if arguments.only != "memory":
+        measure_workers(
+            arguments.turns, arguments.workers_trials, arguments.workers_epochs, arguments.out
+        )
+    print(f"{experiments.describe_machine()['summary']}; {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

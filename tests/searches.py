@@ -1,0 +1,105 @@
+"""Searches whose processes come from one that has imported everything already.
+
+A command and its nursery are each a new Python otherwise, and import TensorFlow, which is most of
+what a search of tiny trials costs. Here a nursery, made once, forks the commands too, and what
+would be a new nursery in them is a fork. Everything else is as it is for a user.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from keras_norm import _search_process, cli
+from keras_norm._search_process import Nursery
+from keras_norm._search_settings import environment
+
+
+class Command:
+    """`keras-norm …` in a process of its own; what it prints is in `log`."""
+
+    def __init__(self, child, log):
+        self.child, self.log, self.pid = child, log, child.pid
+
+    def kill(self):
+        self.child.kill()
+
+    def wait(self, seconds=300):
+        """Until it and all its processes are gone. Exit status, or minus the signal's number."""
+        with contextlib.suppress(EOFError):
+            self.child.channel.receive(seconds)
+            raise AssertionError(f"still there after {seconds} s; it has said: {self.said()}")
+        return self.child.wait()
+
+    def said(self):
+        return self.log.read_text()
+
+
+class Imported:
+    """The process that has imported everything; forks commands and nurseries."""
+
+    def __init__(self, folder):
+        here = str(Path(__file__).parent)
+        path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.folder, self.commands = folder, 0
+        self.nursery = Nursery.new({**environment(), "PYTHONPATH": path}, folder / "imported.txt")
+
+    def start(self, *argv):
+        """Starts a command with this process's environment as it is now."""
+        self.commands += 1
+        log = self.folder / f"command_{self.commands}.txt"
+        spec = {"argv": list(map(str, argv)), "environment": dict(os.environ)}
+        return Command(self.nursery.start("kn-command", "searches:command", spec, log), log)
+
+    def new_nursery(self, environment, log):
+        """Stands in for `Nursery.new`."""
+        spec = {"environment": environment}
+        child = self.nursery.start("kn-nursery", "searches:serve", spec, log)
+        return Nursery(child.channel, _Process(child))
+
+    def close(self):
+        self.nursery.close()
+
+
+class _Process:
+    """A child as `subprocess` would show it."""
+
+    def __init__(self, child):
+        self.child, self.status = child, None
+
+    def wait(self, timeout=None):
+        if self.status is None:
+            self.status = self.child.wait()
+        return self.status
+
+    def kill(self):
+        if self.status is None:
+            self.child.kill()
+
+
+def command(channel, spec):
+    """The life of a command; never returns."""
+    os.environ.clear()
+    os.environ.update(spec["environment"])
+    _search_process.Nursery.new = staticmethod(_forked)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a nursery ignores it
+    try:
+        status = cli.main(spec["argv"])
+    except SystemExit as error:
+        status = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _forked(environment, log):
+    os.environ.update(environment)
+    return Nursery.forked()
+
+
+def serve(channel, spec):
+    """The life of a nursery; never returns."""
+    os.environ.clear()
+    os.environ.update(spec["environment"])
+    _search_process._serve(channel)
