@@ -102,7 +102,8 @@ def trials_done(out):
 def memory(trials, period):
     """Rows of samples, all with the same names."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=trials, unit="trial") as bar:
+    bar = tqdm(total=trials, unit="trial", disable=None)
+    with tempfile.TemporaryDirectory() as folder, bar:
         out = pathlib.Path(folder) / "search"
         begun, search = time.monotonic(), started(out, SHORT, 1, trials)
         while search.poll() is None:
@@ -157,7 +158,7 @@ def timed(workers, trials, epochs):
 
 def measure_workers(turns, trials, epochs, out):
     rows, tables = [], []
-    with tqdm(total=2 * turns, unit="search") as bar:
+    with tqdm(total=2 * turns, unit="search", disable=None) as bar:
         for turn in range(turns):
             for workers in (1, 2) if turn % 2 else (2, 1):
                 whole, of_trials, table = timed(workers, trials, epochs)

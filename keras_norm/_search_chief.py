@@ -22,6 +22,7 @@ import json
 import statistics
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -42,6 +43,8 @@ COMPLETED, FAILED = "COMPLETED", "FAILED"
 _REFUSALS = 200  # in a row, before the budget is taken to leave nothing
 _TICK = 0.2  # seconds
 _ANYWHERE, _NEARBY = 2000, 200  # points that a Bayesian proposal is chosen from
+_CHOICES = 10  # of them, the most promising, before it is a random one
+_STARTS = 10  # random trials at most, before the first Bayesian proposal
 
 
 class _Durable:
@@ -55,7 +58,7 @@ class _Durable:
         oracle: Any = self
         self.settings = settings
         self.admit = admit or (lambda values: None)
-        self.refused = 0
+        self.refused: list[dict[str, Any]] = []  # values of proposals
         self.exhausted = ""
         self.closing = False
         self.lock = threading.RLock()
@@ -115,7 +118,7 @@ class _Durable:
     def admitted(self, values: dict[str, Any]) -> bool:
         reason = self.admit(values)
         if reason is not None:
-            self.refused += 1
+            self.refused.append(values)
             self.events.append({"refused": reason})
         return reason is None
 
@@ -226,42 +229,82 @@ class _Bayesian(_Durable):
         oracle: Any = self
         done = [t for t in oracle.trials.values() if t.status == COMPLETED]
         if len(done) >= oracle.num_initial_points:
-            values = self._most_promising(int(trial_id), done)
-            if not oracle._duplicate(values) and self.admitted(values):
-                return {"status": RUNNING, "values": values}
+            for values in self._most_promising(int(trial_id), done):
+                if not oracle._duplicate(values) and self.admitted(values):
+                    return {"status": RUNNING, "values": values}
         return dict(oracle._random_populate_space())
 
-    def _most_promising(self, number: int, done: list[Any]) -> dict[str, Any]:
+    def _most_promising(self, number: int, done: list[Any]) -> list[dict[str, Any]]:
         """Where a lower confidence bound of the loss is lowest."""
         oracle: Any = self
         sign = -1.0 if oracle.objective.direction == "max" else 1.0
-        x = np.array([self._place(t) for t in done])
+        x = np.array([self._place(_values(t)) for t in done])
         y = np.array([sign * t.score for t in done])
-        process = oracle._make_gpr().fit(x, y)
+        process = _fitted(x, y)
         if oracle.ongoing_trials:
-            going = np.array([self._place(t) for t in oracle.ongoing_trials.values()])
+            going = np.array([self._place(_values(t)) for t in oracle.ongoing_trials.values()])
             mean, deviation = process.predict(going, return_std=True)
-            process.fit(np.vstack([x, going]), np.concatenate([y, mean + deviation]))
+            process = _fitted(np.vstack([x, going]), np.concatenate([y, mean + deviation]))
         rng = np.random.default_rng([self.settings.seed, 1, number])
         anywhere = rng.uniform(size=(_ANYWHERE, x.shape[1]))
         best = x[np.argsort(y)[:5]]
         near = np.repeat(best, _NEARBY, axis=0)
         moved = rng.random(near.shape) < 2 / x.shape[1]  # about two hyperparameters at a time
         near = np.clip(near + moved * rng.normal(0, 0.2, near.shape), 0, 1)
-        points = np.vstack([anywhere, near])
+        points = self._within_budget(np.vstack([anywhere, near]))
         mean, deviation = process.predict(points, return_std=True)
-        lowest = points[np.argmin(mean - oracle.beta * deviation)]
-        values = dict(oracle._vector_to_values(lowest))
+        lowest = np.argsort(mean - oracle.beta * deviation)[:_CHOICES]
+        return [self._at(point) for point in points[lowest]]
+
+    def _within_budget(self, points: Any) -> Any:
+        """Without those that the budget would refuse, as far as its earlier answers tell.
+
+        The most promising nets are often the largest ones; to build one, to be told that it is too
+        large, takes about as long as an epoch of a small one.
+        """
+        oracle: Any = self
+        if not self.refused:
+            return points
+        from sklearn.ensemble import RandomForestClassifier
+
+        known = [*self.refused, *map(_values, oracle.trials.values())]
+        is_admitted = np.arange(len(known)) >= len(self.refused)
+        forest = RandomForestClassifier(50, random_state=0)
+        forest.fit([self._place(values) for values in known], is_admitted)
+        inside = forest.predict(points)
+        return points[inside] if inside.any() else points
+
+    def _place(self, values: Mapping[str, Any]) -> list[float]:
+        """Values in the unit cube; hyperparameters that have none are at their defaults."""
+        oracle: Any = self
+        return [
+            hp.value_to_prob(values.get(hp.name, hp.default)) for hp in oracle._nonfixed_space()
+        ]
+
+    def _at(self, point: Any) -> dict[str, Any]:
+        """The values at a point of the unit cube."""
+        oracle: Any = self
+        values = oracle._vector_to_values(point)
         return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
 
-    def _place(self, trial: Any) -> list[float]:
-        """A trial in the unit cube; hyperparameters that it has not are at their defaults."""
-        oracle: Any = self
-        own = trial.hyperparameters
-        return [
-            hp.value_to_prob(own.values[hp.name] if hp.name in own else hp.default)
-            for hp in oracle._nonfixed_space()
-        ]
+
+def _fitted(x: Any, y: Any) -> Any:
+    """A Gaussian process of scores with noise: KerasTuner's takes them as exact."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import Matern, WhiteKernel
+
+    kernel = Matern(1.0, (0.1, 10.0), nu=2.5) + WhiteKernel(0.1, (1e-4, 1.0))
+    process = GaussianProcessRegressor(
+        kernel, normalize_y=True, n_restarts_optimizer=3, random_state=0
+    )
+    with warnings.catch_warnings():  # a scale at its bound, as where scores are nothing but noise
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return process.fit(x, y)
+
+
+def _values(trial: Any) -> dict[str, Any]:
+    return dict(trial.hyperparameters.values)
 
 
 def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
@@ -287,7 +330,7 @@ def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
     if settings.tuner == "bayesian":
         kind = keras_tuner.oracles.BayesianOptimizationOracle
         # KerasTuner begins with 3 random trials per hyperparameter: all there are in most searches.
-        first = min(3 * len(whole.space), round(0.4 * settings.trials))
+        first = min(3 * len(whole.space), round(0.4 * settings.trials), _STARTS)
         options |= {"num_initial_points": max(3, first)}
     ours = _Bayesian if settings.tuner == "bayesian" else _Durable
     return type(f"Durable{kind.__name__}", (ours, kind), {})(**options)
@@ -439,7 +482,8 @@ def _attend(channel: Channel, oracle: Any, attendance: _Attendance) -> None:
                 oracle.lock.release()
         if attendance.over() and not oracle.ongoing_trials:
             time.sleep(2 * _TICK)  # for the last answer to arrive
-            channel.send({"over": {"refused": oracle.refused, "exhausted": oracle.exhausted}})
+            refused, exhausted = len(oracle.refused), oracle.exhausted
+            channel.send({"over": {"refused": refused, "exhausted": exhausted}})
             with contextlib.suppress(EOFError):
                 channel.receive(10)
             return

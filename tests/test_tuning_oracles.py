@@ -177,11 +177,28 @@ def test_budget_refuses_before_there_is_a_trial(tmp_path):
         found = run(oracle, lambda v: v["x"], 11)
         assert len(found) == 10  # as many as without a budget
         assert max(v["x"] for v in found) <= 0.5
-        assert oracle.refused > 0
+        assert oracle.refused
     (tmp_path / "none").mkdir()
     oracle = oracle_in(tmp_path / "none", admit=lambda values: "too large")
     assert oracle.create_trial("w").status == "STOPPED"
     assert oracle.exhausted == "the budget refused 200 proposals in a row"
+
+
+def test_bayesian_search_learns_the_budget(tmp_path):
+    """The best lies beyond it: to ask there again and again would make the search a random one."""
+
+    def admit(values):
+        return "too large" if values["x"] > 0.4 else None
+
+    space = line(("x", 0.0, 1.0), ("y", 0.0, 1.0))
+    oracle = oracle_in(tmp_path, space, admit=admit, tuner="bayesian", trials=18)
+    run(oracle, lambda v: 1 - (v["x"] - 0.9) ** 2 - (v["y"] - 0.3) ** 2, 12)
+    refused = len(oracle.refused)
+    again = oracle_in(tmp_path, space, admit=admit, tuner="bayesian", trials=18)
+    assert again.refused == oracle.refused
+    last = run(again, lambda v: 1 - (v["x"] - 0.9) ** 2 - (v["y"] - 0.3) ** 2, 6)
+    assert len(again.refused) - refused <= 6  # without: ten for each
+    assert np.median([v["x"] for v in last]) > 0.3
 
 
 @pytest.mark.parametrize(("epochs", "factor"), [(4, 2), (9, 3), (10, 3)])
