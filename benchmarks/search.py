@@ -109,7 +109,7 @@ def memory(trials, period):
         while search.poll() is None:
             sizes = lasting(search.pid)
             bar.n = trials_done(out)
-            if "nursery of worker-0" in sizes and "chief" in sizes:
+            if "nursery of worker-0" in sizes and "chief" in sizes and min(sizes.values()) > 0:
                 row = {"seconds": round(time.monotonic() - begun, 1), "trials": bar.n}
                 sizes = {name: round(size, 2) for name, size in sizes.items()}
                 rows.append({**row, **sizes, "all": round(sum(sizes.values()), 2)})
@@ -127,7 +127,7 @@ def growth(rows, name):
 
 
 def measure_memory(trials, period, out):
-    rows = [r for r in memory(trials, period) if all(value is not None for value in r.values())]
+    rows = memory(trials, period)
     write(out / "search_memory.csv", rows)
     print(f"Resident memory over a search of {trials} trials, MiB:")
     for name in list(rows[-1])[2:]:

@@ -239,7 +239,7 @@ class _Bayesian(_Durable):
         oracle: Any = self
         sign = -1.0 if oracle.objective.direction == "max" else 1.0
         x = np.array([self._place(_values(t)) for t in done])
-        y = np.array([sign * t.score for t in done])
+        y = sign * self._prospects(done)
         process = _fitted(x, y)
         if oracle.ongoing_trials:
             going = np.array([self._place(_values(t)) for t in oracle.ongoing_trials.values()])
@@ -255,6 +255,30 @@ class _Bayesian(_Durable):
         mean, deviation = process.predict(points, return_std=True)
         lowest = np.argsort(mean - oracle.beta * deviation)[:_CHOICES]
         return [self._at(point) for point in points[lowest]]
+
+    def _prospects(self, done: list[Any]) -> Any:
+        """Scores; of a pruned trial, what it might have come to, not what it had then.
+
+        That is as much better as the others became from the same epoch on, in the median. A score
+        of one epoch beside those of all would teach that whatever has been pruned is hopeless.
+        """
+        oracle: Any = self
+        name = oracle.objective.name
+        whole = [t for t in done if not t.message]
+        scores = []
+        for trial in done:
+            gains = [0.0]
+            if trial.message and whole:
+                epoch = max(_epochs(trial, name))
+                gains = [t.score - self._best(t, epoch) for t in whole]
+            scores.append(trial.score + statistics.median(gains))
+        return np.array(scores)
+
+    def _best(self, trial: Any, until: int) -> float:
+        """Of the epochs up to that one."""
+        oracle: Any = self
+        values = [v for e, v in _epochs(trial, oracle.objective.name).items() if e <= until]
+        return (max if oracle.objective.direction == "max" else min)(values)
 
     def _within_budget(self, points: Any) -> Any:
         """Without those that the budget would refuse, as far as its earlier answers tell.

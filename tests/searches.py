@@ -5,7 +5,6 @@ what a search of tiny trials costs. Here a nursery, made once, forks the command
 would be a new nursery in them is a fork. Everything else is as it is for a user.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -21,16 +20,27 @@ class Command:
 
     def __init__(self, child, log):
         self.child, self.log, self.pid = child, log, child.pid
+        self.returncode = None
 
     def kill(self):
         self.child.kill()
 
+    def poll(self):
+        """None while it, or one of its processes, is there; then as `wait`."""
+        return self._ended(0)
+
     def wait(self, seconds=300):
         """Until it and all its processes are gone. Exit status, or minus the signal's number."""
-        with contextlib.suppress(EOFError):
-            self.child.channel.receive(seconds)
-            raise AssertionError(f"still there after {seconds} s; it has said: {self.said()}")
-        return self.child.wait()
+        assert self._ended(seconds) is not None, f"still there; it has said: {self.said()}"
+        return self.returncode
+
+    def _ended(self, seconds):
+        if self.returncode is None:
+            try:
+                self.child.channel.receive(seconds)
+            except EOFError:  # the last who held the other end of the channel is gone
+                self.returncode = self.child.wait()
+        return self.returncode
 
     def said(self):
         return self.log.read_text()

@@ -5,6 +5,7 @@ and so is the import of TensorFlow; only the chief of the undisturbed search is 
 """
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -296,6 +297,24 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
     log = next(t.number for t in search.trials if t.values["how"] == "raise")
     assert "second line" in (folder / f"failing/trial_{log}/log.txt").read_text()
     assert [t.score is None for t in search.trials].count(True) == 5
+
+
+def test_benchmark_sees_all_processes_that_last(imported, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    benchmark = importlib.import_module("search")
+
+    def started(out, options, workers, trials):
+        options = [*options.split(), "--workers", workers, "--trials", trials]
+        return imported.start("tune", "--quiet", "--out", out, *options)
+
+    monkeypatch.setattr(benchmark, "started", started)
+    rows = benchmark.memory(trials=3, period=0.1)
+    assert rows[-1]["trials"] >= 2
+    names = list(rows[-1])[2:-1]
+    assert names == ["search", "nursery", "chief", "worker-0", "nursery of worker-0"]
+    for row in rows:
+        assert min(row[name] for name in names) > 10
+        assert row["all"] == pytest.approx(sum(row[name] for name in names), abs=0.05)
 
 
 def test_resume_overwrite_or_error(folder, undisturbed):

@@ -167,6 +167,23 @@ def test_median_rule(tmp_path, direction):
     assert record.score == sign * 0.3
 
 
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
+def test_pruned_trials_are_not_compared_by_what_they_had_reached(tmp_path, objective):
+    sign = {"val_accuracy": 1, "val_loss": -1}[objective]
+    oracle = oracle_in(tmp_path, tuner="bayesian", objective=objective, prune=True, prune_least=3)
+    curves = [(0.2, 0.3, 0.6), (0.3, 0.5, 0.5), (0.2, 0.4, 0.3), (0.1,)]
+    for curve in curves:
+        trial = oracle.create_trial("w")
+        for epoch, value in enumerate(curve, start=1):
+            metrics = {"val_accuracy": value, objective: sign * value}
+            oracle.update_trial(trial.trial_id, metrics, step=epoch)
+        oracle.finish("w", trial.trial_id, "COMPLETED", "")
+    trials = list(oracle.trials.values())
+    assert [bool(t.message) for t in trials] == [False, False, False, True]
+    found = sign * oracle._prospects(trials)
+    assert found == pytest.approx([0.6, 0.5, 0.4, 0.1 + 0.2])  # gains .4, .2 and .2
+
+
 def test_budget_refuses_before_there_is_a_trial(tmp_path):
     def admit(values):
         return "too large" if values["x"] > 0.5 else None
