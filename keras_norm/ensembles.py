@@ -14,7 +14,7 @@ rule that treats each weight on its own then moves every net as it would move al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm.layers import BatchNormalization
+from keras_norm.experiments import classification_metrics
+from keras_norm.layers import BatchNormalization, LayerNormalization
 
-__all__ = ["train_together"]
+__all__ = ["EvaluateTogether", "train_together"]
 
 Array = npt.NDArray[Any]
 Tensor = Any
@@ -52,9 +53,10 @@ def train_together(
 
     Args:
         models: S >= 1 built functional or Sequential models, which are a chain of `Flatten`,
-            `Dense`, `keras_norm.layers.BatchNormalization` with axis -1, `Activation` and `ReLU`
-            layers and end in logits; such as `models.MLP` without dropout. Their weights are
-            where training begins; at its end they hold the trained ones.
+            `Dense`, `Activation`, `ReLU` and `keras_norm.layers.BatchNormalization` and
+            `LayerNormalization` with axis -1, and end in logits; such as `models.MLP` without
+            dropout. Their weights are where training begins; at its end they hold the trained
+            ones.
         x: (M, ...), the inputs of all examples.
         y: (M,), their classes, integers.
         rows: for each model an array of as many different row numbers of x and y.
@@ -64,7 +66,7 @@ def train_together(
         epochs: int >= 1.
         batch_size: int >= 1, examples of each net in a step. What is left over at the end of an
             epoch is dropped.
-        callbacks: Keras callbacks of the `fit` of all. Default: none.
+        callbacks: Keras callbacks of the `fit` of all, such as `EvaluateTogether`. Default: none.
 
     Returns:
         The loss (E2) of each epoch divided by S: the mean over its steps and over the nets.
@@ -99,6 +101,65 @@ def train_together(
     ).history
     stacked.give_back(models)
     return [loss / len(models) for loss in history["loss"]]
+
+
+class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
+    """Judges every net of a `train_together` in inference mode, at the end of each epoch.
+
+    Args:
+        y: (M,), the classes of all examples, as given to `train_together`.
+        evaluate: name -> for each net an array of as many row numbers, such as
+            `{"val": [rows of net 1, rows of net 2]}`.
+
+    State:
+        history: "{name}_loss" and "{name}_accuracy" -> a list of (S,) arrays, one for each epoch.
+
+    Raises:
+        ValueError: when training begins, if it has another number of nets.
+
+    Example:
+        >>> from keras_norm import datasets, models, optimizers
+        >>> data = datasets.load("digits")
+        >>> nets = [models.MLP((16,), input_shape=(8, 8, 1)) for _ in range(3)]
+        >>> judge = EvaluateTogether(data.train.y, {"val": [range(1000, 1400)] * 3})
+        >>> losses = train_together(
+        ...     nets, data.train.x, data.train.y, rows=[range(1000)] * 3, seeds=range(3),
+        ...     optimizer=optimizers.SGD(0.1), epochs=2, batch_size=100, callbacks=[judge],
+        ... )
+        >>> [accuracy.shape for accuracy in judge.history["val_accuracy"]]
+        [(3,), (3,)]
+    """
+
+    def __init__(self, y: Array, evaluate: Mapping[str, Sequence[Array]]) -> None:
+        super().__init__()
+        self._y = np.asarray(y)
+        self._rows = {name: np.asarray(rows, dtype="int32") for name, rows in evaluate.items()}
+        self.history: dict[str, list[Array]] = {}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Checks that there are rows for each net."""
+        nets = self.model.inputs[0].shape[0]
+        for name, rows in self._rows.items():
+            if rows.ndim != 2 or len(rows) != nets:
+                raise ValueError(
+                    "`evaluate` must have an array of rows for each net, all of one length. "
+                    f"Received: {name}={rows.shape} for {nets} nets."
+                )
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Appends to the history."""
+        for name, rows in self._rows.items():
+            parts = [  # (S, at most 2000, classes) each
+                ops.convert_to_numpy(self.model(rows[:, start : start + 2000], training=False))
+                for start in range(0, rows.shape[1], 2000)
+            ]
+            found = [
+                classification_metrics(logits, self._y[at])
+                for logits, at in zip(np.concatenate(parts, axis=1), rows, strict=True)
+            ]
+            for key in ("loss", "accuracy"):
+                values = np.array([metrics[key] for metrics in found])  # (S,)
+                self.history.setdefault(f"{name}_{key}", []).append(values)
 
 
 def _check(
@@ -173,17 +234,42 @@ class _StackedDense(keras.layers.Layer):  # type: ignore[misc]
         return keras.activations.get(self.like["activation"])(y)
 
 
+class _StackedLayerNormalization(keras.layers.Layer):  # type: ignore[misc]
+    """Layer normalization of rows (S, N, U), with a gamma and a beta for each net."""
+
+    def __init__(self, like: LayerNormalization) -> None:
+        super().__init__(name=like.name, dtype=like.dtype_policy)
+        self.like = like.get_config()
+        self.norm = LayerNormalization.from_config({**self.like, "center": False, "scale": False})
+
+    def build(self, input_shape: Sequence[int]) -> None:
+        nets, _, width = input_shape
+        for name, present in (("gamma", "scale"), ("beta", "center")):
+            if self.like[present]:
+                regularizer = keras.regularizers.get(self.like[f"{name}_regularizer"])
+                weight = self.add_weight(name=name, shape=(nets, width), regularizer=regularizer)
+                setattr(self, name, weight)
+
+    def call(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.like["scale"]:
+            y = y * self.gamma[:, None]  # (S, N, U) * (S, 1, U)
+        return y + self.beta[:, None] if self.like["center"] else y
+
+
 def _stacked(layer: Any) -> Any:
     """The layer that does for all nets what this one does for its own."""
     if type(layer) is keras.layers.Dense:
         return _StackedDense(layer)
     if type(layer) is BatchNormalization and layer.axis == -1:
         return type(layer).from_config({**layer.get_config(), "axis": (0, 2)})
+    if type(layer) is LayerNormalization and layer.axis in (-1, [-1]) and not layer.rms_scaling:
+        return _StackedLayerNormalization(layer)
     if type(layer) in _PLAIN:
         return type(layer).from_config(layer.get_config())
     raise ValueError(
-        "Models that are trained together may consist of Flatten, Dense, Activation, ReLU and "
-        "keras_norm.layers.BatchNormalization with axis -1. Received: layer "
+        "Models that are trained together may consist of Flatten, Dense, Activation, ReLU, and "
+        "keras_norm.layers.BatchNormalization and LayerNormalization with axis -1. Received: layer "
         f"{layer.name!r} of type {type(layer).__name__}. Train such models one by one."
     )
 

@@ -8,11 +8,15 @@ import pytest
 from keras import ops
 
 from keras_norm import datasets, models, optimizers
-from keras_norm.ensembles import train_together
-from keras_norm.layers import BatchNormalization
+from keras_norm.ensembles import EvaluateTogether, train_together
+from keras_norm.experiments import classification_metrics
+from keras_norm.layers import BatchNormalization, LayerNormalization
 
 SEEDS = (3, 4)
 BATCH_SIZE, EPOCHS = 20, 2
+LAYER = functools.partial(
+    LayerNormalization, epsilon=1e-2, gamma_regularizer=keras.regularizers.L2(0.1)
+)
 
 
 def make(seed, normalization="batch", placement="before", hidden=(12, 9)):
@@ -53,11 +57,17 @@ def alone(model, x, y, seed, optimizer):
 
 @pytest.mark.parametrize(
     ("options", "optimizer"),
-    [({}, sgd), ({"placement": "after"}, lambda: optimizers.Adam(0.01))],
+    [
+        ({}, sgd),
+        ({"placement": "after"}, lambda: optimizers.Adam(0.01)),
+        ({"normalization": LAYER}, sgd),
+    ],
 )
 def test_each_net_is_what_it_would_be_alone(options, optimizer):
     x, y = problem()
     nets, singles = ([make(seed, **options) for seed in SEEDS] for _ in range(2))
+    held_out = [range(seed, 140 + seed) for seed in SEEDS]
+    judge = EvaluateTogether(y, {"val": held_out})
     losses = train_together(
         nets,
         x,
@@ -67,6 +77,7 @@ def test_each_net_is_what_it_would_be_alone(options, optimizer):
         optimizer=optimizer(),
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
+        callbacks=[judge],
     )
     expected = [alone(m, x, y, seed, optimizer()) for m, seed in zip(singles, SEEDS, strict=True)]
     assert losses == pytest.approx(np.mean(expected, axis=0), rel=1e-5)
@@ -76,6 +87,14 @@ def test_each_net_is_what_it_would_be_alone(options, optimizer):
             ours, theirs, first = map(ops.convert_to_numpy, (ours, theirs, first))
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5, err_msg=net.name)
             assert not np.array_equal(ours, first)
+    assert {name: len(values) for name, values in judge.history.items()} == {
+        "val_loss": EPOCHS,
+        "val_accuracy": EPOCHS,
+    }
+    for i, (net, at) in enumerate(zip(nets, held_out, strict=True)):
+        metrics = classification_metrics(net.predict(x[at], verbose=0), y[at])
+        for key in ("loss", "accuracy"):
+            assert judge.history[f"val_{key}"][-1][i] == pytest.approx(metrics[key], rel=1e-5)
     different = [ops.convert_to_numpy(net.weights[0]) for net in nets]
     assert np.abs(different[0] - different[1]).max() > 0.01
 
@@ -95,7 +114,12 @@ def together(nets, **changes):
         (lambda: [make(0), make(1)], {"rows": [range(40), range(50)]}, r"\[40, 50\] rows"),
         (lambda: [make(0)], {"batch_size": 91}, "batch_size=91"),
         (lambda: [make(0), make(1, hidden=(12, 8))], {}, "2 different structures"),
-        (lambda: [make(0, normalization="layer")], {}, "LayerNormalization"),
+        (lambda: [make(0, normalization="rms")], {}, "type RMSNormalization"),
+        (
+            lambda: [make(0), make(1)],
+            {"callbacks": [EvaluateTogether(np.zeros(150), {"val": [range(9)]})]},
+            r"val=\(1, 9\) for 2 nets",
+        ),
     ],
 )
 def test_what_cannot_be_trained_together_is_refused(nets, changes, message):
