@@ -62,7 +62,9 @@ __all__ = [
     "IdentityConvolution",
     "LeNet",
     "TestTimeAugmentation",
+    "TwoLayerNet",
     "WhiteningConv2D",
+    "WideMLP",
     "fit_whitening",
     "fold_batch_normalization",
     "make_normalization",
@@ -394,6 +396,66 @@ def ConvNet(  # noqa: N802
     """
     net: dict[str, Any] = {"kernel_size": (5, 3), "downsample": "none", "head": "flatten"}
     return CNN((32, 16), normalization, name=name, **{**net, **options})
+
+
+def TwoLayerNet(  # noqa: N802
+    normalization: Normalizations = None,
+    *,
+    hidden: int = 4000,
+    name: str = "two_layer_net",
+    **options: Any,
+) -> keras.Model:
+    """The two-layer net of a course: dense 4000 -> ReLU -> dense.
+
+    Args:
+        normalization: as in `LeNet`, of the hidden layer. Default: None, as published.
+        hidden: its width, int >= 1. Default: 4000.
+        name: of the model. Default: "two_layer_net".
+        options: further arguments of `MLP`, which makes it: activation, dropout, input_shape, ...
+
+    Returns:
+        A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
+
+    Raises:
+        ValueError: as `MLP`.
+
+    Example:
+        >>> TwoLayerNet().count_params()
+        12332010
+
+    Reference: CV7062610, assignment 3, three ways to write a model.
+    """
+    return MLP((hidden,), normalization, name=name, **options)
+
+
+def WideMLP(  # noqa: N802
+    normalization: Normalizations = "layer",
+    *,
+    dropout: float = 0.5,
+    name: str = "wide_mlp",
+    **options: Any,
+) -> keras.Model:
+    """The best multilayer perceptron of a course: 1024-512-256, layer normalization, dropout.
+
+    Args:
+        normalization: as in `LeNet`, of the three hidden layers. Default: "layer", as published.
+        dropout: after each block, in [0, 1). Default: .5, as published.
+        name: of the model. Default: "wide_mlp".
+        options: further arguments of `MLP`, which makes it: activation, input_shape, ...
+
+    Returns:
+        A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
+
+    Raises:
+        ValueError: as `MLP`.
+
+    Example:
+        >>> WideMLP().count_params()
+        3809034
+
+    Reference: CV7062610, assignment 3, best MLP.
+    """
+    return MLP((1024, 512, 256), normalization, dropout=dropout, name=name, **options)
 
 
 # Another normalization in a model that exists -------------------------------------------------

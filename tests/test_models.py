@@ -14,6 +14,8 @@ from keras_norm.models import (
     MLP,
     NORMALIZATIONS,
     LeNet,
+    TwoLayerNet,
+    WideMLP,
     make_normalization,
     restart,
     swap_normalization,
@@ -99,6 +101,21 @@ class TestErrors:
     def test_mlp(self):
         with pytest.raises(ValueError, match=r"Received: hidden=\(5, 0\)"):
             MLP((5, 0))
+
+
+def test_published_perceptrons():
+    """What is given reaches the `MLP` beneath; without it they are the published nets."""
+    small = {"input_shape": (2, 2, 1), "classes": 3}
+    two = [type(layer).__name__ for layer in TwoLayerNet(**small).layers]
+    assert two == ["InputLayer", "Flatten", "Dense", "Activation", "Dense"]
+    assert TwoLayerNet("batch", hidden=5, **small).count_params() == 5 * 5 + 4 * 5 + 6 * 3
+    wide = WideMLP(**small)
+    units = [layer.units for layer in wide.layers if isinstance(layer, keras.layers.Dense)]
+    assert units == [1024, 512, 256, 3]
+    kinds = [type(layer).__name__ for layer in wide.layers]
+    assert kinds[2:6] == ["Dense", "LayerNormalization", "Activation", "Dropout"]
+    assert wide.get_layer("dense1_dropout").rate == 0.5
+    assert not any("dropout" in y.name for y in WideMLP("batch", dropout=0.0, **small).layers)
 
 
 def test_placement_and_dropout():
