@@ -95,7 +95,8 @@ def train_together(
     stacked = _Stacked(models, np.asarray(x))
     order = _Orders(np.asarray(y), rows, seeds, batch_size)
     stacked.require_same(models, order[0][0])
-    stacked.net.compile(optimizer, _SumOfMeans(), jit_compile="auto")
+    losses = _LossOfEach(len(models))
+    stacked.net.compile(optimizer, _SumOfMeans(), metrics=[losses], jit_compile="auto")
     history = stacked.net.fit(
         order, epochs=epochs, callbacks=list(callbacks), shuffle=False, verbose=0
     ).history
@@ -112,7 +113,8 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
             `{"val": [rows of net 1, rows of net 2]}`.
 
     State:
-        history: "{name}_loss" and "{name}_accuracy" -> a list of (S,) arrays, one for each epoch.
+        history: "{name}_loss" and "{name}_accuracy" -> a list of (S,) arrays, one for each epoch;
+            and "loss", the mean cross-entropy of each net over the steps of the epoch.
 
     Raises:
         ValueError: when training begins, if it has another number of nets.
@@ -148,6 +150,8 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Appends to the history."""
+        losses = np.reshape(ops.convert_to_numpy(logs["loss_of_each"]), -1)  # of one net a number
+        self.history.setdefault("loss", []).append(losses)
         for name, rows in self._rows.items():
             parts = [  # (S, at most 2000, classes) each
                 ops.convert_to_numpy(self.model(rows[:, start : start + 2000], training=False))
@@ -359,6 +363,27 @@ class _Orders(keras.utils.PyDataset):  # type: ignore[misc]
         self._order = np.stack(orders).astype("int32")
 
 
+class _LossOfEach(keras.metrics.Metric):  # type: ignore[misc]
+    """(S,), the cross-entropy of each net: the mean over the steps so far, in training mode."""
+
+    def __init__(self, nets: int) -> None:
+        super().__init__(name="loss_of_each")
+        self.total = self.add_weight(name="total", shape=(nets,), initializer="zeros")
+        self.steps = self.add_weight(name="steps", shape=(), initializer="zeros")
+
+    def update_state(self, y: Tensor, logits: Tensor, sample_weight: None = None) -> None:
+        self.total.assign(self.total + _cross_entropies(y, logits))
+        self.steps.assign(self.steps + 1)
+
+    def result(self) -> Tensor:
+        return self.total / ops.maximum(self.steps, 1)
+
+
+def _cross_entropies(y: Tensor, logits: Tensor) -> Tensor:
+    """(S, N) and (S, N, classes) -> (S,), the means over the examples of a net."""
+    return ops.mean(ops.sparse_categorical_crossentropy(y, logits, from_logits=True), axis=1)
+
+
 class _SumOfMeans(keras.losses.Loss):  # type: ignore[misc]
     """(E2) without the penalties: over the examples of a net the mean, over the nets the sum."""
 
@@ -366,5 +391,4 @@ class _SumOfMeans(keras.losses.Loss):  # type: ignore[misc]
         super().__init__(reduction="sum")
 
     def call(self, y: Tensor, logits: Tensor) -> Tensor:
-        each = ops.sparse_categorical_crossentropy(y, logits, from_logits=True)  # (S, N)
-        return ops.mean(each, axis=1)  # (S, N) -> (S,)
+        return _cross_entropies(y, logits)

@@ -1244,7 +1244,7 @@ class Progress:
             self._reporter.advance(epoch, epochs, None)
 
     def callback(self) -> Any:
-        """A Keras callback that reports each epoch of `fit` and stores its logs."""
+        """A Keras callback that reports each epoch of `fit` and stores the numbers in its logs."""
         import keras
 
         progress = self
@@ -1258,7 +1258,8 @@ class Progress:
                     progress.part(self.epoch + batch / steps, self.params["epochs"])
 
             def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-                progress.epoch(epoch + 1, self.params["epochs"], **(logs or {}))
+                numbers = {k: v for k, v in (logs or {}).items() if np.ndim(v) == 0}
+                progress.epoch(epoch + 1, self.params["epochs"], **numbers)
 
         return _ReportProgress()
 
