@@ -66,7 +66,11 @@ BACKEND = keras.backend.backend()
 
 
 def step_of(layer, training, compiled="graph"):
-    """A function (x, dy) -> what a step computes; compiled where the backend compiles."""
+    """A function (x, dy) -> what a step computes; compiled where the backend compiles.
+
+    In training that is y, too, which the next layer reads: a compiled step that returned only
+    gradients would leave it out where it can.
+    """
     if BACKEND == "tensorflow":
         return _tensorflow(layer, training, compiled)
     return {"jax": _jax, "torch": _torch}[BACKEND](layer, training)
@@ -81,7 +85,7 @@ def _tensorflow(layer, training, compiled):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=True)
-        return tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], dy)
+        return y, tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], dy)
 
     if compiled == "eager":
         return step
@@ -98,8 +102,8 @@ def _jax(layer, training):
     def step(trainable, state, x, dy):
         if not training:
             return forward(trainable, state, x)[0]
-        _, gradient, state = jax.vjp(lambda t, x: forward(t, state, x), trainable, x, has_aux=True)
-        return gradient(dy), state
+        y, gradient, state = jax.vjp(lambda t, x: forward(t, state, x), trainable, x, has_aux=True)
+        return y, gradient(dy), state
 
     def run(x, dy):
         trainable = [v.value for v in layer.trainable_variables]
@@ -120,7 +124,7 @@ def _torch(layer, training):
         x = x.detach().requires_grad_(training)
         with torch.set_grad_enabled(training):
             y = layer(x, training=training) if keras_layer else layer(x)
-        return torch.autograd.grad(y, [x, *parameters], dy) if training else y
+        return (y, torch.autograd.grad(y, [x, *parameters], dy)) if training else y
 
     return step
 

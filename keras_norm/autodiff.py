@@ -85,7 +85,7 @@ def is_traced(x: Array) -> bool:
         False
     """
     backend = keras.backend.backend()
-    if _infers_shapes():
+    if backend == "torch" or _infers_shapes():
         return False
     if backend == "tensorflow":
         import tensorflow as tf

@@ -8,9 +8,9 @@
                      `normalize`: its inference mode, narrow rows laid side by side as below
     folded           TensorFlow: sums as products of matrices with ones; rows of few channels are
                      first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
-    native           PyTorch: forward in pieces that stay in the cache, for native_batch_norm keeps
-                     five digits of a mean far from 0 on one thread; backward by its gradient, or,
-                     for rows of few channels, laid side by side as above, in pieces, too
+    native           PyTorch: native_batch_norm and its gradient, for means that are not far from 0;
+                     else, and for rows of few channels, laid side by side as above, forward (and
+                     for those backward) in pieces that stay in the cache
     staged           JAX on a CPU: sums over short runs of rows, then over the runs
     products         layer and RMS normalization: backward, the sums over an example and over the
                      examples as products of matrices with gamma and with ones; x is kept
@@ -27,7 +27,9 @@ round more, the work is done anew by the composed one (`FARTHEST_MEAN`).
 The mean and variance that come back are for moving statistics: no gradient flows through them.
 """
 
+import functools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +42,7 @@ from keras_norm.autodiff import custom_vjp
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "are_finite",
     "batch_normalization",
     "choose",
     "choose_for",
@@ -56,9 +59,9 @@ Axis = int | Sequence[int]
 
 # Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
 FEWEST_CHANNELS_FUSED = 12
-# The fused kernel adds up a channel one element after the other and loses a mean that is far from 0
+# The fused kernels add up a channel one element after the other and lose a mean that is far from 0
 # (see tests/test_kernels.py). A batch whose mean is farther from 0 than this, in standard
-# deviations, is computed anew by the composed one.
+# deviations, is computed anew by the composed one, or in pieces.
 FARTHEST_MEAN = 30.0
 # So many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
@@ -68,6 +71,11 @@ FEWEST_ELEMENTS_FUSED = 2**18
 
 # Elements of a piece that PyTorch sums in two passes: 4 MB in float32. Less costs more calls.
 ELEMENTS_OF_PIECE = 2**20
+# PyTorch's kernel, too, adds up one after the other: from more rows than this, the statistics of
+# parts are merged. (Of 262,144 rows at once, the variance is off by 7e-5; of 16,384 by 4e-6.)
+ROWS_AT_ONCE = 2**14
+# One row of so many is looked at for a number that is not far from the mean.
+SAMPLED = 16
 # So many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
 
@@ -90,6 +98,12 @@ def choose(
         >>> choose((256, 32, 32, 64), "float64", weighted=True)
         'composed'
     """
+    return _choose(shape, dtype, axis, weighted, _on_gpu())
+
+
+def _choose(
+    shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool, on_gpu: bool
+) -> str:
     forced = _forced()
     if forced in IMPLEMENTATIONS and _can(forced, shape, dtype, axis, weighted):
         return forced
@@ -98,7 +112,7 @@ def choose(
     if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
         return "composed"
     last, backend = axes[0] == len(shape) - 1, keras.backend.backend()
-    if _on_gpu() or dtype not in ("float32", "float64"):
+    if on_gpu or dtype not in ("float32", "float64"):
         return "composed"
     if backend == "torch":
         return "native"
@@ -135,10 +149,10 @@ def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> st
         A key of `IMPLEMENTATIONS`.
     """
     dtype = keras.backend.standardize_dtype(x.dtype)
-    return choose(tuple(x.shape), dtype, axis=axis, weighted=weights is not None)
+    return _choose(tuple(x.shape), dtype, axis, weights is not None, _on_gpu(x))
 
 
-def _on_gpu() -> bool:
+def _on_gpu(x: Array | None = None) -> bool:
     """Measured on CPUs only; on a GPU XLA, or PyTorch, compiles or runs the composed one."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -151,6 +165,8 @@ def _on_gpu() -> bool:
         return jax.default_backend() != "cpu"
     import torch
 
+    if isinstance(x, torch.Tensor):
+        return x.device.type != "cpu"
     return torch.cuda.is_available() or torch.get_default_device().type != "cpu"
 
 
@@ -184,18 +200,32 @@ def batch_normalization(
         [2.0, 30.0] [1.0, 400.0]
     """
     functional.check_epsilon(epsilon)
-    x = ops.convert_to_tensor(x)
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    weighted = weights is not None
+    x = _tensor(x)
     if implementation is None:
         implementation = choose_for(x, axis=axis, weights=weights)
-    _check(implementation, tuple(x.shape), dtype, axis, weighted)
+    else:
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        _check(implementation, tuple(x.shape), dtype, axis, weights is not None)
     if implementation == "composed":
         y, mean, variance = functional.batch_normalization(
             x, gamma, beta, axis=axis, epsilon=epsilon, weights=weights
         )
         return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
     return IMPLEMENTATIONS[implementation](x, gamma, beta, axis, epsilon)
+
+
+def _tensor(x: Any) -> Array:
+    return _torch_tensor(x) if keras.backend.backend() == "torch" else ops.convert_to_tensor(x)
+
+
+def _torch_tensor(v: Any, dtype: Any = None) -> Array:
+    """As `ops.convert_to_tensor`, which takes longer than a small operation to see a tensor."""
+    import torch
+
+    v = v.value if isinstance(v, keras.Variable) else v
+    if not isinstance(v, torch.Tensor):
+        v = ops.convert_to_tensor(v)
+    return v if dtype in (None, v.dtype) else v.to(dtype)
 
 
 def _check(
@@ -409,17 +439,24 @@ class _Pieces:
         self.folds = _folds(x.shape, self.channels) if few else 1
         self.channel = channel
         self.trailing = x.ndim - 2
+        self.as_it_is = channel == 1
         self.elements = x.numel() // self.channels
 
     def rows(self, x: Array) -> Array:
+        if self.as_it_is:
+            return x
         if self.last:
             return x.reshape(-1, self.folds * self.channels)
         return x.movedim(self.channel, 1)
 
     def undo(self, z: Array, x: Array) -> Array:
+        if self.as_it_is:
+            return z
         return z.reshape(x.shape) if self.last else z.movedim(1, self.channel)
 
     def cut(self, *arrays: Array) -> Any:
+        if arrays[0].numel() <= ELEMENTS_OF_PIECE:
+            return [arrays]
         size = max(1, arrays[0][:1].numel())
         return zip(*(z.split(max(1, ELEMENTS_OF_PIECE // size)) for z in arrays), strict=True)
 
@@ -440,20 +477,53 @@ def _native(
     import torch
 
     (channel,) = functional.canonical_axes(axis, x.ndim)
-    options: dict[str, Any] = {"axis": axis, "epsilon": epsilon}
-    if x.numel() == 0:
-        y, mean, variance = functional.batch_normalization(x, gamma, beta, **options)
-        return y, mean.detach(), variance.detach()
+    gamma, beta = (None if v is None else _torch_tensor(v, x.dtype) for v in (gamma, beta))
+    if x.is_meta or torch.compiler.is_compiling() or x.numel() == 0:  # no values to look at
+        y, *statistics = functional.batch_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
+        mean, variance = (v.detach() for v in statistics)
+        return y, mean, variance
     pieces = _Pieces(x, channel)
+    if pieces.folds == 1 and 1 < pieces.elements <= ROWS_AT_ONCE:
+        y, mean, variance, inv_std = _native_at_once(pieces.rows(x), gamma, beta, epsilon)
+        if _is_near(mean, inv_std):
+            return pieces.undo(y, x), mean, variance * (1 - 1 / pieces.elements)
+    return _native_in_pieces(x, gamma, beta, axis, epsilon, pieces)
+
+
+def _native_at_once(
+    z: Array, gamma: Array | None, beta: Array | None, epsilon: float
+) -> tuple[Array, Array, Array, Array]:
+    """(y, mean, unbiased variance, inv_std); channels on axis 1. The gradient is the kernel's."""
+    import torch
+
+    mean, variance = z.new_zeros((2, z.shape[1])).unbind()
+    momentum = 1.0  # PyTorch's, of the new value: the moving statistics become those of the batch
+    y, _, inv_std = torch.native_batch_norm(z, gamma, beta, mean, variance, True, momentum, epsilon)
+    return y, mean, variance, inv_std
+
+
+def _is_near(mean: Array, inv_std: Array) -> bool:
+    return float((mean * inv_std).abs().max()) <= FARTHEST_MEAN  # False for NaN
+
+
+def _native_in_pieces(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: Axis,
+    epsilon: float,
+    pieces: _Pieces,
+) -> tuple[Array, Array, Array]:
+    import torch
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():  # for a second derivative
-            outputs, residuals = functional.batch_normalization_forward(x, gamma, beta, **options)
+            outputs, residuals = functional.batch_normalization_forward(
+                x, gamma, beta, axis=axis, epsilon=epsilon
+            )
             return outputs, residuals[:4]
         z = pieces.rows(x)
-        mean, variance = _moments_in_pieces(z, pieces)
-        inv_std = torch.rsqrt(variance + epsilon)  # (B3)
-        y = _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces)
+        y, mean, variance, inv_std = _forward_in_pieces(z, gamma, beta, epsilon, pieces)
         return (pieces.undo(y, x), mean, variance), (x, mean, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
@@ -473,9 +543,38 @@ def _native(
             )
         return pieces.undo(dx, x), dgamma, dbeta
 
-    gamma, beta = (None if v is None else ops.cast(v, x.dtype) for v in (gamma, beta))
     y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
     return y, mean.detach(), variance.detach()
+
+
+def _forward_in_pieces(
+    z: Array, gamma: Array | None, beta: Array | None, epsilon: float, pieces: _Pieces
+) -> tuple[Array, Array, Array, Array]:
+    """(y, mean, variance, inv_std)."""
+    import torch
+
+    if pieces.folds == 1:
+        mean, variance = _moments_by_kernel(z, pieces)
+        inv_std = torch.rsqrt(variance + epsilon)  # (B3)
+        if _is_near(mean, inv_std):
+            y, *_ = torch.native_batch_norm(z, gamma, beta, mean, variance, False, 0.0, epsilon)
+            return y, mean, variance, inv_std
+    mean, variance = _moments_in_pieces(z, pieces)
+    inv_std = torch.rsqrt(variance + epsilon)
+    return _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces), mean, variance, inv_std
+
+
+def _moments_by_kernel(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
+    """(B1) and (B2), (C,), of means that are not far from 0: those of parts, merged."""
+    import torch
+
+    rows = pieces.elements // len(z)  # of an entry of z: the positions of one image, or 1
+    parts = z.split(max(1, min(ROWS_AT_ONCE, ELEMENTS_OF_PIECE // pieces.channels) // rows))
+    moments = [torch.stack(torch.batch_norm_update_stats(p, None, None, 0.0)) for p in parts]
+    means, variances = torch.stack(moments, dim=1)  # (parts, C)
+    share = z.new_tensor([len(p) / len(z) for p in parts])
+    mean = share @ means  # (B14)
+    return mean, share @ (variances + (means - mean) ** 2)  # (B15)
 
 
 def _moments_in_pieces(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
@@ -505,6 +604,9 @@ def _normalize_in_pieces(
 
     mean, scale = pieces.row(mean), pieces.row(inv_std if gamma is None else inv_std * gamma)
     offset = None if beta is None else pieces.row(beta)
+    if z.numel() <= ELEMENTS_OF_PIECE:
+        y = z - mean
+        return y.mul_(scale) if offset is None else torch.addcmul(offset, y, scale, out=y)
     y = torch.empty_like(z)
     for piece, target in pieces.cut(z, y):
         torch.sub(piece, mean, out=target)
@@ -553,11 +655,17 @@ def _staged(
             v = ops.sum(ops.reshape(v, (-1, run, channels)), axis=1)
         return ops.sum(v, axis=0)  # -> (C,)
 
+    def near(x: Array) -> Array:
+        """The mean of every sixteenth row: within four standard deviations of the mean of all."""
+        sample = ops.reshape(x, (-1, channels))[:: SAMPLED if n >= SAMPLED else 1]
+        return ops.sum(sample, axis=0) / max(sample.shape[0], 1)
+
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        first = total(x) / n
+        first = near(x)
         centered = x - first
-        rest = total(centered) / n  # what rounding lost of the mean
+        rest = total(centered) / n
         mean = first + rest  # (B1)
+        # rest is at most four standard deviations, so the difference loses one digit at most.
         variance = ops.maximum(total(centered * centered) / n - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
         scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
@@ -567,11 +675,12 @@ def _staged(
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, first, rest, inv_std, gamma = residuals
-        dy, centered = upstream[0], x - first - rest
+        dy, centered = upstream[0], x - first  # as forward, so that XLA does not do it again
         dbeta = total(dy)  # (B6)
-        dgamma = total(dy * centered) * inv_std  # (B7)
+        dgamma = (total(dy * centered) - rest * dbeta) * inv_std  # (B7)
         scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
-        dx = (dy - dbeta / n - centered * (inv_std * dgamma / n)) * scale  # (B8) (B9) (B10)
+        along = inv_std * dgamma / n
+        dx = (dy - dbeta / n - (centered - rest) * along) * scale  # (B8) (B9) (B10)
         return dx, dgamma, dbeta
 
     y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
@@ -625,11 +734,15 @@ def normalize(
         >>> float(y[0, 0])
         1.0
     """
-    x = ops.convert_to_tensor(x)
+    x = _tensor(x)
     chosen = _chosen("normalize", x, axis, implementation)
     if chosen == "composed":
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     functional.check_epsilon(epsilon)
+    if chosen == "native" and not _torch_records():
+        mean, variance = _torch_tensor(mean, x.dtype), _torch_tensor(variance, x.dtype)
+        gamma, beta = (None if v is None else _torch_tensor(v, x.dtype) for v in (gamma, beta))
+        return _native_inference(x, mean, variance, gamma, beta, axis, epsilon)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         x: Array = arrays[0]
@@ -647,6 +760,13 @@ def normalize(
 
     (y,) = custom_vjp(forward, backward, x, mean, variance, gamma, beta)
     return y
+
+
+def _torch_records() -> bool:
+    """Whether PyTorch keeps what gradients will need."""
+    import torch
+
+    return torch.is_grad_enabled()
 
 
 def _native_inference(
@@ -693,6 +813,32 @@ def _fused_inference(
     return tf.reshape(y, tf.shape(x))
 
 
+# Guards -------------------------------------------------------------------------------------------
+
+
+def are_finite(*arrays: Array) -> Any:
+    """Whether all numbers are finite: True where that is known at once, else a boolean tensor.
+
+    On PyTorch the arrays are there while Python runs. On a CPU looking at them costs less than the
+    operations that a choice between two tensors takes; elsewhere it would wait for the device.
+
+    Args:
+        *arrays: of one shape.
+
+    Example:
+        >>> bool(are_finite(ops.ones(3), ops.zeros(3)))
+        True
+    """
+    total = functools.reduce(operator.add, arrays)
+    if keras.backend.backend() == "torch" and total.device.type == "cpu":
+        import torch
+
+        # A sum that is not finite may have overflowed: then each is looked at.
+        if not torch.compiler.is_compiling() and math.isfinite(float(total.sum())):
+            return True
+    return ops.all(ops.isfinite(total))
+
+
 # Within each example ------------------------------------------------------------------------------
 
 _FAST_WITHIN = {
@@ -728,11 +874,17 @@ def choose_within(
         >>> choose_within("layer_normalization", (32, 128, 512), "float16")
         'composed'
     """
+    return _choose_within(function, shape, dtype, axis, None)
+
+
+def _choose_within(
+    function: str, shape: Sequence[int | None], dtype: str, axis: Axis, x: Array | None
+) -> str:
     fast, forced = _fast_within(function), _forced()
     if forced == "composed" or (forced == fast and _possible(fast, shape, dtype, axis)):
         return forced
     measured = fast == "native" or keras.backend.backend() == "tensorflow"
-    if not _possible(fast, shape, dtype, axis) or not measured or _on_gpu():
+    if not _possible(fast, shape, dtype, axis) or not measured or _on_gpu(x):
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
@@ -763,7 +915,7 @@ def _possible(fast: str, shape: Sequence[int | None], dtype: str, axis: Axis) ->
 def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> str:
     shape, dtype = tuple(x.shape), keras.backend.standardize_dtype(x.dtype)
     if implementation is None:
-        return choose_within(function, shape, dtype, axis=axis)
+        return _choose_within(function, shape, dtype, axis, x)
     fast = _fast_within(function)
     if implementation not in ("composed", fast):
         raise ValueError(
@@ -811,7 +963,7 @@ def layer_normalization(
         >>> np.round(np.asarray(y), 5).tolist()
         [[-1.0, 1.0]]
     """
-    x = ops.convert_to_tensor(x)
+    x = _tensor(x)
     chosen = _chosen("layer_normalization", x, axis, implementation)
     if chosen == "composed" or rms_scaling:
         return functional.layer_normalization(
@@ -845,7 +997,7 @@ def rms_normalization(
         >>> print(np.round(np.asarray(y), 4))
         [[0.8485 1.1314]]
     """
-    x = ops.convert_to_tensor(x)
+    x = _tensor(x)
     if _chosen("rms_normalization", x, axis, implementation) == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
     return _products(x, gamma, None, len(functional.canonical_axes(axis, x.ndim)), epsilon, False)
@@ -935,7 +1087,7 @@ def group_normalization(
         >>> np.round(np.asarray(y), 5).tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
-    x = ops.convert_to_tensor(x)
+    x = _tensor(x)
     functional.channel_axis(axis, len(x.shape))
     if _chosen("group_normalization", x, axis, implementation) == "composed":
         return functional.group_normalization(
@@ -971,7 +1123,7 @@ def instance_normalization(
         >>> np.round(np.asarray(instance_normalization(x, epsilon=0.0)), 5).tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
-    x = ops.convert_to_tensor(x)
+    x = _tensor(x)
     functional.check_spatial(len(x.shape))
     functional.channel_axis(axis, len(x.shape))
     if _chosen("instance_normalization", x, axis, implementation) == "composed":

@@ -354,7 +354,7 @@ class BatchNormalization(MovingStatistics):
         sample_weight: Array | None = None,
     ) -> Array:
         """Normalizes; see the class."""
-        x = ops.cast(inputs, self.compute_dtype)
+        x = _in_dtype(inputs, self.compute_dtype)
         updates = bool(training and self.trainable)
         if not self._traced and autodiff.is_traced(x):
             self._traced = True
@@ -393,6 +393,8 @@ class BatchNormalization(MovingStatistics):
         """(y, mean, variance) in one differentiable function: the ordinary case."""
         options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon, "weights": weights}
         ghost = self.virtual_batch_size is not None and updates
+        if not ghost and use_moving is False:
+            return kernels.batch_normalization(x, gamma, beta, **options)
         if not ghost and kernels.choose_for(x, axis=self.axis, weights=weights) != "composed":
             return self._normalize_by_kernel(x, gamma, beta, use_moving)
         if use_moving is not False:
@@ -471,11 +473,12 @@ class BatchNormalization(MovingStatistics):
         if update is False:
             return
         mean, variance, weight, squares = self._whole_batch(batch)
-        moves = ops.all(ops.isfinite(mean + variance))
+        moves = kernels.are_finite(mean, variance)
         if weight is not None:
             present = weight > 0  # (C,), or () where all channels have the same
             moves = ops.logical_and(moves, ops.any(present))
-        self._live.count(ops.where(moves, 0.0, now["update"]))
+        if moves is not True:
+            self._live.count(ops.where(moves, 0.0, now["update"]))
         if weight is not None and len(weight.shape):
             moves = ops.logical_and(moves, present)
         keep, rest = now["momentum"], now["rest"]  # 1 and 0 where the switch is off
@@ -525,8 +528,8 @@ class BatchNormalization(MovingStatistics):
     def _move(self, variable: Any, value: Array, keep: Any, rest: Any, moves: Any) -> Array:
         # Of the tensor: PyTorch's keras.Variable * float rounds the float to float32.
         old = ops.stop_gradient(variable.value)  # a tensor, read once
-        value = old * keep + ops.cast(value, variable.dtype) * rest
-        variable.assign(ops.where(moves, value, old))
+        value = old * keep + _in_dtype(value, variable.dtype) * rest
+        variable.assign(value if moves is True else ops.where(moves, value, old))
         return value
 
     def _warn_if_untouched(self) -> None:
@@ -604,6 +607,13 @@ class _Batch(NamedTuple):
 
 def _initial_value(variable: Any, initializer: Any) -> Any:
     return ops.convert_to_numpy(initializer(tuple(variable.shape), dtype=variable.dtype))
+
+
+def _in_dtype(x: Any, dtype: str) -> Array:
+    """x as a tensor of that dtype: x itself where it is one, which `ops.cast` takes long to see."""
+    if ops.is_tensor(x) and keras.backend.standardize_dtype(x.dtype) == dtype:
+        return x
+    return ops.cast(x, dtype)
 
 
 def _decided(number: Any) -> Any:
