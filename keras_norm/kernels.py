@@ -1020,9 +1020,14 @@ def _products(
         return rows if as_it_is else ops.reshape(rows, ops.shape(x))
 
     def row(v: Array) -> Array:
-        return ops.reshape(ops.cast(v, dtype), (1, d))
+        v = ops.cast(v, dtype)
+        return v if axes == 1 else ops.reshape(v, (d,))  # (D,) broadcasts as (1, D)
 
     def mean(z: Array) -> Array:
+        # Where arrays are small every operation counts. (Keras's mean of float64 is of float32 on
+        # JAX and PyTorch.)
+        if d > 0 and keras.backend.standardize_dtype(dtype) == "float32":
+            return ops.mean(z, axis=1, keepdims=True)
         return ops.sum(z, axis=1, keepdims=True) / max(d, 1)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:

@@ -69,6 +69,15 @@ def test_memory(run):
     assert "ours / Keras's" in printed
 
 
+def test_imports(tmp_path):
+    printed = run("imports.py", "--turns", "3", "--out", tmp_path)
+    with (tmp_path / "imports.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["import"] for row in rows] == ["keras", "keras_norm", "keras_norm.layers"]
+    assert float(rows[0]["s beyond keras"]) == 0
+    assert "beyond keras" in printed
+
+
 def test_gpu_is_refused_without_one():
     result = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py"],
