@@ -105,9 +105,11 @@ def _jax(layer, training):
         y, gradient, state = jax.vjp(lambda t, x: forward(t, state, x), trainable, x, has_aux=True)
         return y, gradient(dy), state
 
+    # Read once, as in `fit`, which hands the state from step to step.
+    trainable = [v.value for v in layer.trainable_variables]
+    state = [v.value for v in layer.non_trainable_variables]
+
     def run(x, dy):
-        trainable = [v.value for v in layer.trainable_variables]
-        state = [v.value for v in layer.non_trainable_variables]
         return jax.block_until_ready(step(trainable, state, x, dy))
 
     return run

@@ -78,6 +78,15 @@ def test_imports(tmp_path):
     assert "beyond keras" in printed
 
 
+def test_activation(tmp_path):
+    printed = run("activation.py", "--turns", "3", "--out", tmp_path)
+    with (tmp_path / "activation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["shape"] for row in rows] == ["128x32x32x32", "128x16x16x64", "128x8x8x128"]
+    assert all(float(row["then ReLU over recomputed"]) > 0 for row in rows)
+    assert "medians of 3 turns" in printed
+
+
 def test_gpu_is_refused_without_one():
     result = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py"],
