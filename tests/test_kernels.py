@@ -71,6 +71,23 @@ def test_large_mean_loses_nothing(implementation):
     np.testing.assert_allclose(array(y).std(over), 1, rtol=2e-5)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("implementation", POSSIBLE)
+def test_many_rows(implementation, axis):
+    """40,960 of them: more than PyTorch's kernel gets at once, and no multiple of that."""
+    if axis == 1 and implementation not in ("composed", "native"):
+        pytest.skip("channels on the last axis only")
+    x = (2 + np.random.default_rng(0).standard_normal((40, 32, 32, 16))).astype("float32")
+    exact = x.astype("float64")
+    mean, variance = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    y = (exact - mean) / np.sqrt(variance)
+    options = {"implementation": implementation, "axis": axis, "epsilon": 0.0}
+    ours = kernels.batch_normalization(np.moveaxis(x, -1, axis), **options)
+    np.testing.assert_allclose(np.moveaxis(array(ours[0]), axis, -1), y, atol=1e-4)
+    np.testing.assert_allclose(array(ours[1]), mean, atol=5e-5)
+    np.testing.assert_allclose(array(ours[2]), variance, rtol=2e-5)
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
 def test_the_fused_kernel_alone_loses_a_large_mean():
     import tensorflow as tf
@@ -125,6 +142,15 @@ def test_other_dtypes(implementation, dtype):
     compare(ops.cast(y, "float64"), ops.cast(expected[0], "float64"), coarse, "y")
     compare(mean, expected[1], 1e-5 if dtype != "float64" else 1e-12, "mean")
     compare(variance, expected[2], 1e-5 if dtype != "float64" else 1e-12, "variance")
+
+
+def test_whether_all_are_finite():
+    """Also where they add up to more than float32 holds."""
+    large = ops.convert_to_tensor(np.full(8, 2e38, "float32"))
+    assert bool(kernels.are_finite(large, 0 * large))
+    for bad in (np.inf, -np.inf, np.nan):
+        other = ops.convert_to_tensor(np.array([0.0] * 7 + [bad], "float32"))
+        assert not bool(kernels.are_finite(large, other))
 
 
 def test_the_table(monkeypatch):
