@@ -2,7 +2,7 @@
 # make test           environment, install, lint, types, all tests on TensorFlow
 # make test-backends  the core tests on JAX and on PyTorch, each in an environment of its own
 # make test-implementations  the layers' tests under every implementation that can be forced
-# make bench          benchmarks of layers, training and memory (nothing else should be running)
+# make bench          benchmarks of layers, training, memory, imports (nothing else should be running)
 # make results        RESULTS.md from the runs saved in docs/results
 # make docs           the pages, into docs/_build/html, in an environment of their own
 # make notebooks      the tutorials as notebooks, on the runs saved in docs/results, for the pages
@@ -96,6 +96,8 @@ bench: .venv/installed
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py --layers batch layer rms group $(ARGS)
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/training.py
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/memory.py --layers batch layer rms group
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/activation.py
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/imports.py
 
 results: .venv/installed
 	@.venv/bin/python docs/report.py

@@ -69,7 +69,7 @@ def test_memory(run):
     assert "ours / Keras's" in printed
 
 
-def test_imports(tmp_path):
+def test_imports(run, tmp_path):
     printed = run("imports.py", "--turns", "3", "--out", tmp_path)
     with (tmp_path / "imports.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -78,7 +78,7 @@ def test_imports(tmp_path):
     assert "beyond keras" in printed
 
 
-def test_activation(tmp_path):
+def test_activation(run, tmp_path):
     printed = run("activation.py", "--turns", "3", "--out", tmp_path)
     with (tmp_path / "activation.csv").open() as file:
         rows = list(csv.DictReader(file))
