@@ -476,11 +476,9 @@ class _Pieces:
 def _native(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
-    import torch
-
     (channel,) = functional.canonical_axes(axis, x.ndim)
     gamma, beta = (None if v is None else _torch_tensor(v, x.dtype) for v in (gamma, beta))
-    if x.is_meta or torch.compiler.is_compiling() or x.numel() == 0:  # no values to look at
+    if x.numel() == 0 or not _can_be_looked_at(x):
         y, *statistics = functional.batch_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
         mean, variance = (v.detach() for v in statistics)
         return y, mean, variance
@@ -502,6 +500,13 @@ def _native_at_once(
     momentum = 1.0  # PyTorch's, of the new value: the moving statistics become those of the batch
     y, _, inv_std = torch.native_batch_norm(z, gamma, beta, mean, variance, True, momentum, epsilon)
     return y, mean, variance, inv_std
+
+
+def _can_be_looked_at(x: Array) -> bool:
+    """Whether x has values now, and what they decide is not recorded for other values to come."""
+    import torch
+
+    return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _is_near(mean: Array, inv_std: Array) -> bool:
@@ -788,8 +793,14 @@ def _native_inference(
     if x.numel() == 0:
         return x.clone()
     pieces = _Pieces(x, channel)
-    inv_std = torch.rsqrt(variance + epsilon)
-    return pieces.undo(_normalize_in_pieces(pieces.rows(x), mean, inv_std, gamma, beta, pieces), x)
+    inv_std, z = torch.rsqrt(variance + epsilon), pieces.rows(x)
+    large = pieces.folds == 1 and x.numel() > ELEMENTS_OF_PIECE
+    if large and _can_be_looked_at(x) and _is_near(mean, inv_std):
+        # One sweep, x scale + (beta - mean scale).
+        y, *_ = torch.native_batch_norm(z, gamma, beta, mean, variance, False, 0.0, epsilon)
+    else:
+        y = _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces)
+    return pieces.undo(y, x)
 
 
 def _fused_inference(
@@ -832,12 +843,9 @@ def are_finite(*arrays: Array) -> Any:
         True
     """
     total = functools.reduce(operator.add, arrays)
-    if keras.backend.backend() == "torch" and total.device.type == "cpu":
-        import torch
-
-        # A sum that is not finite may have overflowed: then each is looked at.
-        if not torch.compiler.is_compiling() and math.isfinite(float(total.sum())):
-            return True
+    on_cpu = keras.backend.backend() == "torch" and total.device.type == "cpu"
+    if on_cpu and _can_be_looked_at(total) and math.isfinite(float(total.sum())):
+        return True  # a sum that is not finite may have overflowed: then each is looked at
     return ops.all(ops.isfinite(total))
 
 
