@@ -89,7 +89,7 @@ def test_many_rows(implementation, axis):
     inferred = kernels.normalize(moved, *statistics, axis=axis, epsilon=0.0)
     np.testing.assert_allclose(np.moveaxis(array(inferred), axis, -1), y, atol=1e-5)
     np.testing.assert_allclose(array(ours[1]), mean, atol=5e-5)
-    np.testing.assert_allclose(array(ours[2]), variance, rtol=2e-5)
+    np.testing.assert_allclose(array(ours[2]), variance, rtol=5e-5)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
