@@ -3,9 +3,9 @@
     python benchmarks/imports.py
     KERAS_BACKEND=torch python benchmarks/imports.py --out results/bench_imports_torch
 
-Every figure comes from a fresh process, and the three imports take turns. Each process prints the
-time from its start of the import to the end, and the processor time of it, which other work on the
-machine lengthens less.
+Fresh processes import Keras, then keras_norm, then its layers, and time each step; the figures are
+medians over the processes. Processor time is that of all threads, which other work on the machine
+lengthens less.
 """
 
 import argparse
@@ -17,59 +17,39 @@ import sys
 
 from keras_norm import experiments
 
-IMPORTS = {
-    "keras": "import keras",
-    "keras_norm": "import keras, keras_norm",
-    "keras_norm.layers": "import keras, keras_norm.layers",
-}
 PROGRAM = """
 import time
-wall, processor = time.perf_counter(), time.process_time()
-{}
-print(time.perf_counter() - wall, time.process_time() - processor)
+for module in {!r}:
+    wall, processor = time.perf_counter(), time.process_time()
+    __import__(module)
+    print(module, time.perf_counter() - wall, time.process_time() - processor)
 """
+MODULES = ("keras", "keras_norm", "keras_norm.layers")
 
 
-def seconds(statement):
-    """(wall, processor) of one import in a fresh process."""
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(statement)]
+def seconds():
+    """{module: (wall, processor)} of one fresh process."""
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(MODULES)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    wall, processor = map(float, done.stdout.split()[-2:])
-    return wall, processor
+    lines = [line.split() for line in done.stdout.splitlines()[-len(MODULES) :]]
+    return {module: (float(wall), float(processor)) for module, wall, processor in lines}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--turns", type=int, default=9, help="default: %(default)s")
+    parser.add_argument("--processes", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_imports"))
     arguments = parser.parse_args()
-    if arguments.turns < 3:
-        parser.error("--turns must be at least 3, for a median")
-    for statement in IMPORTS.values():
-        seconds(statement)  # compiles the modules, and brings the files into memory
-    times = {name: [] for name in IMPORTS}
-    for _ in range(arguments.turns):
-        for name, statement in IMPORTS.items():
-            times[name].append(seconds(statement))
+    if arguments.processes < 3:
+        parser.error("--processes must be at least 3, for a median")
+    seconds()  # compiles the modules, and brings the files into memory
+    times = [seconds() for _ in range(arguments.processes)]
     rows = []
-    for name, measured in times.items():
-        wall, processor = (statistics.median(kind) for kind in zip(*measured, strict=True))
-        beyond = [
-            statistics.median(a[i] - b[i] for a, b in zip(measured, times["keras"], strict=True))
-            for i in range(2)
-        ]
-        rows.append(
-            {
-                "import": name,
-                "turns": arguments.turns,
-                "s": wall,
-                "processor s": processor,
-                "s beyond keras": beyond[0],
-                "processor s beyond keras": beyond[1],
-            }
-        )
-        print(f"{name:>18}: {wall:.3f} s, beyond keras {beyond[0]:+.4f} s", end="")
-        print(f"; of a processor {processor:.3f} s, beyond keras {beyond[1]:+.4f} s")
+    for module in MODULES:
+        wall, processor = (statistics.median(t[module][i] for t in times) for i in range(2))
+        row = {"module": module, "processes": arguments.processes}
+        rows.append(row | {"s": wall, "processor s": processor})
+        print(f"{module:>18}: {wall:.4f} s, of a processor {processor:.4f} s")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (
         experiments.replace_file(arguments.out / "imports.csv") as path,
@@ -78,7 +58,7 @@ def main():
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"Medians of {arguments.turns} alternating turns; {arguments.out}/imports.csv")
+    print(f"after one another; medians of {arguments.processes}; {arguments.out}/imports.csv")
 
 
 if __name__ == "__main__":
