@@ -85,6 +85,8 @@ def _tensorflow(layer, training, compiled):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=True)
+        with tf.control_dependencies([y]):
+            dy = tf.identity(dy)  # as in a net, whose gradient comes after the output
         return y, tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], dy)
 
     if compiled == "eager":
