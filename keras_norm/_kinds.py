@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm import functional
+from keras_norm import functional, kernels
 from keras_norm._moving import weights_of
 from keras_norm._rows import NormalizationByRows, Rows
 from keras_norm.layers import BatchNormalization
@@ -171,7 +171,7 @@ class _MeanVariance(Kind):
             mean = ops.where(flag, mean, ops.cast(layer.moving_mean, mean.dtype))
             variance = ops.where(flag, variance, ops.cast(layer.moving_variance, mean.dtype))
         where = {"axis": layer.axis, "epsilon": layer.epsilon}
-        return functional.normalize(x, mean, variance, layer.gamma, layer.beta, **where)
+        return kernels.normalize(x, mean, variance, layer.gamma, layer.beta, **where)
 
     def of_data(self, moments: Any, like: Values) -> Values:
         return moments.mean, moments.variance()

@@ -540,7 +540,10 @@ def _per_example(sums: Floats, rows: int, chunk: Chunk) -> Floats:
 
     A model may fold other axes into the first, time steps or windows; R is then a multiple of N.
     """
-    sums = np.broadcast_to(sums.astype(np.float64), (rows, *sums.shape[1:]))
+    sums = sums.astype(np.float64)
+    if rows == chunk.size:
+        return sums if len(sums) == 1 else sums[: chunk.rows]
+    sums = np.broadcast_to(sums, (rows, *sums.shape[1:]))
     if rows % chunk.size == 0:
         sums = sums.reshape(chunk.size, rows // chunk.size, *sums.shape[1:]).sum(axis=1)
         return sums[: chunk.rows]

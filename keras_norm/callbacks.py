@@ -7,6 +7,7 @@ import numbers
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -549,6 +550,10 @@ class _Exchange(keras.callbacks.Callback):
                             then the model's own values go back in, for those that are listed
                             after it, and for the next epoch.
 
+    Without validation data, the callbacks before this one see them if `in_order` made the list:
+    it puts one in front that brings the values in when an epoch ends. Of several exchanges the
+    last goes back first.
+
     An exception in a validation step puts them back as it passes through; one elsewhere when the
     `with` block of the callback ends, at the next `fit`, or by `restore()`.
     """
@@ -563,6 +568,7 @@ class _Exchange(keras.callbacks.Callback):
         self._fitting = False
         self._epoch = 0
         self._watch: tuple[Any, Any] | None = None
+        self._model: Any = None  # whose values were exchanged
 
     def _variables(self) -> list[Any]:
         """What is exchanged."""
@@ -603,6 +609,11 @@ class _Exchange(keras.callbacks.Callback):
         """Gives the model its step of validation back."""
         self._unwatch()
 
+    def before_epoch_end(self, epoch: int) -> None:
+        """Brings the values in if validation has not; before any callback's `on_epoch_end`."""
+        if self._fitting and self._due(epoch) and not self.exchanged:
+            self._bring_in()
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Puts the model's own values back."""
         self._put_back()
@@ -612,8 +623,7 @@ class _Exchange(keras.callbacks.Callback):
         self._put_back()
         self._fitting = False
         if self.keep:
-            self._bring_in()
-            self._own = None
+            self._bring_in_for_good()
 
     def restore(self) -> None:
         """Puts the model's own values back; does nothing if it has them.
@@ -633,25 +643,51 @@ class _Exchange(keras.callbacks.Callback):
     def _bring_in(self) -> None:
         _synchronized(self.model)
         self._own = [(v, np.array(v.numpy())) for v in self._variables()]
+        self._model = self.model
+        _EXCHANGED.setdefault(self._model, []).append(self)
         try:
             self._come_in()
         except BaseException:
             self._put_back()
             raise
 
+    def _bring_in_for_good(self) -> None:
+        self._bring_in()
+        _EXCHANGED[self._model].remove(self)
+        self._own = None
+
     def _put_back(self) -> None:
         self._unwatch()
-        own, self._own = self._own, None
-        if own is None:
+        if self._own is None:
             return
-        if getattr(self.model, "_jax_state", None):
-            self.model._jax_state_synced = True  # the state is that of the variables from now on
+        exchanges = _EXCHANGED[self._model]
+        while exchanges[-1] is not self:  # came in on top of these values
+            exchanges[-1]._put_back()
+        exchanges.pop()
+        own, self._own = self._own, None
+        if getattr(self._model, "_jax_state", None):
+            self._model._jax_state_synced = True  # the state is that of the variables from now on
         statistics._assign_all(own)
 
     def _unwatch(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None and self.model.test_function is watch[1]:
             self.model.test_function = watch[0]
+
+
+# model -> the callbacks whose values it has, in the order in which they came in
+_EXCHANGED: weakref.WeakKeyDictionary[Any, list[_Exchange]] = weakref.WeakKeyDictionary()
+
+
+class _BeforeEpochEnd(keras.callbacks.Callback):
+    """Listed first, it brings the values of an exchange in for all that look at an epoch's end."""
+
+    def __init__(self, exchange: _Exchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._exchange.before_epoch_end(epoch)
 
 
 def _synchronized(model: Any) -> None:
@@ -885,6 +921,12 @@ class AverageWeights(_Exchange):
             self._update_in_epoch()
         super().on_test_begin(logs)
 
+    def before_epoch_end(self, epoch: int) -> None:
+        """Updates the average, once in an epoch, and brings it in if validation has not."""
+        if self._fitting and not self.exchanged:
+            self._update_in_epoch()
+        super().before_epoch_end(epoch)
+
     def _update_in_epoch(self) -> None:
         due = self._every_batches() is None and self._epoch >= self.start
         if due and self._updated != self._epoch:
@@ -909,8 +951,7 @@ class AverageWeights(_Exchange):
             Path(self.backup).unlink(missing_ok=True)
         self._fitting = False
         if keep:
-            self._bring_in()
-            self._own = None
+            self._bring_in_for_good()
 
     def _save(self, epoch: int) -> None:
         from keras_norm.experiments import replace_file
@@ -1041,9 +1082,11 @@ class Lookahead(keras.callbacks.Callback):
 def in_order(callbacks: Sequence[Any]) -> list[Any]:
     """Callbacks in the order that those which exchange weights or statistics need.
 
-    First what looks at the model after validation (checkpoints, early stopping, and all others),
-    then `StatisticsMonitor`, `ReestimateStatistics`, `AdaptStatistics` after `AverageWeights`,
-    and last `keras.callbacks.BackupAndRestore`, which is to find the weights of training.
+    First one that brings such values in where there is no validation to do so, for each of them.
+    Then what looks at the model at the end of an epoch (checkpoints, early stopping, and all
+    others), then `StatisticsMonitor`, then `AverageWeights`, `ReestimateStatistics` and
+    `AdaptStatistics`, whose statistics are those of averaged weights then, and last
+    `keras.callbacks.BackupAndRestore`, which is to find the weights of training.
 
     Args:
         callbacks: of Keras.
@@ -1054,17 +1097,18 @@ def in_order(callbacks: Sequence[Any]) -> list[Any]:
     Example:
         >>> order = in_order([keras.callbacks.BackupAndRestore("/tmp/b"), AverageWeights()])
         >>> [type(callback).__name__ for callback in order]
-        ['AverageWeights', 'BackupAndRestore']
+        ['_BeforeEpochEnd', 'AverageWeights', 'BackupAndRestore']
     """
 
     def rank(callback: Any) -> int:
         if isinstance(callback, keras.callbacks.BackupAndRestore):
-            return 3
+            return 4
         if isinstance(callback, _Exchange):
-            return 2
+            return 2 if isinstance(callback, AverageWeights) else 3
         return 1 if isinstance(callback, StatisticsMonitor) else 0
 
-    return sorted(callbacks, key=rank)
+    ordered = sorted((c for c in callbacks if not isinstance(c, _BeforeEpochEnd)), key=rank)
+    return [*(_BeforeEpochEnd(c) for c in ordered if isinstance(c, _Exchange)), *ordered]
 
 
 class StatisticsMonitor(keras.callbacks.Callback):

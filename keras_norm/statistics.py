@@ -29,6 +29,7 @@ import json
 import math
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,7 @@ Layer = Any
 Floats = npt.NDArray[np.float64]
 
 _GIB = 2**30
+_IN_ARCHIVE = "keras_norm.statistics.json"  # name of the report in a .keras file
 _DRIFT = 3.0  # from which a stream is no random sample
 _TINY = 0.2  # sigma: the standard error from which a sample is too small
 
@@ -468,15 +470,34 @@ class Report:
         return cls(layers=layers, **{key: state[key] for key in keys})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the report as JSON, whole or not at all, and returns the path."""
-        with replace_file(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), allow_nan=False, indent=1))
+        """Writes the report as JSON, whole or not at all, and returns the path.
+
+        Args:
+            path: of a file; or of a model that was saved, a .keras file, into which the report
+                goes as one more part. Keras loads the model as before.
+
+        Raises:
+            FileNotFoundError: for a .keras file that is not there: `model.save` comes first.
+        """
+        text = json.dumps(self.to_dict(), allow_nan=False, indent=1)
+        if Path(path).suffix == ".keras":
+            _add_to_archive(Path(path), text)
+        else:
+            with replace_file(path) as temporary:
+                temporary.write_text(text)
         return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Reads what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Reads what `save` wrote.
+
+        Raises:
+            KeyError: for a .keras file without a report.
+        """
+        if Path(path).suffix != ".keras":
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        with zipfile.ZipFile(path) as archive:
+            return cls.from_dict(json.loads(archive.read(_IN_ARCHIVE)))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws, for each updated layer, how far its statistics moved, and what is uncertain.
@@ -508,6 +529,19 @@ class Report:
                 finally:
                     pyplot.close(figure)
         return figure
+
+
+def _add_to_archive(path: Path, text: str) -> None:
+    """The report as a part of a .keras file, in the place of an older one."""
+    with (
+        zipfile.ZipFile(path) as old,
+        replace_file(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as new,
+    ):
+        for item in old.infolist():
+            if item.filename != _IN_ARCHIVE:
+                new.writestr(item, old.read(item))
+        new.writestr(_IN_ARCHIVE, text)
 
 
 def _draw(report: Report) -> Any:

@@ -332,7 +332,7 @@ def test_layerwise_against_pytorch():
 
 @pytest.mark.parametrize(
     ("build", "sizes"),
-    [(mlp9, (7,)), (residual, (1, 7, 64)), (subclassed, (20,))],
+    [(mlp9, (1, 7, 64)), (convnet, (1, 7, 64)), (residual, (1, 7, 64)), (subclassed, (20,))],
     ids=lambda v: getattr(v, "__name__", "sizes"),
 )
 def test_batch_size_and_order_do_not_matter(build, sizes):
@@ -344,7 +344,7 @@ def test_batch_size_and_order_do_not_matter(build, sizes):
     expected = snapshot(model)
     order = np.random.default_rng(1).permutation(65)
     by_class = np.argsort(x.reshape(65, -1)[:, 0])
-    for rows, size in zip((by_class, order, by_class), sizes, strict=False):
+    for rows, size in itertools.product((by_class, order), (*sizes, 65)):
         restore(model, old)
         reestimate(model, x[rows], batch_size=size)
         change = diff(expected, model)
@@ -714,6 +714,25 @@ def test_a_report(tmp_path):
     json.loads((tmp_path / "report.json").read_text())
     with pytest.raises(ValueError, match="format=None"):
         Report.from_dict({})
+
+
+def test_a_report_is_saved_with_the_model(tmp_path):
+    model, path = MLP((3,), input_shape=(4,), classes=2), tmp_path / "model.keras"
+    x = example_data((4,), 40)
+    report = reestimate(model, x, name="forty rows")
+    with pytest.raises(FileNotFoundError):
+        report.save(path)
+    model.save(path)
+    reestimate(model, x[:30]).save(path)
+    report.save(path)  # in the place of the other
+    back = Report.load(path)
+    assert (back.data, back.samples, back.method) == ("forty rows", 40, "layerwise")
+    np.testing.assert_array_equal(
+        keras.saving.load_model(path).get_weights()[4], back["dense1_norm"].mean.astype("float32")
+    )
+    model.save(path)
+    with pytest.raises(KeyError, match="statistics"):
+        Report.load(path)
 
 
 def test_one_example_has_no_standard_error(tmp_path):

@@ -182,7 +182,34 @@ def test_order():
     average, monitor = AverageWeights(), StatisticsMonitor()
     checkpoint = keras.callbacks.ModelCheckpoint("x.keras")
     given = [backup, average, monitor, checkpoint]
-    assert in_order(given) == [checkpoint, monitor, average, backup]
+    first, *others = in_order(given)
+    assert others == [checkpoint, monitor, average, backup]
+    assert first._exchange is average
+    again = in_order(in_order(given))
+    assert again[1:] == others
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_without_validation_data(nested):
+    """At the end of an epoch all see the other values, and training knows nothing of them."""
+    expected = plain()
+    model, before, after = network(), Spy(), Spy()
+    average = AverageWeights("swa", data=None if nested else X)
+    given = [average, before]
+    if nested:
+        given.insert(0, ReestimateStatistics(X, every=2))
+    fit(model, [*in_order(given), after], validation=False)
+    for mine, theirs in zip(after.steps, expected.steps, strict=True):
+        assert same(mine, theirs)
+    trained = [i for i, v in enumerate(model.variables) if v.trainable]
+    for epoch, seen in enumerate(before.epochs):
+        assert same(after.epochs[epoch], after.steps[4 * epoch + 3])
+        for i in trained:
+            weights = [after.epochs[e][i] for e in range(epoch + 1)]
+            np.testing.assert_allclose(seen[i], np.mean(weights, axis=0), rtol=1e-5, atol=1e-6)
+    for variable, value in zip(model.variables, before.epochs[1], strict=True):
+        variable.assign(value)
+    assert statistics.reestimate(model, X).largest_shift < 1e-5
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -228,12 +255,12 @@ def test_a_fit_that_is_resumed(tmp_path):
     expected = state(model)
     assert not (tmp_path / "average.npz").exists()
     model, first = network(), callbacks()
-    with pytest.raises(KeyboardInterrupt), first[0]:
+    with pytest.raises(KeyboardInterrupt), first[1]:
         fit(model, [*first, Interrupt("training", 1)], epochs=4)
     assert (tmp_path / "average.npz").exists()
     model, second = network(), callbacks()
     fit(model, second, epochs=4)
-    assert second[0].updates == 4
+    assert second[1].updates == 4
     for a, b in zip(state(model), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
