@@ -301,7 +301,13 @@ def make_model(settings, seed):
     return net
 
 
-fresh_model = experiments.ModelPool(make_model)  # compiles each kind of net once, not per seed
+pool = experiments.ModelPool(make_model)  # compiles each kind of net once, not per seed
+
+
+def fresh_model(settings, seed):
+    """A net as its settings describe it, whatever it is trained on."""
+    kind = ("keep", "width", "order", "weight_scale", "rate")
+    return pool({key: settings[key] for key in kind}, seed)
 
 
 def judged(net, x, y, prefix):
