@@ -40,7 +40,7 @@ _FIXED_POINT = 1e-6  # in units of sigma: a few times the rounding of a float32 
 _MAX_ROUNDS = 100
 _PILOT = 512  # examples in the first of the samples for a tolerance
 _KEPT = "_keras_norm_statistics"  # attribute of a model
-_TRIED_FIRST, _TRIED = 4, 20  # one pass is tried on the first four batches, and 2 in 20
+_TRIED_FIRST, _TRIED = 4, 40  # one pass is tried on the first four batches, and 2 in 40
 
 
 # Statistics of one layer -----------------------------------------------------------------------

@@ -264,7 +264,7 @@ class LayerStatistics:
             variance, from the spread between examples; infinite for one example.
         residual: largest difference, in units of sigma, between the statistics and those of the
             inputs that they produce, where they had to be found by iteration; else 0.
-        leak: for `one_pass`, its error as estimated on the first four batches and two in twenty, in
+        leak: for `one_pass`, its error as estimated on the first four batches and two in forty, in
             units of sigma, root mean square over the channels. From few batches it is an
             estimate: in half of the layers within a factor of 2, rather too large than too
             small, up to ten times in deep layers at batches of 20. Else 0.
@@ -742,7 +742,7 @@ def reestimate(
     `method="one_pass"` lets every layer normalize by the batch, in one sweep, and pools by
     counts. Layers above the first see inputs normalized with the batch's own noise: the error
     grows with depth and with smaller batches. The report states it per layer as `leak`, estimated
-    on the first four batches and two in twenty, which are run a second time.
+    on the first four batches and two in forty, which are run a second time.
 
     Args:
         model: a built `keras.Model`, functional, Sequential or subclassed, with batch

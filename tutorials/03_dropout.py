@@ -21,7 +21,7 @@ to the variances that batch normalization relies on: predicted, measured, and wh
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` a minute and a half, the default about five minutes, `--full`
+**Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full`
 about a quarter of an hour (ten seeds of the first experiment, five of the others; more keep
 probabilities, widths and training-set sizes).
 
