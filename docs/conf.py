@@ -33,6 +33,7 @@ html_css_files = ["wide.css"]
 html_show_copyright = False
 html_show_sphinx = False
 myst_heading_anchors = 3
+highlight_language = "text"  # code in Python says so; equations and commands are none
 
 # `name` links where it names something documented, and is code where it does not.
 default_role = "py:obj"
@@ -68,8 +69,15 @@ def plain_docstring(app, what, name, obj, options, lines):
     lines[:] = docstrings.to_rst(lines)
 
 
+def lead_inward(app, name, source):
+    """In the repository the pages link to scripts and RESULTS.md, here to their pages."""
+    if not name.startswith("_pages/"):
+        source[0] = pages.inward(source[0])
+
+
 def setup(app):
     """Called by Sphinx."""
     pages.write()
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)
     app.connect("autodoc-process-signature", own_signature)
+    app.connect("source-read", lead_inward)

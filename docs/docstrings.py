@@ -11,7 +11,6 @@ import re
 
 __all__ = ["to_rst"]
 
-_SECTION = re.compile(r"\s*[A-Z][A-Za-z ]*:$")
 _PARAGRAPH_WITH_NAME = re.compile(r"(\s*)([A-Z][A-Za-z ]*): (?=\S)")
 _CODE = re.compile(r"(`+[^`]*`+)")
 

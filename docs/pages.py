@@ -99,3 +99,9 @@ def relinked(text: str) -> str:
         return f"](../{target.removeprefix('docs/')})"
 
     return _LINK.sub(link, text).replace(" ± ", "\u00a0±\u00a0")  # not broken in narrow columns
+
+
+def inward(text: str) -> str:
+    """Links of a page in `docs` to what lies outside of it, led to the pages made from that."""
+    text = text.replace("](../RESULTS.md", "](_pages/results.md")
+    return re.sub(r"\]\(\.\./tutorials/(\w+)\.py", r"](_pages/\1.md", text)

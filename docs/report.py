@@ -1,4 +1,4 @@
-"""RESULTS.md from the saved results: ours beside the published figures, each with a verdict.
+"""RESULTS.md, and the table of README.md: ours beside the published figures, with verdicts.
 
     .venv/bin/python docs/report.py     # or: make results
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAVED = Path("docs/results")  # of ROOT
 MISSING = "not run yet"
 FEWEST = 5  # seeds, below which there is no verdict
+MARKS = ("<!-- results, written by make results -->", "<!-- end of results -->")  # in README.md
 
 
 # ---------------------------------------------------------------------------- what is saved
@@ -364,6 +365,29 @@ def report(rows: Mapping[str, Any], folder: Path) -> str:
     return "\n\n".join(texts) + "\n"
 
 
+def short_report(rows: Mapping[str, Any], folder: Path) -> str:
+    """The table of README.md: the figures that have a name there."""
+    saved = Saved(folder)
+    chosen = [
+        {**row, "what": f"{row['readme']}; {data_of({'figures': [row]}, saved)}"}
+        for part in rows["parts"].values()
+        for row in part["figures"]
+        if "readme" in row
+    ]
+    table = figures(chosen, saved).table
+    return Table(table.header[:-1], tuple(cells[:-1] for cells in table.rows)).markdown
+
+
+def with_table(readme: str, table: str) -> str:
+    """README.md with this table between its marks."""
+    start, end = MARKS
+    before, _, rest = readme.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"README.md must hold the lines {start!r} and {end!r}, in this order.")
+    return f"{before}{start}\n{table}\n{end}{after}"
+
+
 def load_rows(path: Path = ROOT / SAVED / "rows.toml") -> dict[str, Any]:
     """`rows.toml`, its numbers with the digits that they were published with."""
     with open(path, "rb") as file:
@@ -371,9 +395,15 @@ def load_rows(path: Path = ROOT / SAVED / "rows.toml") -> dict[str, Any]:
 
 
 def main() -> None:
-    with replace_file(ROOT / "RESULTS.md") as path:
-        path.write_text(report(load_rows(), ROOT / SAVED), "utf-8")
-    print("RESULTS.md written")
+    rows, readme = load_rows(), (ROOT / "README.md").read_text("utf-8")
+    texts = {
+        "RESULTS.md": report(rows, ROOT / SAVED),
+        "README.md": with_table(readme, short_report(rows, ROOT / SAVED)),
+    }
+    for name, text in texts.items():
+        with replace_file(ROOT / name) as path:
+            path.write_text(text, "utf-8")
+    print(f"Written: {', '.join(texts)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,15 @@ def test_results_md_says_what_is_saved():
     )
 
 
+def test_the_table_of_the_readme_says_what_is_saved():
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = report.short_report(ROWS, SAVED)
+    assert len(table.splitlines()) > 5
+    assert text == report.with_table(text, table), "run `make results`"
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.with_table("without marks", table)
+
+
 def test_a_changed_result_changes_results_md(tmp_path):
     for study in ROWS["studies"]:
         if (SAVED / study).exists():

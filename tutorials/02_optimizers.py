@@ -58,7 +58,9 @@ from keras_norm import (
     plotting,
 )
 
-arguments = experiments.tutorial_arguments("Update rules, from the equations to fair comparisons.")
+arguments = experiments.tutorial_arguments(
+    "Update rules, from the equations to fair comparisons.", name="02_optimizers"
+)
 out = arguments.out
 print(f"Tutorial 2, mode {arguments.mode}; results go to {out}")
 

@@ -48,7 +48,9 @@ from keras_norm.layers import BatchNormalization, Dropout
 # Each net has functions of its own compiled, on purpose: TensorFlow warns of that.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
-arguments = experiments.tutorial_arguments("Dropout, from the equations to the variance shift.")
+arguments = experiments.tutorial_arguments(
+    "Dropout, from the equations to the variance shift.", name="03_dropout"
+)
 out = arguments.out
 print(f"Tutorial 3, mode {arguments.mode}; results go to {out}")
 

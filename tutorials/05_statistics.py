@@ -52,7 +52,9 @@ from keras_norm.layers import BatchNormalization
 # Each net has functions of its own compiled, on purpose: TensorFlow warns of that.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
-arguments = experiments.tutorial_arguments("The statistics of batch normalization.")
+arguments = experiments.tutorial_arguments(
+    "The statistics of batch normalization.", name="05_statistics"
+)
 out = arguments.out
 print(f"Tutorial 5, mode {arguments.mode}; results go to {out}")
 
