@@ -132,6 +132,67 @@ def test_tutorial_2_on_the_data_that_is_there(tmp_path, no_data):
 
 
 @pytest.mark.slow
+def test_tutorial_4_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
+    process = run("04_layer_and_spatial_norm.py", tmp_path, "--fast", **no_data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning" not in process.stderr.lower()
+    assert "NOT of CIFAR-10" in process.stdout
+    plots = ["curves_5", "curves_50", "batch_sizes", "by_width", "by_depth", "by_penalty"]
+    for plot in [*plots, "preprocessing", "images", "best"]:
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["answers"]) == 5
+    check = answers["check"]
+    assert max(check["layer_norm_before"], check["spatial_before"]) < 6e-9  # the digits printed
+    assert max(v for name, v in check.items() if "mean" in name) < 1e-14
+    assert max(v for name, v in check.items() if "std" in name) < 1e-4  # epsilon
+    assert max(answers["differences_from_numpy"].values()) < 1e-12
+    assert answers["gradient_error"] < 1e-9
+    change = answers["change_by_preprocessing"]
+    assert change["mean image subtracted"]["batch norm, each pixel"] < 1e-6
+    assert change["each image scaled to sum 1"]["layer norm"] < 1e-6
+    assert change["each image scaled to sum 1"]["batch norm, each pixel"] > 0.1
+    results = Results.load(tmp_path)
+    for name in ("layer norm, batch 5", "batch norm, batch 50", "best perceptron"):
+        assert results.values(name, "val_accuracy").mean() > FLOOR_DIGITS
+    blind, sees = (
+        results.values(f"{name} norm, batch 1", "val_accuracy").mean()
+        for name in ("batch", "layer")
+    )
+    assert blind < 0.3
+    assert sees > blind + 0.2
+
+
+@pytest.mark.slow
+def test_tutorial_6_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
+    process = run("06_three_ways.py", tmp_path, "--fast", **no_data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning" not in process.stderr.lower()
+    assert "NOT of CIFAR-10" in process.stdout
+    for plot in ("accuracy", "seconds", "failures"):
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["answers"]) == 4
+    assert len(answers["same_weights"]) == 6
+    assert max(max(values) for values in answers["same_weights"].values()) < 1e-5
+    assert len(answers["after_steps"]) == 12
+    assert max(answers["after_steps"].values()) < 1e-3
+    assert answers["flag"]["no flag"] == 0 < answers["flag"]["training=True"]
+    lines = answers["lines"]["ConvNet, tensors"], answers["lines"]["ConvNet, Sequential"]
+    assert lines[0]["training"] > lines[1]["training"] > 0
+    results = Results.load(tmp_path)
+    for net in ("two layers", "ConvNet"):
+        for way in ("tensors", "subclassed", "Sequential"):
+            assert results.values(f"{net}, {way}", "test_all_accuracy").mean() > FLOOR_ONE_EPOCH
+        right, forgotten = (
+            results.values(f"{net} with batch norm", metric).mean()
+            for metric in ("right", "update_forgotten")
+        )
+        assert right > FLOOR_ONE_EPOCH
+        assert forgotten < right
+
+
+@pytest.mark.slow
 def test_tutorial_5_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
     process = run("05_statistics.py", tmp_path, "--fast", **no_data)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -166,5 +227,6 @@ def test_a_typo_in_the_flags_is_an_error(tmp_path):
 # Well below what the fast runs reach (see the header of the tutorial), far above chance.
 FLOOR_FASHION_MNIST = 0.6
 FLOOR_DIGITS = 0.8
+FLOOR_ONE_EPOCH = 0.5
 # Of the net of five times 100, and of the three layers with cycles.
 FLOORS_TUTORIAL_2 = {"CIFAR-10": (0.25, 0.3), "digits": (0.85, 0.8)}
