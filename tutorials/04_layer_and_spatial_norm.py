@@ -63,7 +63,9 @@ from keras_norm.layers import (
 # Each net has functions of its own compiled, on purpose: TensorFlow warns of that.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
-arguments = experiments.tutorial_arguments("Layer normalization, and normalization of images.")
+arguments = experiments.tutorial_arguments(
+    "Layer normalization, and normalization of images.", name="04_layer_and_spatial_norm"
+)
 out = arguments.out
 print(f"Tutorial 4, mode {arguments.mode}; results go to {out}")
 

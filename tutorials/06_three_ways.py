@@ -52,7 +52,9 @@ from keras_norm.layers import BatchNormalization
 # Each net has functions of its own compiled, on purpose: TensorFlow warns of that.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
-arguments = experiments.tutorial_arguments("The same two networks, written in three ways.")
+arguments = experiments.tutorial_arguments(
+    "The same two networks, written in three ways.", name="06_three_ways"
+)
 out = arguments.out
 BACKEND = keras.backend.backend()
 print(f"Tutorial 6, mode {arguments.mode}, on {BACKEND}; results go to {out}")
