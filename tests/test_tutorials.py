@@ -13,7 +13,7 @@ from keras_norm.experiments import Results
 jupytext = pytest.importorskip("jupytext", reason="a development tool, not in the core's group")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
+TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]*_*.py"))
 
 
 def run(name, out, *flags, **environment):
@@ -62,11 +62,18 @@ def test_opens_as_a_notebook(path):
 def check_tutorial_1(process, out):
     assert process.returncode == 0, process.stderr[-3000:]
     assert "Warning" not in process.stderr
-    for plot in ("learning_curves", "bias", "learning_rates", "statistics"):
+    exercises = ("bias", "learning_rates", "subsets", "dropout", "gamma_beta", "transforms")
+    for plot in ("learning_curves", *exercises, "statistics"):
         assert (out / f"{plot}.png").stat().st_size > 10_000
     assert (out / "results.csv").exists()
     answers = json.loads((out / "answers.json").read_text())
-    assert len(answers["answers"]) == 2
+    assert len(answers["answers"]) == 7
+    beyond = answers["beyond"]  # of 1, 3 and 100
+    assert beyond["mask: the first two alone"] == [2, 1]
+    assert beyond["a batch with an infinity: left out"] == [
+        pytest.approx(34.667),
+        pytest.approx(2134.889),
+    ]
     return Results.load(out)
 
 
@@ -81,8 +88,39 @@ def test_tutorial_1(tmp_path, no_data):
     with_norm = results.values("batch norm, rate 1", "reestimated_accuracy")
     assert len(with_norm) == 2
     assert with_norm.mean() > (FLOOR_FASHION_MNIST if real else FLOOR_DIGITS)
+    assert results.values("norm alone", "val_accuracy").mean() > FLOOR_EXERCISES
+    assert 0.4 < results.values("norm alone", "zeros_conv1").mean() < 0.6
     if real:
         assert results.values("none, rate 1", "test_accuracy").mean() < with_norm.mean()
+
+
+@pytest.mark.slow
+def test_tutorial_1b_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
+    process = run("01b_batchnorm_why.py", tmp_path, "--fast", **no_data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning" not in process.stderr.lower()
+    assert "NOT of MNIST or CIFAR-10" in process.stdout
+    plots = ["mnist", "batch_sizes", "rates", "deep", "inside", "activations", "gradients"]
+    for plot in [*plots, *(f"scales_{m}" for m in ("best_val", "best_train", "final_loss"))]:
+        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["answers"]) == 6
+    results = Results.load(tmp_path)
+    assert results.values("batch norm, batch 64", "test_accuracy").mean() > FLOOR_DIGITS
+    with_norm, without = (
+        results.values(f"{n}, 64 images a batch, rate 0.3", "val_accuracy").mean()
+        for n in ("batch", "none")
+    )
+    assert with_norm > without + 0.3
+    with_norm, without = (
+        results.values(f"scale 0.0006952, {n}", "best_train").mean() for n in ("batch", "none")
+    )
+    assert with_norm > without + 0.05
+    drift, jumps = (
+        results.values(f"inside, {n}", "mean_drift").mean()
+        for n in ("batch norm", "batch norm, jittered")
+    )
+    assert drift < 0.1 < jumps  # of the activations: beta alone, against random shifts
 
 
 @pytest.mark.slow
@@ -228,5 +266,6 @@ def test_a_typo_in_the_flags_is_an_error(tmp_path):
 FLOOR_FASHION_MNIST = 0.6
 FLOOR_DIGITS = 0.8
 FLOOR_ONE_EPOCH = 0.5
+FLOOR_EXERCISES = 0.6
 # Of the net of five times 100, and of the three layers with cycles.
 FLOORS_TUTORIAL_2 = {"CIFAR-10": (0.25, 0.3), "digits": (0.85, 0.8)}
