@@ -4,10 +4,10 @@
     python benchmarks/search.py --only memory --trials 100
     python benchmarks/search.py --only workers --turns 3
 
-Memory: a search of many short trials. Once a second it writes down the resident memory of every
+Memory: a search of many short trials. After each it writes down the resident memory of every
 process that lives as long as the search: the one that was started, the chief, the worker, and the
-two nurseries that fork. Growth is the median of the last ten samples less that of the ten after
-the fifth trial. Linux only: it reads /proc.
+two nurseries that fork. Growth is the median of the last ten trials less that of the ten from the
+fifth on. Linux only: it reads /proc.
 
 Workers: the same search, of nets of one size, by one worker and by two, each with one thread and
 one core to itself; the times are those of the whole command, from its start to its end, and from
@@ -100,7 +100,7 @@ def trials_done(out):
 
 
 def memory(trials, period):
-    """Rows of samples, all with the same names."""
+    """A row for each number of trials that are done, all with the same names."""
     rows = []
     bar = tqdm(total=trials, unit="trial", disable=None)
     with tempfile.TemporaryDirectory() as folder, bar:
@@ -109,7 +109,9 @@ def memory(trials, period):
         while search.poll() is None:
             sizes = lasting(search.pid)
             bar.n = trials_done(out)
-            if "nursery of worker-0" in sizes and "chief" in sizes and min(sizes.values()) > 0:
+            there = "nursery of worker-0" in sizes and "chief" in sizes
+            is_new = not rows or bar.n > rows[-1]["trials"]
+            if there and is_new and min(sizes.values()) > 0:
                 row = {"seconds": round(time.monotonic() - begun, 1), "trials": bar.n}
                 sizes = {name: round(size, 2) for name, size in sizes.items()}
                 rows.append({**row, **sizes, "all": round(sum(sizes.values()), 2)})
@@ -192,7 +194,7 @@ def main():
     parser.add_argument("--trials", type=int, default=100, help="of memory, default: %(default)s")
     parser.add_argument("--period", type=float, default=1.0, help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=1, help="of workers, default: %(default)s")
-    parser.add_argument("--workers-trials", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--workers-trials", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--workers-epochs", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_search"))
     arguments = parser.parse_args()

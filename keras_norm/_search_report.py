@@ -408,7 +408,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td { vertical-align: top }
 img { max-width: 100% } p.note, figcaption { color: #555; font-size: .85rem }
 figure { margin: 1rem 0 }
 """
@@ -456,13 +457,13 @@ def _summary(search: Search) -> str:
     machine = read_search(search.out)["machine"]["summary"]
     warning = (
         "The best score is the best of many on the same validation images, and so too high by "
-        "chance: `keras-norm retrain` tests once."
+        "chance: <code>keras-norm retrain</code> tests once."
     )
     return (
         f"<p>{len(search.trials)} trials: {told}; {seconds / 60:.1f} min of training. "
         f"{_escape(_words(search.settings.objective))} of the best, #{best.number}: "
         f"<b>{best.score:.4f}</b>.</p>"
-        f'<p class="note">{_escape(warning)} Machine: {_escape(machine)}.</p>'
+        f'<p class="note">{warning} Machine: {_escape(machine)}.</p>'
     )
 
 
@@ -484,11 +485,15 @@ def _table(trials: Sequence[TrialRecord]) -> str:
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cell(text: str) -> str:
-        number = text.replace(",", "").replace(".", "").replace("-", "").isdecimal()
-        return f'<td class="n">{_escape(text)}</td>' if number else f"<td>{_escape(text)}</td>"
+    def is_number(text: str) -> bool:
+        return text.replace(",", "").replace(".", "").replace("-", "").isdecimal()
 
-    head = "".join(f"<th>{_escape(h)}</th>" for h in header)
+    def cell(text: str, tag: str = "td", like: str | None = None) -> str:
+        kind = ' class="n"' if is_number(text if like is None else like) else ""
+        return f"<{tag}{kind}>{_escape(text)}</{tag}>"
+
+    first = rows[0] if rows else header
+    head = "".join(cell(h, "th", like) for h, like in zip(header, first, strict=True))
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
