@@ -95,6 +95,14 @@ def test_port_in_use_and_chief_that_is_not_there(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_warning_where_others_can_reach_the_chief(capsys, tmp_path):
+    wrong = ["--validation", "2"]  # ends it before there is a chief
+    for host, warned in (("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)):
+        assert main(["tune", "--out", str(tmp_path / "a"), "--chief", f"{host}:0", *wrong]) == 2
+        said = capsys.readouterr().err
+        assert ("neither passwords nor encryption" in said) == warned
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
     command = [sys.executable, "-m", "keras_norm", "tune", "--data", "digits", "--out", "a b"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -323,6 +324,18 @@ def test_space_of_images_builds(explored, name):
             assert norms[0].momentum == hp.values["momentum"]
         seen.add(hp.values["family"])
     assert len(seen) > 1
+
+
+def test_space_of_the_documentation_builds(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "search.md").read_text("utf-8")
+    path = tmp_path / "my_space.py"
+    path.write_text(text.partition("```python\n")[2].partition("```")[0])
+    settings = Settings(data="digits", space=f"{path}:space")
+    space = spaces.explore(settings, TASKS["digits"])
+    names = [e["config"]["name"] for e in space["space"]]
+    assert names == ["width", "momentum", "learning_rate", "batch_size"]
+    model = spaces.space_of(settings.space)(sample(space, 0), TASKS["digits"]).build()
+    assert model.output_shape == (None, 10)
 
 
 def test_space_has_no_mirrored_digits(explored):
