@@ -22,7 +22,6 @@ import json
 import statistics
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_norm._search_bayesian import Bayesian, curve
 from keras_norm._search_process import Channel, Nursery
 from keras_norm._search_settings import Settings, record_of
 from keras_norm.experiments import replace_file
@@ -42,8 +42,6 @@ RUNNING, IDLE, STOPPED = "RUNNING", "IDLE", "STOPPED"  # KerasTuner's, of a tria
 COMPLETED, FAILED = "COMPLETED", "FAILED"
 _REFUSALS = 200  # in a row, before the budget is taken to leave nothing
 _TICK = 0.2  # seconds
-_ANYWHERE, _NEARBY = 2000, 200  # points that a Bayesian proposal is chosen from
-_CHOICES = 10  # of them, the most promising, before it is a random one
 _STARTS = 10  # random trials at most, before the first Bayesian proposal
 
 
@@ -155,7 +153,7 @@ class _Durable:
         oracle: Any = self
         with self.lock:
             trial = oracle.trials[trial_id]
-            if step not in _epochs(trial, oracle.objective.name):
+            if step not in curve(trial, oracle.objective.name):
                 super().update_trial(trial_id, metrics, step=step)  # type: ignore[misc]
                 if not trial.message and self.settings.prune and self.hopeless(trial, step):
                     trial.message = f"pruned after epoch {step}: below the median of the others"
@@ -173,13 +171,13 @@ class _Durable:
             return False
         name, sign = oracle.objective.name, 1 if oracle.objective.direction == "max" else -1
         others = [
-            _epochs(other, name)[step]
+            curve(other, name)[step]
             for other in oracle.trials.values()
-            if other is not trial and step in _epochs(other, name)
+            if other is not trial and step in curve(other, name)
         ]
         if len(others) < self.settings.prune_least:
             return False
-        own = [sign * v for e, v in _epochs(trial, name).items() if e <= step]
+        own = [sign * v for e, v in curve(trial, name).items() if e <= step]
         return max(own) < statistics.median(sign * v for v in others)
 
     def finish(self, tuner_id: str, trial_id: str, status: str, message: str) -> None:
@@ -189,7 +187,7 @@ class _Durable:
             if trial_id in oracle.end_order or not self.works_on(tuner_id, trial_id):
                 return
             trial = oracle.trials[trial_id]
-            if status == COMPLETED and not _epochs(trial, oracle.objective.name):
+            if status == COMPLETED and not curve(trial, oracle.objective.name):
                 status, message = FAILED, "no epoch was finished"
             reason = message or trial.message
             from keras_tuner.engine.trial import Trial
@@ -213,122 +211,6 @@ class _Durable:
             "values": record.hyperparameters,
         }
         self.events.append({"trial": {**event, **more}})
-
-
-class _Bayesian(_Durable):
-    """KerasTuner's Gaussian process, asked in another way.
-
-    A proposal depends on the trials, the seed and its number alone. The confidence bound is
-    compared at many points at once: KerasTuner follows its gradient by finite differences, from 50
-    points, where it is a staircase, and needs minutes in a space of twenty hyperparameters. Trials
-    that are running count with a pessimistic guess, after the process has seen the others.
-    """
-
-    def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """The next proposal, in KerasTuner's form."""
-        oracle: Any = self
-        done = [t for t in oracle.trials.values() if t.status == COMPLETED]
-        if len(done) >= oracle.num_initial_points:
-            for values in self._most_promising(int(trial_id), done):
-                if not oracle._duplicate(values) and self.admitted(values):
-                    return {"status": RUNNING, "values": values}
-        return dict(oracle._random_populate_space())
-
-    def _most_promising(self, number: int, done: list[Any]) -> list[dict[str, Any]]:
-        """Where a lower confidence bound of the loss is lowest."""
-        oracle: Any = self
-        sign = -1.0 if oracle.objective.direction == "max" else 1.0
-        x = np.array([self._place(_values(t)) for t in done])
-        y = sign * self._prospects(done)
-        process = _fitted(x, y)
-        if oracle.ongoing_trials:
-            going = np.array([self._place(_values(t)) for t in oracle.ongoing_trials.values()])
-            mean, deviation = process.predict(going, return_std=True)
-            process = _fitted(np.vstack([x, going]), np.concatenate([y, mean + deviation]))
-        rng = np.random.default_rng([self.settings.seed, 1, number])
-        anywhere = rng.uniform(size=(_ANYWHERE, x.shape[1]))
-        best = x[np.argsort(y)[:5]]
-        near = np.repeat(best, _NEARBY, axis=0)
-        moved = rng.random(near.shape) < 2 / x.shape[1]  # about two hyperparameters at a time
-        near = np.clip(near + moved * rng.normal(0, 0.2, near.shape), 0, 1)
-        points = self._within_budget(np.vstack([anywhere, near]))
-        mean, deviation = process.predict(points, return_std=True)
-        lowest = np.argsort(mean - oracle.beta * deviation)[:_CHOICES]
-        return [self._at(point) for point in points[lowest]]
-
-    def _prospects(self, done: list[Any]) -> Any:
-        """Scores; of a pruned trial, what it might have come to, not what it had then.
-
-        That is as much better as the others became from the same epoch on, in the median. A score
-        of one epoch beside those of all would teach that whatever has been pruned is hopeless.
-        """
-        oracle: Any = self
-        name = oracle.objective.name
-        whole = [t for t in done if not t.message]
-        scores = []
-        for trial in done:
-            gains = [0.0]
-            if trial.message and whole:
-                epoch = max(_epochs(trial, name))
-                gains = [t.score - self._best(t, epoch) for t in whole]
-            scores.append(trial.score + statistics.median(gains))
-        return np.array(scores)
-
-    def _best(self, trial: Any, until: int) -> float:
-        """Of the epochs up to that one."""
-        oracle: Any = self
-        values = [v for e, v in _epochs(trial, oracle.objective.name).items() if e <= until]
-        return (max if oracle.objective.direction == "max" else min)(values)
-
-    def _within_budget(self, points: Any) -> Any:
-        """Without those that the budget would refuse, as far as its earlier answers tell.
-
-        The most promising nets are often the largest ones; to build one, to be told that it is too
-        large, takes about as long as an epoch of a small one.
-        """
-        oracle: Any = self
-        if not self.refused:
-            return points
-        from sklearn.ensemble import RandomForestClassifier
-
-        known = [*self.refused, *map(_values, oracle.trials.values())]
-        is_admitted = np.arange(len(known)) >= len(self.refused)
-        forest = RandomForestClassifier(50, random_state=0)
-        forest.fit([self._place(values) for values in known], is_admitted)
-        inside = forest.predict(points)
-        return points[inside] if inside.any() else points
-
-    def _place(self, values: Mapping[str, Any]) -> list[float]:
-        """Values in the unit cube; hyperparameters that have none are at their defaults."""
-        oracle: Any = self
-        return [
-            hp.value_to_prob(values.get(hp.name, hp.default)) for hp in oracle._nonfixed_space()
-        ]
-
-    def _at(self, point: Any) -> dict[str, Any]:
-        """The values at a point of the unit cube."""
-        oracle: Any = self
-        values = oracle._vector_to_values(point)
-        return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-
-
-def _fitted(x: Any, y: Any) -> Any:
-    """A Gaussian process of scores with noise: KerasTuner's takes them as exact."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import Matern, WhiteKernel
-
-    kernel = Matern(1.0, (0.1, 10.0), nu=2.5) + WhiteKernel(0.1, (1e-4, 1.0))
-    process = GaussianProcessRegressor(
-        kernel, normalize_y=True, n_restarts_optimizer=3, random_state=0
-    )
-    with warnings.catch_warnings():  # a scale at its bound, as where scores are nothing but noise
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return process.fit(x, y)
-
-
-def _values(trial: Any) -> dict[str, Any]:
-    return dict(trial.hyperparameters.values)
 
 
 def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
@@ -356,14 +238,8 @@ def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
         # KerasTuner begins with 3 random trials per hyperparameter: all there are in most searches.
         first = min(3 * len(whole.space), round(0.4 * settings.trials), _STARTS)
         options |= {"num_initial_points": max(3, first)}
-    ours = _Bayesian if settings.tuner == "bayesian" else _Durable
-    return type(f"Durable{kind.__name__}", (ours, kind), {})(**options)
-
-
-def _epochs(trial: Any, metric: str) -> dict[int, float]:
-    if not trial.metrics.exists(metric):
-        return {}
-    return {int(o.step): float(o.mean()) for o in trial.metrics.get_history(metric)}
+    ours = (Bayesian, _Durable) if settings.tuner == "bayesian" else (_Durable,)
+    return type(f"Durable{kind.__name__}", (*ours, kind), {})(**options)
 
 
 def _no_trial(oracle: Any, status: str) -> Any:

@@ -278,9 +278,11 @@ def _pareto(search: Search) -> Figure:
     low, high = min(sizes), max(sizes)
     norm = LogNorm(low, high if high > low else low * 1.1)
     drawn = axes.scatter(x, y, c=sizes, s=70, norm=norm, edgecolors="black", zorder=3)
-    for trial, a, b in zip(front, x, y, strict=True):
-        axes.annotate(f"#{trial.number}", (a, b), xytext=(6, -9), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
+    sides = [("left", (6, -9)), ("right", (-6, 4))]  # in turns: neighbours do not overlap
+    for k, i in enumerate(np.argsort(x)):
+        side, offset = sides[k % 2]
+        axes.annotate(f"#{front[i].number}", (x[i], y[i]), xytext=offset, ha=side,
+                      textcoords="offset points", fontsize=8)  # fmt: skip
     figure.colorbar(drawn, ax=axes, label="parameters")
     axes.set(xlabel="training (s)", ylabel=_label("val_accuracy"), xscale="log")
     if rest:

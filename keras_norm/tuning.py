@@ -96,9 +96,10 @@ class Search:
         Returns:
             List of `TrialRecord`: for each of them, every other trial has a lower validation
             accuracy, or took more seconds, or has more parameters, or equals it in all three.
-            The most accurate first.
+            The most accurate first. Pruned trials, whose seconds are those of a part, are left
+            out.
         """
-        return pareto([t for t in self.trials if t.score is not None])
+        return pareto([t for t in self.trials if t.status == "completed"])
 
 
 def pareto(trials: list[TrialRecord]) -> list[TrialRecord]:
