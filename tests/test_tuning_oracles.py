@@ -10,6 +10,7 @@ import pytest
 
 from keras_norm import _search_space as spaces
 from keras_norm import tuning
+from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
 from keras_norm._search_settings import hyperband, prepare, record_of, write_search
@@ -166,6 +167,46 @@ def test_median_rule(tmp_path, direction):
     assert record.status == "pruned"
     assert record.reason == "pruned after epoch 2: below the median of the others"
     assert record.score == sign * 0.3
+
+
+def test_proposals_are_other_trials(explored, tmp_path):
+    """None repeats an earlier one but for a little of a number."""
+    space = explored["cifar10"]
+    oracle = oracle_in(tmp_path, space, data="cifar10", tuner="bayesian", trials=40)
+
+    def score(values):
+        return 0.5 + 0.1 * (values["family"] == "cnn") - 0.1 * values.get("dropout", 0)
+
+    found = run(oracle, score, 16)
+    cube = Cube(spaces.hyperparameters(space, {}).space)
+    points = cube.points(found)
+    for n in range(10, 16):
+        assert not cube.alike(points[n : n + 1], points[:n])
+        assert cube.values(points[n]) == pytest.approx(found[n])
+        assert np.allclose(cube.snapped(points[n : n + 1]), points[n])
+    assert cube.alike(points[3:4] + 1e-3 * ~cube.is_choice, points[3:4])
+    kinds = {v["family"] for v in found[10:]}
+    assert "cnn" in kinds
+
+
+def test_distance_of_kinds_and_of_what_is_not_there(explored):
+    cube = Cube(spaces.hyperparameters(explored["cifar10"], {}).space)
+    names = [hp.name for hp in cube.axes]
+    base = sample(explored["cifar10"], 0).values
+
+    def features(**changes):
+        return cube.features(cube.snapped(cube.points([{**base, **changes}])))[0]
+
+    for other in ("relu", "gelu", "silu"):
+        apart = np.linalg.norm(features(activation=other) - features())
+        assert apart == pytest.approx(0 if other == base["activation"] else 1)
+    family = {"family": "mlp", "mlp_depth": 2}
+    assert np.allclose(features(**family, cnn_blocks=1), features(**family, cnn_blocks=2))
+    centre = cube.points([base])
+    near = cube.snapped(cube.around(centre, 200, np.random.default_rng(0)))
+    moved = np.abs(near - centre) > 1e-9
+    own = [name in base for name in names]
+    assert 1 < moved[:, own].sum(axis=1).mean() < 3
 
 
 @pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
