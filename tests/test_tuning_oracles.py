@@ -368,7 +368,7 @@ def test_space_of_images_builds(explored, name):
 
 
 def test_space_of_the_documentation_builds(tmp_path):
-    text = (Path(__file__).parent.parent / "docs" / "search.md").read_text("utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "searches.md").read_text("utf-8")
     path = tmp_path / "my_space.py"
     path.write_text(text.partition("```python\n")[2].partition("```")[0])
     settings = Settings(data="digits", space=f"{path}:space")
