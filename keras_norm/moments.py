@@ -262,6 +262,10 @@ class Moments:
             )
 
     def _merge(self, other: Any) -> None:
+        if not np.any(self.count):
+            for name in ("count", "mean", "m2", "examples", "_gram"):
+                setattr(self, name, getattr(other, name).copy())
+            return
         count = self.count + other.count  # (M4)
         d = np.where(other.count > 0, other.mean - self.mean, 0.0)
         share = _divide(other.count, count)
