@@ -22,11 +22,12 @@ trust in the old ones.
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` a minute, the default about ten minutes, `--full` about an
-hour and a half (eight nets over ten seeds, 20 epochs each; nineteen corruptions in five strengths).
+**Needs** on two CPU cores: `--fast` about a minute, the default about ten minutes, `--full` about
+an hour and a half (eight nets over ten seeds, 20 epochs each; nineteen corruptions in five
+strengths over five seeds). It can be interrupted and goes on where it was.
 
-**Expect** of three layers with batch normalization, 20 epochs: see the results table of the
-README, which `--full` reproduces.
+**Expect** with `--full`, of 20 epochs, in the test (JPEG copy, n = 5): three layers .529 ± .001
+without and .532 ± .004 with batch normalization, nine layers .483 ± .018 and .521 ± .005.
 """
 
 # %%
@@ -392,13 +393,22 @@ LABELS = {
     "adapted": "accuracy (fraction)",
     "gain": "gain (fraction)",
 }
+in_turn = [f"{name}{which}" for name in NETS for which in ("", ", re-estimated", ", adapted")]
+drawn = [  # a net that has learned nothing would leave the others no room
+    name
+    for name in in_turn
+    if name in rows.names and rows.values(name, "test_accuracy").mean() > 1.5 / data.classes
+]
+left_out = [name for name in NETS if name not in drawn]
 plotting.bars(
     rows,
     "test_accuracy",
-    published=PUBLISHED,
+    drawn,
+    published={name: figures for name, figures in PUBLISHED.items() if name in drawn},
     labels=LABELS,
     from_zero=False,
-    title=f"Small dense nets, {EPOCHS} epochs, {data.title}",
+    title=f"Small dense nets, {EPOCHS} epochs, {data.title}"
+    + "".join(f"\nnot drawn, at chance: {name}" for name in left_out),
     path=out / "nets.png",
 )
 
