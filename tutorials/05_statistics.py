@@ -725,7 +725,8 @@ plotting.lines(
 Adaptation takes every difference between the sample and the source for a shift of the domain. If
 the sample is the beginning of a sorted file, all of one class, then what it takes away is the
 class. `statistics.adapt` warns when it is given labels to count, or a stream whose beginning is no
-random sample of it. The cure is a random sample; where there is none, a prior.
+random sample of it. The cure is a random sample. A prior makes the harm of a bad sample smaller,
+and its help as well: what is left of both is measured here.
 """
 
 # %%
