@@ -693,7 +693,7 @@ if arguments.mode != "full":
 dropouts = run(
     train_on_part,
     DROPOUTS,
-    arguments.seed_range(fast=1, default=1, full=5),
+    short_seeds,
     context=part_context,
 )
 print(dropouts.table(["train_accuracy", "val_accuracy"]))
