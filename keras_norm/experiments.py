@@ -1337,7 +1337,8 @@ class _Reporter:
 
     def _move_to(self, fraction: float) -> None:
         if self._bar is not None and fraction > self._done:
-            self._bar.update((fraction - self._done) * self._weights[id(self._task)])
+            step = (fraction - self._done) * self._weights[id(self._task)]
+            self._bar.update(min(step, self._bar.total - self._bar.n))  # rounding: tqdm warns
             self._done = fraction
 
 
