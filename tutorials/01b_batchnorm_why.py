@@ -22,8 +22,8 @@ its inventors thought, or by making the loss smoother. Lesson 1 has the equation
 folder of tensorflow-datasets, where they are downloaded to (12 and 163 MB). With neither network
 nor folder: the digits that come with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` a minute, the default about five minutes, `--full` about half
-an hour (five seeds of everything, ten of the deep nets).
+**Needs** on two CPU cores: `--fast` a minute, the default some minutes, `--full` about half an hour
+(five seeds of everything, ten of the deep nets).
 
 **Expect** of the net 784-128-64-10, batches of 64: see the results table of the README, which
 `--full` reproduces.
