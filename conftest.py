@@ -7,9 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # the gradient checks are in float64
 os.environ.setdefault("MPLBACKEND", "agg")
 if os.environ.get("KERAS_BACKEND") == "jax":  # most of the time goes into compiling small things
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from keras_norm import quiet
 
