@@ -26,8 +26,8 @@ is downloaded to (163 MB). With neither network nor folder: the digits that come
 an hour and a half (eight nets over ten seeds, 20 epochs each; nineteen corruptions in five
 strengths over five seeds). It can be interrupted and goes on where it was.
 
-**Expect** with `--full`, of 20 epochs, in the test (JPEG copy, n = 5): three layers .529 ± .001
-without and .532 ± .004 with batch normalization, nine layers .483 ± .018 and .521 ± .005.
+**Expect** with `--full`, of 20 epochs, in the test (JPEG copy, n = 10): three layers .529 ± .002
+without and .534 ± .004 with batch normalization, nine layers .477 ± .016 and .519 ± .004.
 """
 
 # %%
