@@ -146,7 +146,7 @@ def timed(workers, trials, epochs):
         out = pathlib.Path(folder) / "search"
         begun = time.monotonic()
         search = started(out, f"{ONE_SIZE} --epochs {epochs}", workers, trials)
-        while search.poll() is None and not (out / "trial_0").exists():
+        while search.poll() is None and not any(out.glob("trial_*")):
             time.sleep(0.05)
         first = time.monotonic()
         ended(search)
