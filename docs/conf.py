@@ -26,6 +26,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
+suppress_warnings = ["toc.not_included"]  # a model card lies beside its runs, and in no menu
 html_theme = "furo"
 html_title = "keras_norm"
 html_static_path = ["_static"]
