@@ -1988,6 +1988,35 @@ class TutorialArguments:
         """Seeds 0 … n − 1, n from `--seeds` or else from the mode."""
         return range(self.seeds or self.choose(fast=fast, default=default, full=full))
 
+    def finish(
+        self, answers: Sequence[str], *data: Any, seeds: str, instead_of: str, **measured: Any
+    ) -> None:
+        """The end of a tutorial: prints the answers, saves them, and says what was written.
+
+        Args:
+            answers: To the exercises, in their order.
+            *data: `datasets.Data` that the tutorial ran on; their sources are printed.
+            seeds: How many there were, such as "5 seeds, 2 in the exercises".
+            instead_of: Data for which the embedded digits may have had to stand in.
+            **measured: What else is saved beside the answers, as JSON values.
+
+        The file `answers.json` in `out` is replaced whole or not at all.
+
+        Raises:
+            TypeError: For values that JSON does not know; the file is as it was.
+        """
+        print("\n\n".join(answers))
+        with replace_file(self.out / "answers.json") as path:
+            path.write_text(json.dumps({"answers": list(answers), **measured}, indent=1))
+        print()
+        for found in data:
+            print(f"{found.title}: {found.source}")
+        print(f"n = {seeds}. Written to {self.out}:")
+        for path in sorted(self.out.glob("*.*")):
+            print(f"  {path}")
+        if any(found.fallback for found in data):
+            print(f"Figures of the embedded digits, NOT of {instead_of}: see the box above.")
+
 
 def tutorial_arguments(
     description: str, argv: Sequence[str] | None = None, *, name: str | None = None

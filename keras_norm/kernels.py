@@ -100,11 +100,11 @@ def choose(
         >>> choose((256, 32, 32, 64), "float64", weighted=True)
         'composed'
     """
-    return _choose(shape, dtype, axis, weighted, _on_gpu())
+    return _choose(shape, dtype, axis, weighted, on_gpu())
 
 
 def _choose(
-    shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool, on_gpu: bool
+    shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool, accelerated: bool
 ) -> str:
     forced = _forced()
     if forced in IMPLEMENTATIONS and _can(forced, shape, dtype, axis, weighted):
@@ -114,7 +114,7 @@ def _choose(
     if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
         return "composed"
     last, backend = axes[0] == len(shape) - 1, keras.backend.backend()
-    if on_gpu or dtype not in ("float32", "float64"):
+    if accelerated or dtype not in ("float32", "float64"):
         return "composed"
     if backend == "torch":
         return "native"
@@ -151,11 +151,15 @@ def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> st
         A key of `IMPLEMENTATIONS`.
     """
     dtype = keras.backend.standardize_dtype(x.dtype)
-    return _choose(tuple(x.shape), dtype, axis, weights is not None, _on_gpu(x))
+    return _choose(tuple(x.shape), dtype, axis, weights is not None, on_gpu(x))
 
 
-def _on_gpu(x: Array | None = None) -> bool:
-    """Measured on CPUs only; on a GPU XLA, or PyTorch, compiles or runs the composed one."""
+def on_gpu(x: Array | None = None) -> bool:
+    """Whether an array lies on an accelerator; without one, whether new arrays do.
+
+    The fast implementations were measured on CPUs only; on a GPU XLA, or PyTorch, compiles or runs
+    the composed one.
+    """
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -306,7 +310,7 @@ def _fused(
         # An empty batch has no statistics: NaN from the kernel, 0 by our convention.
         mean, variance = (tf.where(rows > 0, v, tf.zeros_like(v)) for v in (mean, variance))
         y = tf.reshape(y, tf.shape(x))
-        if not _on_gpu():
+        if not on_gpu():
             far = tf.reduce_any(mean * mean > FARTHEST_MEAN**2 * (variance + epsilon))
             y, mean, variance = tf.cond(
                 far, lambda: exact(x, gamma, beta), lambda: (y, mean, variance)
@@ -894,7 +898,7 @@ def _choose_within(
     if forced == "composed" or (forced == fast and _possible(fast, shape, dtype, axis)):
         return forced
     measured = fast == "native" or keras.backend.backend() == "tensorflow"
-    if not _possible(fast, shape, dtype, axis) or not measured or _on_gpu(x):
+    if not _possible(fast, shape, dtype, axis) or not measured or on_gpu(x):
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)

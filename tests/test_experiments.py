@@ -1261,6 +1261,26 @@ def test_in_a_notebook_the_kernels_flags_are_not_ours(tmp_path, monkeypatch):
         tutorial_arguments("A tutorial.")
 
 
+def test_the_end_of_a_tutorial(tmp_path, capsys):
+    arguments = flags(tmp_path=tmp_path)
+    real = types.SimpleNamespace(title="Photographs", source="a folder", fallback=False)
+    digits = types.SimpleNamespace(title="Digits", source="embedded", fallback=True)
+    arguments.finish(["1. One.", "2. Two."], real, seeds="5 seeds", instead_of="X", slope=[1.5])
+    shown = capsys.readouterr().out
+    assert "1. One.\n\n2. Two." in shown
+    assert "Photographs: a folder" in shown
+    assert "n = 5 seeds." in shown
+    assert "answers.json" in shown
+    assert "NOT" not in shown
+    saved = json.loads((arguments.out / "answers.json").read_text())
+    assert saved == {"answers": ["1. One.", "2. Two."], "slope": [1.5]}
+    arguments.finish(["3."], real, digits, seeds="1 seed", instead_of="Photographs")
+    assert "embedded digits, NOT of Photographs" in capsys.readouterr().out
+    with pytest.raises(TypeError):
+        arguments.finish(["4."], real, seeds="1 seed", instead_of="X", broken=object())
+    assert json.loads((arguments.out / "answers.json").read_text()) == {"answers": ["3."]}
+
+
 # The best of each group, and many tests
 
 

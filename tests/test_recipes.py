@@ -64,6 +64,16 @@ def test_interrupted_after_an_epoch_and_resumed_it_ends_with_the_same_weights(
         np.testing.assert_array_equal(array(a), array(b))
 
 
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="its batches come from NumPy")
+def test_batches_cut_out_on_the_device_are_the_same(digits, monkeypatch):
+    recipe = dataclasses.replace(SMALL, epochs=1, flip="random", shift=1)
+    host = recipes.train(recipe, digits, seed=1)
+    monkeypatch.setattr(recipes, "_batches_on_device", lambda: True)
+    device = recipes.train(recipe, digits, seed=1)
+    for a, b in zip(host.model.variables, device.model.variables, strict=True):
+        np.testing.assert_array_equal(array(a), array(b))
+
+
 def test_model_and_card_are_saved(digits, outcome, tmp_path):
     path = outcome.save(tmp_path)
     card = json.loads((tmp_path / "card.json").read_text())

@@ -42,6 +42,24 @@ def no_data(tmp_path):
     }
 
 
+def on_digits(name, out, environment, *, stands_for, plots, answers):
+    """A fast run where there is no data: it must end well, and say loudly what it ran on."""
+    process = run(name, out, "--fast", **environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning" not in process.stderr.lower()
+    assert f"NOT of {stands_for}" in process.stdout
+    return read(out, plots, answers)
+
+
+def read(out, plots, answers):
+    """What a tutorial saved: its answers (so many), and its runs; the plots must be there."""
+    for plot in plots:
+        assert (out / f"{plot}.png").stat().st_size > 10_000
+    saved = json.loads((out / "answers.json").read_text())
+    assert len(saved["answers"]) == answers
+    return saved, Results.load(out)
+
+
 def has(name):
     folder = os.environ.get("TFDS_DATA_DIR")
     return bool(folder) and (pathlib.Path(folder) / name).is_dir()
@@ -62,19 +80,16 @@ def test_opens_as_a_notebook(path):
 def check_tutorial_1(process, out):
     assert process.returncode == 0, process.stderr[-3000:]
     assert "Warning" not in process.stderr
-    exercises = ("bias", "learning_rates", "subsets", "dropout", "gamma_beta", "transforms")
-    for plot in ("learning_curves", *exercises, "statistics"):
-        assert (out / f"{plot}.png").stat().st_size > 10_000
     assert (out / "results.csv").exists()
-    answers = json.loads((out / "answers.json").read_text())
-    assert len(answers["answers"]) == 7
+    exercises = ("bias", "learning_rates", "subsets", "dropout", "gamma_beta", "transforms")
+    answers, results = read(out, ["learning_curves", *exercises, "statistics"], answers=7)
     beyond = answers["beyond"]  # of 1, 3 and 100
     assert beyond["mask: the first two alone"] == [2, 1]
     assert beyond["a batch with an infinity: left out"] == [
         pytest.approx(34.667),
         pytest.approx(2134.889),
     ]
-    return Results.load(out)
+    return results
 
 
 @pytest.mark.slow
@@ -96,16 +111,15 @@ def test_tutorial_1(tmp_path, no_data):
 
 @pytest.mark.slow
 def test_tutorial_1b_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
-    process = run("01b_batchnorm_why.py", tmp_path, "--fast", **no_data)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "warning" not in process.stderr.lower()
-    assert "NOT of MNIST or CIFAR-10" in process.stdout
     plots = ["mnist", "batch_sizes", "rates", "deep", "inside", "activations", "gradients"]
-    for plot in [*plots, *(f"scales_{m}" for m in ("best_val", "best_train", "final_loss"))]:
-        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers["answers"]) == 6
-    results = Results.load(tmp_path)
+    _, results = on_digits(
+        "01b_batchnorm_why.py",
+        tmp_path,
+        no_data,
+        stands_for="MNIST or CIFAR-10",
+        plots=[*plots, *(f"scales_{m}" for m in ("best_val", "best_train", "final_loss"))],
+        answers=6,
+    )
     assert results.values("batch norm, batch 64", "test_accuracy").mean() > FLOOR_DIGITS
     with_norm, without = (
         results.values(f"{n}, 64 images a batch, rate 0.3", "val_accuracy").mean()
@@ -125,17 +139,16 @@ def test_tutorial_1b_without_data_or_network_runs_loudly_on_digits(tmp_path, no_
 
 @pytest.mark.slow
 def test_tutorial_3_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
-    process = run("03_dropout.py", tmp_path, "--fast", **no_data)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "warning" not in process.stderr.lower()
-    assert "NOT of CIFAR-10" in process.stdout
-    for plot in ("learning_curves", "keep", "widths", "sizes", "orders", "variance"):
-        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers["answers"]) == 4
+    answers, results = on_digits(
+        "03_dropout.py",
+        tmp_path,
+        no_data,
+        stands_for="CIFAR-10",
+        plots=("learning_curves", "keep", "widths", "sizes", "orders", "variance"),
+        answers=4,
+    )
     assert answers["largest_difference_from_the_layer"] < 1e-13
     assert answers["gradient_error_of_dropout"] < 5.4e-11
-    results = Results.load(tmp_path)
     for keep in ("keep 1", "keep 0.25"):
         assert results.values(keep, "val_accuracy").mean() > FLOOR_DIGITS
     assert results.values("keep 1", "train_accuracy").mean() > FLOOR_DIGITS
@@ -151,17 +164,14 @@ def test_tutorial_2_on_the_data_that_is_there(tmp_path, no_data):
     assert process.returncode == 0, process.stderr[-3000:]
     assert "Warning" not in process.stderr
     assert ("NOT of CIFAR-10" in process.stdout) != real
-    for plot in ("trajectories", "published_rates", "rates_none", "rates_batch", "step_sizes"):
-        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
+    plots = ("trajectories", "published_rates", "rates_none", "rates_batch", "step_sizes")
+    answers, results = read(tmp_path, plots, answers=5)
     assert (tmp_path / "trajectories.gif").stat().st_size > 10_000
-    results = Results.load(tmp_path)
     floor, cycles_floor = FLOORS_TUTORIAL_2["CIFAR-10" if real else "digits"]
     for rule in ("momentum, rate 0.005", "Adam, rate 0.001"):
         assert results.values(rule, "test_accuracy").mean() > floor
     (cycles,) = (n for n in results.names if n.startswith("cycles, Adam") and "4 epochs" in n)
     assert results.values(cycles, "test_accuracy").mean() > cycles_floor
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers["answers"]) == 5
     without, with_norm = answers["largest_stable_rate"]["momentum"]
     assert without < with_norm
     for rule in ("SGD", "momentum", "Nesterov"):  # turned with the ravine, to rounding
@@ -171,15 +181,15 @@ def test_tutorial_2_on_the_data_that_is_there(tmp_path, no_data):
 
 @pytest.mark.slow
 def test_tutorial_4_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
-    process = run("04_layer_and_spatial_norm.py", tmp_path, "--fast", **no_data)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "warning" not in process.stderr.lower()
-    assert "NOT of CIFAR-10" in process.stdout
     plots = ["curves_5", "curves_50", "batch_sizes", "by_width", "by_depth", "by_penalty"]
-    for plot in [*plots, "preprocessing", "images", "best"]:
-        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers["answers"]) == 5
+    answers, results = on_digits(
+        "04_layer_and_spatial_norm.py",
+        tmp_path,
+        no_data,
+        stands_for="CIFAR-10",
+        plots=[*plots, "preprocessing", "images", "best"],
+        answers=5,
+    )
     check = answers["check"]
     assert max(check["layer_norm_before"], check["spatial_before"]) < 6e-9  # the digits printed
     assert max(v for name, v in check.items() if "mean" in name) < 1e-14
@@ -190,7 +200,6 @@ def test_tutorial_4_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
     assert change["mean image subtracted"]["batch norm, each pixel"] < 1e-6
     assert change["each image scaled to sum 1"]["layer norm"] < 1e-6
     assert change["each image scaled to sum 1"]["batch norm, each pixel"] > 0.1
-    results = Results.load(tmp_path)
     for name in ("layer norm, batch 5", "batch norm, batch 50", "best perceptron"):
         assert results.values(name, "val_accuracy").mean() > FLOOR_DIGITS
     blind, sees = (
@@ -203,14 +212,14 @@ def test_tutorial_4_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
 
 @pytest.mark.slow
 def test_tutorial_6_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
-    process = run("06_three_ways.py", tmp_path, "--fast", **no_data)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "warning" not in process.stderr.lower()
-    assert "NOT of CIFAR-10" in process.stdout
-    for plot in ("accuracy", "seconds", "failures"):
-        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers["answers"]) == 4
+    answers, results = on_digits(
+        "06_three_ways.py",
+        tmp_path,
+        no_data,
+        stands_for="CIFAR-10",
+        plots=("accuracy", "seconds", "failures"),
+        answers=4,
+    )
     assert len(answers["same_weights"]) == 6
     assert max(max(values) for values in answers["same_weights"].values()) < 1e-5
     assert len(answers["after_steps"]) == 12
@@ -218,7 +227,6 @@ def test_tutorial_6_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
     assert answers["flag"]["no flag"] == 0 < answers["flag"]["training=True"]
     lines = answers["lines"]["ConvNet, tensors"], answers["lines"]["ConvNet, Sequential"]
     assert lines[0]["training"] > lines[1]["training"] > 0
-    results = Results.load(tmp_path)
     for net in ("two layers", "ConvNet"):
         for way in ("tensors", "subclassed", "Sequential"):
             assert results.values(f"{net}, {way}", "test_all_accuracy").mean() > FLOOR_ONE_EPOCH
@@ -232,20 +240,19 @@ def test_tutorial_6_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
 
 @pytest.mark.slow
 def test_tutorial_5_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
-    process = run("05_statistics.py", tmp_path, "--fast", **no_data)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "warning" not in process.stderr.lower()
-    assert "NOT of CIFAR-10" in process.stdout
     plots = ["nets", "corrupted", "samples"]
-    for plot in [*plots, *(f"corruptions_{part}" for part in ("source", "adapted", "gain"))]:
-        assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers["answers"]) == 4
+    answers, results = on_digits(
+        "05_statistics.py",
+        tmp_path,
+        no_data,
+        stands_for="CIFAR-10",
+        plots=[*plots, *(f"corruptions_{part}" for part in ("source", "adapted", "gain"))],
+        answers=4,
+    )
     assert answers["largest_difference_from_numpy"] < 1e-5
     assert answers["mean_of_batch_variances"]["sorted"] < 0.5
     assert answers["mean_of_batch_variances"]["shuffled"] == pytest.approx(0.9, abs=0.02)
     assert "skewed" in answers["warning"]
-    results = Results.load(tmp_path)
     for metric in ("test_accuracy", "reestimated_accuracy", "adapted_accuracy"):
         assert results.values("3 layers, batch norm", metric).mean() > FLOOR_DIGITS
     assert min(answers["clean"]) > FLOOR_DIGITS

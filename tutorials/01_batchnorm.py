@@ -1120,24 +1120,13 @@ ANSWERS = [
     answer_beyond(),
     answer_transforms(),
 ]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "best_rate": BEST,
-                "usable_rates": USABLE,
-                "gain_of_a_norm": GAINS,
-                "beyond": BEYOND,
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds, fewer in the exercises. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of Fashion-MNIST: see the box above.")
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds, fewer in the exercises",
+    instead_of="Fashion-MNIST",
+    best_rate=BEST,
+    usable_rates=USABLE,
+    gain_of_a_norm=GAINS,
+    beyond=BEYOND,
+)

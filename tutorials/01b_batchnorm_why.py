@@ -1004,24 +1004,14 @@ ANSWERS = [
     answer_deep(),
     answer_why(),
 ]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "best_rate": BEST,
-                "usable_rates": USABLE,
-                "memory": MEMORY,
-                "usable_scales": LEARNS,
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{mnist.title}: {mnist.source}\n{cifar.title}: {cifar.source}")
-print(f"n = {len(seeds)} seeds, {len(more_seeds)} of the deep nets. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if mnist.fallback or cifar.fallback:
-    print("Figures of the embedded digits are NOT of MNIST or CIFAR-10: see the box above.")
+arguments.finish(
+    ANSWERS,
+    mnist,
+    cifar,
+    seeds=f"{len(seeds)} seeds, {len(more_seeds)} of the deep nets",
+    instead_of="MNIST or CIFAR-10",
+    best_rate=BEST,
+    usable_rates=USABLE,
+    memory=MEMORY,
+    usable_scales=LEARNS,
+)

@@ -32,7 +32,6 @@ decaying cycles: see the results table of the README, which `--full` reproduces.
 
 # %%
 import functools
-import json
 import logging
 import os
 
@@ -985,24 +984,13 @@ def answer_stable():
 
 
 ANSWERS = [answer_best(), answer_adagrad(), answer_turned(), answer_cycles(), answer_stable()]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "best_rate": {rule: rate_of(name) for rule, name in BEST.items()},
-                "largest_stable_rate": STABLE,
-                "ravine": ENDS,
-                "range_test": SUGGESTION._asdict(),
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of CIFAR-10: see the box above.")
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds",
+    instead_of="CIFAR-10",
+    best_rate={rule: rate_of(name) for rule, name in BEST.items()},
+    largest_stable_rate=STABLE,
+    ravine=ENDS,
+    range_test=SUGGESTION._asdict(),
+)

@@ -31,7 +31,6 @@ README, which `--full` reproduces.
 
 # %%
 import functools
-import json
 import logging
 
 from keras_norm import quiet
@@ -918,26 +917,15 @@ def cure(name):
 
 
 ANSWERS = [answer_regularizer(), answer_division(), answer_width(), answer_orders()]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "check": CHECK,
-                "largest_difference_from_the_layer": max(DIFFERENCES),
-                "gradient_error_of_dropout": layer_report.max_relative_norm,
-                "gradient_errors_of_the_net": GRADIENT_ERRORS,
-                "best_keep_by_width": dict(zip(map(str, WIDTHS), best_by_width, strict=True)),
-                "slope": [SLOPE, SLOPE_LOW, SLOPE_HIGH],
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds, {len(fewer_seeds)} in the later sections. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of CIFAR-10: see the box above.")
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds, {len(fewer_seeds)} in the later sections",
+    instead_of="CIFAR-10",
+    check=CHECK,
+    largest_difference_from_the_layer=max(DIFFERENCES),
+    gradient_error_of_dropout=layer_report.max_relative_norm,
+    gradient_errors_of_the_net=GRADIENT_ERRORS,
+    best_keep_by_width=dict(zip(map(str, WIDTHS), best_by_width, strict=True)),
+    slope=[SLOPE, SLOPE_LOW, SLOPE_HIGH],
+)

@@ -994,36 +994,25 @@ ANSWERS = [
     answer_images(),
     answer_best(),
 ]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "check": CHECK,
-                "differences_from_numpy": DIFFERENCES,
-                "gradient_error": gradient_report.max_relative_norm,
-                "change_by_preprocessing": CHANGE,
-                "best_rule": BEST_RULE,
-                "p_by_holm": {
-                    name: p
-                    for tests in (
-                        BATCH_TESTS["val_accuracy"],
-                        WIDTH_TESTS,
-                        DEPTH_TESTS,
-                        PENALTY_TESTS,
-                        IMAGE_TESTS,
-                    )
-                    for name, (_, p) in tests.items()
-                },
-            },
-            indent=1,
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds",
+    instead_of="CIFAR-10",
+    check=CHECK,
+    differences_from_numpy=DIFFERENCES,
+    gradient_error=gradient_report.max_relative_norm,
+    change_by_preprocessing=CHANGE,
+    best_rule=BEST_RULE,
+    p_by_holm={
+        name: p
+        for tests in (
+            BATCH_TESTS["val_accuracy"],
+            WIDTH_TESTS,
+            DEPTH_TESTS,
+            PENALTY_TESTS,
+            IMAGE_TESTS,
         )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of CIFAR-10: see the box above.")
+        for name, (_, p) in tests.items()
+    },
+)

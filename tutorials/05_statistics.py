@@ -904,28 +904,17 @@ def answer_sizes():
 
 
 ANSWERS = [answer_nets(), answer_statistics(), answer_corruptions(), answer_sizes()]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "largest_difference_from_numpy": DIFFERENCE,
-                "mean_of_batch_variances": AVERAGED,
-                "clean": CLEAN.tolist(),
-                "source": SOURCE.tolist(),
-                "adapted": AFTER.tolist(),
-                "recovery": RECOVERY.tolist(),
-                "p_by_holm": {name: p for name, (_, p) in (KTH_TESTS | KIND_TESTS).items()},
-                "warning": WARNING,
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds, {len(fewer_seeds)} of the corruptions. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of CIFAR-10: see the box above.")
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds, {len(fewer_seeds)} of the corruptions",
+    instead_of="CIFAR-10",
+    largest_difference_from_numpy=DIFFERENCE,
+    mean_of_batch_variances=AVERAGED,
+    clean=CLEAN.tolist(),
+    source=SOURCE.tolist(),
+    adapted=AFTER.tolist(),
+    recovery=RECOVERY.tolist(),
+    p_by_holm={name: p for name, (_, p) in (KTH_TESTS | KIND_TESTS).items()},
+    warning=WARNING,
+)
