@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_accuracy.py --recipes cpu-4min --seeds 3
     python benchmarks/time_to_accuracy.py --normalizations fast keras --validation 5000
+    KERAS_BACKEND=jax python benchmarks/time_to_accuracy.py --images 12000 --out results/tta_jax
 
 Runs on any backend; with `--data-dir cifar10.npz` (keras_norm.datasets.pack) without TensorFlow.
 Seconds are those of training, without compilation, and nothing else should be running. So that
@@ -124,6 +125,7 @@ def main(argv=None):
     parser.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["fast"])
     parser.add_argument("--seeds", type=int, default=3, help="number of them (default: 3)")
     parser.add_argument("--validation", type=int, default=0, help="images held out to judge by")
+    parser.add_argument("--images", type=int, help="train on so many images (default: all)")
     parser.add_argument("--data", default="cifar10", help="data set (default: cifar10)")
     parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
     parser.add_argument("--dtype-policy", default="float32")
@@ -131,8 +133,12 @@ def main(argv=None):
         "--out", type=pathlib.Path, default=pathlib.Path("results/time_to_accuracy")
     )
     arguments = parser.parse_args(argv)
+    images = arguments.images
     data = recipes.load(
-        arguments.data, data_dir=arguments.data_dir, validation=arguments.validation
+        arguments.data,
+        data_dir=arguments.data_dir,
+        validation=arguments.validation,
+        subset=None if images is None else {"train": images},
     )
     print(data)
     settings = {

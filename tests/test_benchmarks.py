@@ -111,8 +111,9 @@ def test_gpu_is_refused_without_one():
 
 def test_time_to_accuracy(run, tmp_path):
     options = ["--recipes", "smoke", "--data", "digits", "--validation", "300", "--seeds", "1"]
-    printed = run("time_to_accuracy.py", *options, "--out", tmp_path)
+    printed = run("time_to_accuracy.py", *options, "--images", "900", "--out", tmp_path)
     (entry,) = Results.load(tmp_path).runs
+    assert entry.context["images"] == 900
     assert entry.value("validation_accuracy") > 0.3
     assert entry.value("matmul_gflops") > 0
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 1000
