@@ -227,6 +227,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         `workers` and `use_multiprocessing` are refused: with them, Keras 3.15 carries batches
         over from one epoch into the next, so that an epoch holds some images twice and others not
         at all. (On TensorFlow, batches are prepared ahead in a thread as it is.)
+
+    Memory: TensorFlow 2.21 keeps every PyDataset that `fit` was given, arrays and all, until the
+        process ends (`tf.data.Dataset.from_generator` registers it with the default graph). Of a
+        part of the images, give `indices` rather than a copy to each of many trainings.
     """
 
     def __init__(
@@ -239,9 +243,11 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         seed: int = 0,
         augment: Augment | FlipAndShift | None = None,
         drop_remainder: bool = False,
+        indices: Array | None = None,
     ) -> None:
         super().__init__()
         self.x, self.y = x, y
+        self._indices = _rows(indices, len(x))
         self.batch_size = _positive("batch_size", batch_size)
         self.shuffle = shuffle
         self.seed = _seed(seed)
@@ -256,8 +262,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         if len(self) == 0:
             raise ValueError(
                 "With drop_remainder=True, batch_size must not exceed the number of images, or no "
-                f"batch is left. Received: batch_size={batch_size} for {len(x)} images. Choose "
-                "a smaller batch_size, or drop_remainder=False."
+                f"batch is left. Received: batch_size={batch_size} for {len(self._indices)} "
+                "images. Choose a smaller batch_size, or drop_remainder=False."
             )
         self.epoch = 0
 
@@ -271,22 +277,20 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         self._epoch = _non_negative("epoch", value)
         if self.shuffle:
             rng = np.random.default_rng([self.seed, 0, self._epoch])
-            self._order = rng.permutation(len(self.x))  # (N,)
+            self._order = rng.permutation(self._indices)  # (M,)
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.x), self.batch_size)
+        whole, rest = divmod(len(self._indices), self.batch_size)
         return whole + (rest > 0 and not self.drop_remainder)
 
     def __getitem__(self, index: int) -> tuple[Array, Array]:
         if not 0 <= index < len(self):
             raise IndexError(f"A batch index lies in [0, {len(self)}). Received: index={index}")
-        where: Any = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        order = self._order if self.shuffle else self._indices
+        where = order[index * self.batch_size : (index + 1) * self.batch_size]  # (B,)
         if isinstance(self.augment, FlipAndShift):
-            order = self._order if self.shuffle else np.arange(len(self.x))
             seeds = (self.seed, self._epoch, index)
-            return self.augment.images(self.x, order[where], *seeds), self.y[order[where]]
-        if self.shuffle:
-            where = self._order[where]
+            return self.augment.images(self.x, where, *seeds), self.y[where]
         x, y = self.x[where], self.y[where]  # (B, H, W, C), (B,)
         if self.augment is None:
             return x, y
@@ -305,6 +309,25 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     def on_epoch_end(self) -> None:
         """Draw the order of the next epoch."""
         self.epoch += 1
+
+
+def _rows(indices: Any, count: int) -> Array:
+    """Which images take part: indices as they were given, or all of `count`."""
+    if indices is None:
+        return np.arange(count)
+    rows = np.asarray(indices)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(
+            "`indices` must be a list of integers, the numbers of the images. "
+            f"Received: an array of shape {rows.shape} and type {rows.dtype}. Of a mask, pass "
+            "numpy.flatnonzero(mask)."
+        )
+    if len(rows) and not 0 <= rows.min() <= rows.max() < count:
+        raise ValueError(
+            f"`indices` must lie in [0, {count}), the numbers of the images. "
+            f"Received: from {rows.min()} to {rows.max()}."
+        )
+    return rows
 
 
 def _augmented(
@@ -351,6 +374,7 @@ class Split:
         seed: int = 0,
         augment: Augment | FlipAndShift | None = None,
         drop_remainder: bool = False,
+        indices: Array | None = None,
     ) -> Batches:
         """Batch the images for `fit`, `evaluate`, `predict` or a loop, on every backend.
 
@@ -364,14 +388,15 @@ class Split:
                 place; what it returns as x is cast to the dtype of `x`, and y may become anything
                 a loss takes.
             drop_remainder: leave out the last, smaller batch; default False.
+            indices: which images take part, as integers (M,), without a copy of them; default all.
 
         Returns:
             `Batches`, a `keras.utils.PyDataset` of pairs x (B, H, W, C), y (B,).
 
         Raises:
             ValueError: for batch_size below 1, or larger than the split with drop_remainder=True;
-                for a seed that is not an integer from 0; for an `augment` that is no function or
-                returns something else than such a pair.
+                for a seed that is not an integer from 0; for indices that are none of images; for
+                an `augment` that is no function or returns something else than such a pair.
 
         Example:
             >>> from keras_norm.datasets import load
@@ -391,6 +416,7 @@ class Split:
             seed=seed,
             augment=augment,
             drop_remainder=drop_remainder,
+            indices=indices,
         )
 
 

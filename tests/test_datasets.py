@@ -374,6 +374,37 @@ def test_drop_remainder_and_large_batches():
 
 
 @core
+def test_batches_of_some_images_are_those_of_a_copy_of_them():
+    data = load("digits")
+    rows = np.random.default_rng(0).permutation(len(data.train))[:100]
+    copy = datasets.Split(data.train.x[rows], data.train.y[rows])
+    for shuffle in (True, False):
+        options = {
+            "shuffle": shuffle,
+            "seed": 3,
+            "augment": lambda x, y, rng: (x + rng.random(), y),
+        }
+        ours = data.train.batches(32, indices=rows, **options)
+        theirs = copy.batches(32, **options)
+        assert len(ours) == len(theirs) == 4
+        for _ in range(2):
+            for (x, y), (x_copy, y_copy) in zip(ours, theirs, strict=True):
+                np.testing.assert_array_equal(x, x_copy)
+                np.testing.assert_array_equal(y, y_copy)
+            ours.on_epoch_end()
+            theirs.on_epoch_end()
+    x, y = data.train.batches(32, indices=rows, augment=datasets.FlipAndShift(1))[3]
+    assert (len(x), len(y)) == (4, 4)
+    for wrong, message in (
+        ([0, len(data.train)], "from 0 to 1437"),
+        ([-1], r"\[0, 1437\)"),
+        ([True, False], "flatnonzero"),
+        ([[1]], r"shape \(1, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.train.batches(32, indices=wrong)
+
+
 def test_wrong_batch_arguments():
     wrong = [
         ({"batch_size": 0}, "at least 1.*batch_size=0"),

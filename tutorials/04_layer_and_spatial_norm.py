@@ -750,8 +750,9 @@ def compiled_wide(rule, steps):
 def train_wide(settings, seed, progress):
     """The published net; judged on validation images, and where it says so on test images."""
     training, held_out = split(seed, settings["images"])
-    part = datasets.Split(data.train.x[training], data.train.y[training])
-    batches = part.batches(settings["batch_size"], seed=seed, drop_remainder=True)
+    batches = data.train.batches(
+        settings["batch_size"], seed=seed, drop_remainder=True, indices=training
+    )
     net = compiled_wide(settings["rule"], settings["epochs"] * len(batches))
     models.restart(net, seed)
     history = net.fit(
