@@ -22,8 +22,7 @@ when batch normalization comes in: the training flag, and statistics that move.
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full`
-about three quarters of an hour (five seeds of each net and way, each trained for one epoch on
-49,000 images). It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's.
+about half an hour (five seeds of each net and way, each trained for one epoch on 49,000 images). It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's.
 
 **Expect** after one epoch: see part E of RESULTS.md, whose rows `--full` reproduces.
 """
@@ -32,7 +31,6 @@ about three quarters of an hour (five seeds of each net and way, each trained fo
 import ast
 import functools
 import inspect
-import json
 import logging
 import math
 import textwrap
@@ -447,8 +445,7 @@ same trained weights, up to rounding:
 def batches_of(seed, images, offset=0):
     """Batches in an order of the seed, of images that are not among its validation images."""
     rows = np.random.default_rng(seed).permutation(len(data.train))[VALIDATION + offset :][:images]
-    part = datasets.Split(data.train.x[rows], data.train.y[rows])
-    return part.batches(BATCH_SIZE, shuffle=False, drop_remainder=True)
+    return data.train.batches(BATCH_SIZE, shuffle=False, drop_remainder=True, indices=rows)
 
 
 def validation_of(seed):
@@ -1177,27 +1174,16 @@ def answer_normalization():
 
 
 ANSWERS = [answer_same(), answer_accuracy(), answer_cost(), answer_normalization()]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "same_weights": SAME,
-                "after_steps": TRAINED,
-                "rates": BEST,
-                "lines": LINES,
-                "seconds_per_epoch": SECONDS,
-                "machine": MACHINE,
-                "flag": FLAG,
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of CIFAR-10: see the box above.")
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds",
+    instead_of="CIFAR-10",
+    same_weights=SAME,
+    after_steps=TRAINED,
+    rates=BEST,
+    lines=LINES,
+    seconds_per_epoch=SECONDS,
+    machine=MACHINE,
+    flag=FLAG,
+)
