@@ -22,7 +22,8 @@ when batch normalization comes in: the training flag, and statistics that move.
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full`
-about half an hour (five seeds of each net and way, each trained for one epoch on 49,000 images). It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's.
+about half an hour (five seeds of each net and way, each trained for one epoch on 49,000 images). It
+runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's.
 
 **Expect** after one epoch: see part E of RESULTS.md, whose rows `--full` reproduces.
 """
