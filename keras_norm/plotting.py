@@ -499,11 +499,14 @@ def _sweep_points(
 
 
 def _plain_ticks(axes: Axes, places: Sequence[float]) -> None:
-    """Ticks at up to eight places of a short logarithmic axis, as plain numbers: 250, not 2×10².
+    """Ticks at up to eight places of a logarithmic axis, as plain numbers: 250, not 2×10².
 
-    Powers of ten serve an axis that spans two decades or more; on a shorter one there are few.
+    Powers of ten serve an axis with more places than that, or with two that nearly coincide.
     """
-    if len(places) > 8 or places[0] <= 0 or places[-1] / places[0] >= 100:
+    if len(places) > 8 or places[0] <= 0:
+        return
+    steps = np.diff(np.log(places))
+    if len(steps) and steps.min() < steps.sum() / 12:
         return
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.set_xticks([], minor=True)

@@ -349,9 +349,14 @@ def test_sweep_counts_diverged_runs_below_the_data():
 
 @pytest.mark.parametrize(
     ("places", "shown"),
-    [((250, 500, 2000), ["250", "500", "2000"]), ((0.01, 0.1, 1.0), None)],
+    [
+        ((250, 500, 2000), ["250", "500", "2000"]),
+        ((0.01, 0.1, 1.0), ["0.01", "0.1", "1"]),
+        ((1, 1.1, 1000), None),  # two would be printed on each other
+        (range(1, 10), None),
+    ],
 )
-def test_sweep_over_a_short_logarithmic_axis_has_plain_ticks(places, shown):
+def test_sweep_over_a_few_places_of_a_logarithmic_axis_has_plain_ticks(places, shown):
     runs = [Run(f"{x}", {"x": x}, s, final={"m": float(s)}) for x in places for s in range(2)]
     axes = plotting.sweep(Results(runs), "x", "m").axes[0]
     texts = [tick.get_text() for tick in axes.get_xticklabels() if tick.get_text()]

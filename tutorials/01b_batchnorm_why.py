@@ -589,6 +589,7 @@ for metric, label in (
         "stddev",
         metric,
         group="normalization",
+        yscale="log" if metric == "final_loss" else "linear",
         labels={**LABELS, metric: label, "stddev": "standard deviation of the initial weights"},
         title=f"Six hidden layers of 50, {few:,} images, {cifar.title}",
         path=out / f"scales_{metric}.png",
