@@ -9,9 +9,10 @@ process that lives as long as the search: the one that was started, the chief, t
 two nurseries that fork. Growth is the median of the last ten trials less that of the ten from the
 fifth on. Linux only: it reads /proc.
 
-Workers: the same search, of nets of one size, by one worker and by two, each with one thread and
-one core to itself; the times are those of the whole command, from its start to its end, and from
-the first trial's start to the end. Nothing else should be running.
+Workers: the same search, of nets of one size, by one worker on one core, by two on a core each, and
+by one on all cores. The times are those of the whole command, from its start to its end; from the
+first trial's start to the end; and of training alone, summed over the trials. Nothing else should
+be running.
 """
 
 import argparse
@@ -30,14 +31,14 @@ from tqdm import tqdm
 
 from keras_norm import experiments, tuning
 
-ONE_THREAD = {
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-}
 MEBIBYTE = 2**20
 EARLY = 5  # trials, after which everything has been imported and run once
-SHORT = "--data digits --subset 300 --epochs 1 --fix family=mlp"
+SHORT = "--threads 1 --data digits --subset 300 --epochs 1 --fix family=mlp"
+SHARES = {  # name -> workers, cores of each
+    "two workers, one core each": (2, 1),
+    "one worker, one core": (1, 1),
+    "one worker, all cores": (1, None),
+}
 ONE_SIZE = (
     "--data digits --fix family=cnn normalization=batch activation=relu augmentation=none "
     "batch_size=64 optimizer=adam cnn_stages=2 cnn_width=32 cnn_growth=1.5 cnn_blocks=2 "
@@ -49,7 +50,7 @@ def started(out, options, workers, trials):
     """The command `keras-norm tune`, running."""
     command = [sys.executable, "-m", "keras_norm", "tune", "--quiet", "--out", out]
     command += [*shlex.split(options), "--workers", str(workers), "--trials", str(trials)]
-    return subprocess.Popen(command, env={**os.environ, **ONE_THREAD})
+    return subprocess.Popen(command)
 
 
 def ended(search):
@@ -140,12 +141,13 @@ def measure_memory(trials, period, out):
 # Workers ------------------------------------------------------------------------------------
 
 
-def timed(workers, trials, epochs):
-    """Seconds of the whole command and of its trials, and the table of the trials without times."""
+def timed(workers, threads, trials, epochs):
+    """Seconds, under their names in the table; and the table of the trials without times."""
+    options = f"{ONE_SIZE} --epochs {epochs}" + (f" --threads {threads}" if threads else "")
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "search"
         begun = time.monotonic()
-        search = started(out, f"{ONE_SIZE} --epochs {epochs}", workers, trials)
+        search = started(out, options, workers, trials)
         while search.poll() is None and not any(out.glob("trial_*")):
             time.sleep(0.05)
         first = time.monotonic()
@@ -155,30 +157,39 @@ def timed(workers, trials, epochs):
     if {t.status for t in found} != {"completed"}:
         raise SystemExit("A trial failed: the times say nothing.")
     table = [(t.values, t.history["val_accuracy"], t.history["val_loss"]) for t in found]
-    return end - begun, end - first, table
+    training = sum(t.last("seconds") for t in found)
+    times = {"seconds": end - begun, "trials s": end - first, "training s": training}
+    return {name: round(time, 2) for name, time in times.items()}, table
 
 
 def measure_workers(turns, trials, epochs, out):
     rows, tables = [], []
-    with tqdm(total=2 * turns, unit="search", disable=None) as bar:
+    with tqdm(total=len(SHARES) * turns, unit="search", disable=None) as bar:
         for turn in range(turns):
-            for workers in (1, 2) if turn % 2 else (2, 1):
-                whole, of_trials, table = timed(workers, trials, epochs)
-                tables.append(table)
-                row = {"turn": turn, "workers": workers, "trials": trials, "epochs": epochs}
-                rows.append({**row, "seconds": round(whole, 2), "trials s": round(of_trials, 2)})
+            for name in list(SHARES)[:: (-1) ** turn]:
+                workers, threads = SHARES[name]
+                times, table = timed(workers, threads, trials, epochs)
+                if threads:  # with another number of threads, sums may be rounded otherwise
+                    tables.append(table)
+                rows.append({"turn": turn, "search": name, "trials": trials, "epochs": epochs})
+                rows[-1] |= times
                 write(out / "search_workers.csv", rows)
                 bar.update()
+    print(f"{trials} trials of {epochs} epochs, medians over {turns} turns, seconds:")
+    for name in SHARES:
+        whole, of_trials = (statistics.median(of(rows, name, t)) for t in ("seconds", "trials s"))
+        print(f"{name:>26}: whole command {whole:6.1f}, its trials {of_trials:6.1f}")
+    two, one, _ = SHARES
+    for time_of, told in (("seconds", "whole command"), ("trials s", "its trials")):
+        pairs = zip(of(rows, one, time_of), of(rows, two, time_of), strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{told:>14}: two workers {ratio:.2f} times as fast as one, one core each")
     same = all(table == tables[0] for table in tables)
-    print(f"{trials} trials of {epochs} epochs, one thread for each worker, {turns} turns:")
-    for name, told in (("seconds", "whole command"), ("trials s", "its trials")):
-        ratios = [of(rows, turn, 1)[name] / of(rows, turn, 2)[name] for turn in range(turns)]
-        print(f"{told:>14}: two workers {statistics.median(ratios):.2f} times as fast as one")
-    print(f"The searches found {'the same' if same else 'DIFFERENT'} trials.")
+    print(f"The searches on one core found {'the same' if same else 'DIFFERENT'} trials.")
 
 
-def of(rows, turn, workers):
-    return next(r for r in rows if (r["turn"], r["workers"]) == (turn, workers))
+def of(rows, name, column):
+    return [row[column] for row in rows if row["search"] == name]
 
 
 def write(path, rows):

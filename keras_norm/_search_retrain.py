@@ -205,6 +205,7 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
     batches = data.train.batches(candidate.batch_size, seed=seed, augment=candidate.augment)
     batches.epoch = len(history)
     if len(history) < settings.epochs:
+        trial.make_variables(model, data)
         model.fit(
             batches,
             initial_epoch=len(history),

@@ -55,6 +55,7 @@ def run_search(
     resume: bool,
     overwrite: bool,
     workers: int,
+    threads: int | None,
     chief: str | None,
     join: str | None,
     time_limit: float | None,
@@ -64,6 +65,7 @@ def run_search(
     """See `keras_norm.tuning.search`."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < (chief is None):
         raise SearchError(f"workers must be a whole number, at least 1. Received: {workers!r}")
+    _check_threads(threads)
     if chief is not None and join is not None:
         raise SearchError("chief and join exclude each other.")
     if time_limit is not None and not time_limit > 0:
@@ -71,7 +73,7 @@ def run_search(
     if not 0 < worker_timeout < math.inf:
         raise SearchError(f"worker_timeout must be seconds above 0. Received: {worker_timeout!r}")
     if join is not None:
-        _join(out, options, join, workers, worker_timeout, progress)
+        _join(out, options, join, workers, threads, worker_timeout, progress)
         return
     host, port = check_address(chief or "127.0.0.1:0")
     _check_free(host, port)
@@ -84,7 +86,7 @@ def run_search(
         )
     with _folder(out):
         settings = prepare(out, options, resume=resume, overwrite=overwrite)
-        with _Owner(out, settings, workers, progress) as owner:
+        with _Owner(out, settings, workers, threads, progress) as owner:
             owner.prepare_space(resume, overwrite)
             owner.start_chief(host, port, worker_timeout, time_limit)
             owner.watch()
@@ -108,6 +110,7 @@ def _join(
     options: Mapping[str, Any],
     address: str,
     workers: int,
+    threads: int | None,
     patience: float,
     progress: bool,
 ) -> None:
@@ -120,9 +123,20 @@ def _join(
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
         raise SearchError(f"The chief at {address} cannot be reached: {_reason(error)}.") from None
-    with _folder(out), _Owner(out, Settings(), workers, progress) as owner:
+    with _folder(out), _Owner(out, Settings(), workers, threads, progress) as owner:
         owner.join(host, port, patience, options)
         owner.watch()
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    there = len(_cores())
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= there:
+        raise SearchError(
+            f"threads must be a whole number from 1 to {there}, the cores that there are. "
+            f"Received: {threads!r}"
+        )
 
 
 def _check_free(host: str, port: int) -> None:
@@ -158,8 +172,11 @@ class _Process:
 class _Owner:
     """Owns the processes of one search; when it leaves its `with` block, they are gone."""
 
-    def __init__(self, out: Path, settings: Settings, workers: int, progress: bool) -> None:
-        self.out, self.settings, self.count = out.absolute(), settings, workers
+    def __init__(
+        self, out: Path, settings: Settings, workers: int, threads: int | None, progress: bool
+    ) -> None:
+        self.out, self.settings = out.absolute(), settings
+        self.count, self.threads = workers, threads
         self.display = _Display(settings, progress)
         self.chief: _Process | None = None
         self.workers: list[_Process] = []
@@ -273,7 +290,7 @@ class _Owner:
         self._add_workers([f"{me}-{k}" for k in range(self.count)], host, port, patience)
 
     def _add_workers(self, names: list[str], host: str, port: int, patience: float) -> None:
-        cores, gpus = _cores(), _gpus()
+        gpus = _gpus()
         for k, name in enumerate(names):
             spec = {
                 "settings": self.settings.to_dict(),
@@ -283,7 +300,7 @@ class _Owner:
                 "port": port,
                 "patience": patience,
                 "worker": name,
-                "core": cores[k % len(cores)] if len(names) > 1 and not gpus else None,
+                "cores": None if gpus and not self.threads else share(k, len(names), self.threads),
                 "gpu": gpus[k % len(gpus)] if gpus else None,
             }
             log = self.out / "processes.txt"
@@ -371,6 +388,13 @@ class _Owner:
             raise SearchError(self._last_words(f"{process.name}, again ({how}),"))
         self.display.note(f"{process.name} has died ({how}): restarted.")
         self._start(process)
+
+
+def share(k: int, workers: int, threads: int | None) -> list[int]:
+    """The cores of worker k; where there are too few for all, others have them too."""
+    cores = _cores()
+    each = threads or max(1, len(cores) // workers)
+    return [cores[(k * each + i) % len(cores)] for i in range(each)]
 
 
 def _cores() -> list[int]:

@@ -92,7 +92,7 @@ def about(channel: Channel, spec: dict[str, Any]) -> None:
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of a worker. Sends {"over": true}, or {"error": reason}."""
-    _assign(spec.get("core"), spec.get("gpu"))
+    _assign(spec.get("cores"), spec.get("gpu"))
     nursery = Nursery.forked(channel)  # before gRPC starts threads
     chief = Chief(spec["host"], spec["port"], spec["worker"], spec["patience"])
     try:
@@ -113,10 +113,13 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
         nursery.close()
 
 
-def _assign(core: int | None, gpu: int | None) -> None:
-    """The resources of this worker and all its trials."""
-    if core is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
+def _assign(cores: list[int] | None, gpu: int | None) -> None:
+    """The resources of this worker and all its trials. (TensorFlow counts the cores it may use.)"""
+    if cores is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    elif cores is not None:
+        for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS"):
+            os.environ.setdefault(name, str(len(cores)))
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
         os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")

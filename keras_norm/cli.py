@@ -148,6 +148,8 @@ def _tune(parser: argparse.ArgumentParser) -> None:
 
     add = _adder(parser, "running")
     add("--workers", type=_whole, metavar="N", help="trials at a time, default: 1")
+    add("--threads", type=_whole, metavar="N",
+        help="cores for each worker, default: an equal share")  # fmt: skip
     add("--chief", metavar="HOST:PORT", help="let workers of other machines join")
     add("--join", metavar="HOST:PORT", help="work for the chief there")
     add("--time-limit", type=float, metavar="MINUTES", help="begin no trial after that")

@@ -142,6 +142,7 @@ def search(
     resume: bool = False,
     overwrite: bool = False,
     workers: int = 1,
+    threads: int | None = None,
     chief: str | None = None,
     join: str | None = None,
     time_limit: float | None = None,
@@ -160,8 +161,10 @@ def search(
         out: folder of the search, new or empty.
         resume: go on with the search in `out`. Options that are not given are those it had.
         overwrite: throw the search in `out` away, and begin anew.
-        workers: int >= 1, trials at a time. With more than one, each worker gets one core, or
-            one GPU where there are GPUs. Default: 1, with all cores.
+        workers: int >= 1, trials at a time. Each has a GPU, where there are GPUs. Default: 1.
+        threads: int >= 1, cores that each worker may use; all that a worker starts stays on them.
+            Default: an equal share of this machine's cores, for one worker all; where there are
+            GPUs, any.
         chief: "HOST:PORT" to listen on for workers of other machines (`workers` may be 0 then).
             Default: a free port of this machine, for this machine alone.
         join: "HOST:PORT" of a chief whose trials to run; `out` then holds logs and checkpoints.
@@ -205,8 +208,8 @@ def search(
             two searches. Then nothing has been changed.
         KeyboardInterrupt: after all processes have ended; `resume` goes on.
 
-    Numerics: with one worker, equal settings give equal trials to the last bit on one machine,
-        whether or not they were interrupted (but not where seconds decide: "accuracy_per_second").
+    Numerics: with one worker, equal settings and `threads` give equal trials to the last bit on one
+        machine, interrupted or not (but not where seconds decide: "accuracy_per_second").
         With several, that holds for random search without pruning; a Bayesian search, Hyperband
         and pruning look at whatever has ended by then.
 
@@ -220,6 +223,7 @@ def search(
         resume=resume,
         overwrite=overwrite,
         workers=workers,
+        threads=threads,
         chief=chief,
         join=join,
         time_limit=time_limit,

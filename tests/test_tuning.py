@@ -242,8 +242,11 @@ def test_killed_worker_chief_and_search(folder, imported, undisturbed, notes, mo
         before = finished(out)
         assert len(before) < TRIALS
         own = processes(search.pid)
+        cores = [os.sched_getaffinity(own[f"kn-worker-{k}"]) for k in range(2)]
     finally:
         search.kill()
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not cores[0] & cores[1]
     kills += 2  # two workers had a trial each
     assert search.wait(30) == -signal.SIGKILL
     assert "worker-0 has died (killed by SIGKILL): restarted" in search.said()

@@ -8,8 +8,9 @@ import keras
 import numpy as np
 import pytest
 
+from keras_norm import _search_run, datasets, tuning
 from keras_norm import _search_space as spaces
-from keras_norm import tuning
+from keras_norm import _search_trial as trials
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
@@ -279,6 +280,22 @@ def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
         assert before["tuner/epochs"] == values["tuner/initial_epoch"] < values["tuner/epochs"]
 
 
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads", "shares"),
+    [
+        ([0, 1], 1, None, [[0, 1]]),
+        ([0, 1], 1, 1, [[0]]),
+        ([2, 5], 2, None, [[2], [5]]),
+        ([0, 1], 3, None, [[0], [1], [0]]),
+        ([0, 1, 2, 3, 4], 2, None, [[0, 1], [2, 3]]),
+        ([0, 1, 2], 2, 2, [[0, 1], [2, 0]]),
+    ],
+)
+def test_workers_share_the_cores(monkeypatch, cores, workers, threads, shares):
+    monkeypatch.setattr(_search_run, "_cores", lambda: cores)
+    assert [_search_run.share(k, workers, threads) for k in range(workers)] == shares
+
+
 def test_failures_in_a_row_do_not_end_the_search(tmp_path):
     oracle = oracle_in(tmp_path)
     for _ in range(10):
@@ -377,6 +394,38 @@ def test_space_of_the_documentation_builds(tmp_path):
     assert names == ["width", "momentum", "learning_rate", "batch_size"]
     model = spaces.space_of(settings.space)(sample(space, 0), TASKS["digits"]).build()
     assert model.output_shape == (None, 10)
+
+
+def test_a_training_step_is_traced_once():
+    """Keras would make the variables of optimizer and metrics in a first trace of two."""
+    traces = []
+
+    class Traced(keras.layers.Layer):
+        def call(self, x):
+            traces.append(x.shape)
+            return x
+
+    data = datasets.load("digits", subset={"train": 64}, validation=0.1)
+    model = keras.Sequential(
+        [
+            keras.Input(data.input_shape),
+            Traced(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5, seed=1),
+            keras.layers.Dense(data.classes),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(), loss, metrics=["accuracy"], jit_compile=False)
+    before = [np.array(v) for layer in model.layers for v in layer.variables]
+    trials.make_variables(model, data)
+    after = [np.array(v) for layer in model.layers for v in layer.variables]
+    for old, new in zip(before, after, strict=True):  # weights, and the state of the dropout
+        np.testing.assert_array_equal(old, new)
+    assert all(float(value) == 0 for value in model.get_metrics_result().values())
+    traces.clear()
+    model.fit(data.train.batches(32), epochs=2, shuffle=False, verbose=0)
+    assert len(traces) == 1
 
 
 def test_space_has_no_mirrored_digits(explored):
