@@ -715,8 +715,8 @@ if shown:
 """
 The first filters: those of whitening, measured in a second, the largest variance first; the same
 convolution when it is trained from noise ("no whitening"); and those of the course's net. Grey is
-0. Whitening sees brightness first, then edges and colours, then ever finer differences of these,
-which it amplifies; the trained ones are mixtures of all that.
+a weight of 0. Whitening begins with brightness and its differences between neighbours, and ends
+with differences of colour that hardly any image has: (W1) amplifies them most.
 """
 
 
