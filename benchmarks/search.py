@@ -205,8 +205,8 @@ def main():
     parser.add_argument("--trials", type=int, default=100, help="of memory, default: %(default)s")
     parser.add_argument("--period", type=float, default=1.0, help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=1, help="of workers, default: %(default)s")
-    parser.add_argument("--workers-trials", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--workers-epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--workers-trials", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--workers-epochs", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_search"))
     arguments = parser.parse_args()
     if arguments.trials <= EARLY:
