@@ -34,7 +34,6 @@ them can be paid for. `keras-norm train --recipe cpu-4min` trains a larger one o
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 
 from keras_norm import quiet
@@ -343,6 +342,7 @@ FEWER = {  # of the shorter modes
 NETS = {name: NETS[name] for name in FEWER.get(arguments.mode, NETS)}
 
 
+@functools.cache  # TensorFlow keeps what it has trained on: one copy for all nets
 def images_of(seed, count):
     """The data with the training images of a seed; judged by the validation images."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(data.train))[:count])
@@ -876,34 +876,23 @@ ANSWERS = [
     answer_views(),
     answer_mistakes(),
 ]
-print("\n\n".join(ANSWERS))
-with experiments.replace_file(out / "answers.json") as path:
-    path.write_text(
-        json.dumps(
-            {
-                "answers": ANSWERS,
-                "differences_from_numpy": DIFFERENCE,
-                "correlation": {"patches": CORRELATED, "whitened": WHITENED},
-                "seen_both_ways": BOTH_WAYS,
-                "losses_apart": LOSS_APART,
-                "taken_over": list(TAKEN.values()),
-                "best": BEST,
-                "right": RIGHT,
-                "across": ACROSS if living.any() else None,
-                "most_confused": {pair: PAIRED[pair] for pair in MOST_CONFUSED},
-                "p_by_holm": {
-                    name: p
-                    for tests in (LADDER_TESTS, NORM_TESTS, IDEA_TESTS, AFTER_TESTS)
-                    for name, (_, p) in tests.items()
-                },
-            },
-            indent=1,
-        )
-    )
-
-print(f"\n{data.title}: {data.source}")
-print(f"n = {len(seeds)} seeds. Written to {out}:")
-for path in sorted(out.glob("*.*")):
-    print(f"  {path}")
-if data.fallback:
-    print("These figures are of the embedded digits, NOT of CIFAR-10: see the box above.")
+arguments.finish(
+    ANSWERS,
+    data,
+    seeds=f"{len(seeds)} seeds",
+    instead_of="CIFAR-10",
+    differences_from_numpy=DIFFERENCE,
+    correlation={"patches": CORRELATED, "whitened": WHITENED},
+    seen_both_ways=BOTH_WAYS,
+    losses_apart=LOSS_APART,
+    taken_over=list(TAKEN.values()),
+    best=BEST,
+    right=RIGHT,
+    across=ACROSS if living.any() else None,
+    most_confused={pair: PAIRED[pair] for pair in MOST_CONFUSED},
+    p_by_holm={
+        name: p
+        for tests in (LADDER_TESTS, NORM_TESTS, IDEA_TESTS, AFTER_TESTS)
+        for name, (_, p) in tests.items()
+    },
+)
