@@ -16,6 +16,7 @@ inference.
 
 import argparse
 import csv
+import inspect
 import pathlib
 import time
 
@@ -97,8 +98,10 @@ def _tensorflow(layer, training, compiled):
 def _jax(layer, training):
     import jax
 
+    mode = {"training": training} if "training" in inspect.signature(layer.call).parameters else {}
+
     def forward(trainable, state, x):
-        return layer.stateless_call(trainable, state, x, training=training)
+        return layer.stateless_call(trainable, state, x, **mode)
 
     @jax.jit
     def step(trainable, state, x, dy):

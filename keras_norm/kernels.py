@@ -10,7 +10,8 @@
                      first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
     native           PyTorch: native_batch_norm and its gradient, for means that are not far from 0,
                      of many rows with statistics merged from parts; else, and for rows of few
-                     channels, laid side by side as above, in pieces that stay in the cache
+                     channels, laid side by side as above, in pieces that stay in the cache;
+                     layer, RMS, group and instance normalization: the function of torch.nn
     staged           JAX on a CPU: sums, over short runs of rows, then over the runs, of x less the
                      mean of every sixteenth row
     products         layer and RMS normalization: backward, the sums over an example and over the
@@ -514,7 +515,7 @@ def _can_be_looked_at(x: Array) -> bool:
 
 
 def _is_near(mean: Array, inv_std: Array) -> bool:
-    return float((mean * inv_std).abs().max()) <= FARTHEST_MEAN  # False for NaN
+    return not mean.numel() or float((mean * inv_std).abs().max()) <= FARTHEST_MEAN  # no for NaN
 
 
 def _native_in_pieces(
@@ -856,7 +857,7 @@ def are_finite(*arrays: Array) -> Any:
 # Within each example ------------------------------------------------------------------------------
 
 _FAST_WITHIN = {
-    "normalize": "fused",  # "native" on PyTorch
+    "normalize": "fused",
     "layer_normalization": "products",
     "rms_normalization": "products",
     "group_normalization": "by_channel",
@@ -864,9 +865,19 @@ _FAST_WITHIN = {
 }
 
 
+_NEEDS = {
+    "fused": "TensorFlow, the channels on the last axis, and float32 or half precision",
+    "normalize": "channels on one axis of known size, and float32 or float64",
+    "layer_normalization": "known sizes on `axis`, the last axes, and float32 or float64",
+    "rms_normalization": "known sizes on `axis`, the last axes, and float32 or float64",
+    "group_normalization": "the channels on the last of >= 3 axes, and float32 or float64",
+    "instance_normalization": "the channels on the last of >= 3 axes, and float32 or float64",
+}
+
+
 def _fast_within(function: str) -> str:
-    native = function == "normalize" and keras.backend.backend() == "torch"
-    return "native" if native else _FAST_WITHIN[function]
+    fast = _FAST_WITHIN[function]
+    return "native" if keras.backend.backend() == "torch" else fast
 
 
 def choose_within(
@@ -895,10 +906,11 @@ def _choose_within(
     function: str, shape: Sequence[int | None], dtype: str, axis: Axis, x: Array | None
 ) -> str:
     fast, forced = _fast_within(function), _forced()
-    if forced == "composed" or (forced == fast and _possible(fast, shape, dtype, axis)):
+    possible = _possible(function, fast, shape, dtype, axis)
+    if forced == "composed" or (forced == fast and possible):
         return forced
     measured = fast == "native" or keras.backend.backend() == "tensorflow"
-    if not _possible(fast, shape, dtype, axis) or not measured or on_gpu(x):
+    if not possible or not measured or on_gpu(x):
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
@@ -907,7 +919,9 @@ def _choose_within(
     return fast
 
 
-def _possible(fast: str, shape: Sequence[int | None], dtype: str, axis: Axis) -> bool:
+def _possible(
+    function: str, fast: str, shape: Sequence[int | None], dtype: str, axis: Axis
+) -> bool:
     """Whether it can be done at all, on this backend, quickly or not."""
     axes = functional.canonical_axes(axis, len(shape))
     last = axes == (len(shape) - 1,)
@@ -918,9 +932,9 @@ def _possible(fast: str, shape: Sequence[int | None], dtype: str, axis: Axis) ->
         return known and tensorflow and dtype in ("float32", *half)
     if dtype not in ("float32", "float64"):
         return False
-    if fast == "native":
+    if function == "normalize":
         return len(axes) == 1 and len(shape) > 1 and shape[axes[0]] is not None
-    if fast == "by_channel":
+    if function in ("group_normalization", "instance_normalization"):
         return last and len(shape) > 2 and shape[-1] is not None
     trailing = axes == tuple(range(len(shape) - len(axes), len(shape)))
     return trailing and len(axes) < len(shape) and all(shape[a] is not None for a in axes)
@@ -936,15 +950,10 @@ def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> 
             f"`implementation` of {function} must be 'composed' or {fast!r}, or None for the "
             f"faster one. Received: implementation={implementation!r}."
         )
-    if implementation == fast and not _possible(fast, shape, dtype, axis):
+    if implementation == fast and not _possible(function, fast, shape, dtype, axis):
         raise ValueError(
             f"implementation={fast!r} needs "
-            + {
-                "fused": "TensorFlow, the channels on the last axis, and float32 or half precision",
-                "native": "channels on one axis of known size, and float32 or float64",
-                "products": "known sizes on `axis`, the last axes, and float32 or float64",
-                "by_channel": "the channels on the last of >= 3 axes, and float32 or float64",
-            }[fast]
+            + _NEEDS["fused" if fast == "fused" else function]
             + f". Received: shape={shape}, axis={axis!r}, dtype={dtype!r}. Leave it to None."
         )
     return implementation
@@ -964,7 +973,8 @@ def layer_normalization(
 
     Args:
         x, gamma, beta, axis, epsilon, rms_scaling: as there. With `rms_scaling` always composed.
-        implementation: "composed" or "products". Default: what `choose_within` names.
+        implementation: "composed", or "products" ("native" on PyTorch). Default: what
+            `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -979,11 +989,36 @@ def layer_normalization(
     """
     x = _tensor(x)
     chosen = _chosen("layer_normalization", x, axis, implementation)
-    if chosen == "composed" or rms_scaling:
-        return functional.layer_normalization(
+    axes = len(functional.canonical_axes(axis, x.ndim))
+    if chosen == "products" and not rms_scaling:
+        return _products(x, gamma, beta, axes, epsilon, True)
+    y = None
+    if chosen == "native" and not rms_scaling:
+        y = _native_layer(x, gamma, beta, axes, epsilon)
+    if y is None:
+        y = functional.layer_normalization(
             x, gamma, beta, axis=axis, epsilon=epsilon, rms_scaling=rms_scaling
         )
-    return _products(x, gamma, beta, len(functional.canonical_axes(axis, x.ndim)), epsilon, True)
+    return y
+
+
+def _native_layer(
+    x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float
+) -> Array | None:
+    """Layer normalization over the last `axes` axes by PyTorch; None where it would round."""
+    import torch
+
+    functional.check_epsilon(epsilon)
+    if not _can_be_looked_at(x):
+        return None
+    sizes = x.shape[-axes:]
+    gamma, beta = (_native_parameter(v, x, sizes) for v in (gamma, beta))
+    y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
+    return y if _is_near(mean.detach(), inv_std.detach()) else None
+
+
+def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array | None:
+    return None if v is None else _torch_tensor(v, x.dtype).expand(sizes)
 
 
 def rms_normalization(
@@ -998,7 +1033,8 @@ def rms_normalization(
 
     Args:
         x, gamma, axis, epsilon: as there.
-        implementation: "composed" or "products". Default: what `choose_within` names.
+        implementation: "composed", or "products" ("native" on PyTorch). Default: what
+            `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1012,9 +1048,18 @@ def rms_normalization(
         [[0.8485 1.1314]]
     """
     x = _tensor(x)
-    if _chosen("rms_normalization", x, axis, implementation) == "composed":
+    chosen = _chosen("rms_normalization", x, axis, implementation)
+    if chosen == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
-    return _products(x, gamma, None, len(functional.canonical_axes(axis, x.ndim)), epsilon, False)
+    axes = len(functional.canonical_axes(axis, x.ndim))
+    if chosen == "native":
+        import torch
+
+        functional.check_epsilon(epsilon)
+        sizes = x.shape[-axes:]
+        gamma = _native_parameter(gamma, x, sizes)
+        return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
+    return _products(x, gamma, None, axes, epsilon, False)
 
 
 def _products(
@@ -1092,7 +1137,8 @@ def group_normalization(
 
     Args:
         x, gamma, beta, groups, axis, epsilon: as there.
-        implementation: "composed" or "by_channel". Default: what `choose_within` names.
+        implementation: "composed", or "by_channel" ("native" on PyTorch). Default: what
+            `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1108,12 +1154,14 @@ def group_normalization(
     """
     x = _tensor(x)
     functional.channel_axis(axis, len(x.shape))
-    if _chosen("group_normalization", x, axis, implementation) == "composed":
-        return functional.group_normalization(
-            x, gamma, beta, groups=groups, axis=axis, epsilon=epsilon
-        )
-    groups = functional.number_of_groups(groups, x.shape[-1])
-    return _by_channel(x, gamma, beta, groups, epsilon)
+    chosen = _chosen("group_normalization", x, axis, implementation)
+    if chosen != "composed":
+        count = functional.number_of_groups(groups, x.shape[-1])
+        fast = _native_group if chosen == "native" else _by_channel
+        y = fast(x, gamma, beta, count, epsilon)
+        if y is not None:
+            return y
+    return functional.group_normalization(x, gamma, beta, groups=groups, axis=axis, epsilon=epsilon)
 
 
 def instance_normalization(
@@ -1129,7 +1177,8 @@ def instance_normalization(
 
     Args:
         x, gamma, beta, axis, epsilon: as there.
-        implementation: "composed" or "by_channel". Default: what `choose_within` names.
+        implementation: "composed", or "by_channel" ("native" on PyTorch). Default: what
+            `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1145,9 +1194,41 @@ def instance_normalization(
     x = _tensor(x)
     functional.check_spatial(len(x.shape))
     functional.channel_axis(axis, len(x.shape))
-    if _chosen("instance_normalization", x, axis, implementation) == "composed":
-        return functional.instance_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
-    return _by_channel(x, gamma, beta, x.shape[-1], epsilon)
+    chosen = _chosen("instance_normalization", x, axis, implementation)
+    if chosen != "composed":
+        fast = _native_group if chosen == "native" else _by_channel
+        y = fast(x, gamma, beta, x.shape[-1], epsilon)
+        if y is not None:
+            return y
+    return functional.instance_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
+
+
+def _native_group(
+    x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
+) -> Array | None:
+    """Group normalization of the last axis' channels by PyTorch; None where it would round."""
+    import torch
+
+    functional.check_epsilon(epsilon)
+    if not _can_be_looked_at(x) or not x.numel():
+        return None
+    z = x.movedim(-1, 1)  # (N, C, ...); of images it is the layout "channels last", no copy
+    count, channels = z.shape[:2]
+    gamma, beta = (_native_parameter(v, x, (channels,)) for v in (gamma, beta))
+    if gamma is None:
+        gamma = z.new_ones(channels)  # with beta alone PyTorch 2.13 has no gradient
+    z = z.contiguous(memory_format=_layout(z))
+    y, mean, inv_std = torch.native_group_norm(
+        z, gamma, beta, count, channels, z[0, 0].numel(), groups, epsilon
+    )
+    return y.movedim(1, -1) if _is_near(mean.detach(), inv_std.detach()) else None
+
+
+def _layout(z: Array) -> Any:
+    """The memory format in which PyTorch's kernels take (N, C, ...) with the channels last."""
+    import torch
+
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(z.ndim, torch.contiguous_format)
 
 
 def _by_channel(
