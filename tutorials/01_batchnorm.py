@@ -23,8 +23,8 @@ with small dense nets and the question why it works.
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to. With neither network nor folder: the digits that come with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` 1 minute (3,000 images), the default 11 minutes, `--full` about
-two hours (five seeds, a finer sweep, each net also at its best learning rate, every subset of
+**Needs** on two CPU cores: `--fast` 1 minute (3,000 images), the default 4 to 11 minutes (the same
+machine on different days), `--full` one hour or two (five seeds, a finer sweep, each net also at its best learning rate, every subset of
 layers, eight other transforms).
 
 **Expect** of LeNet, learning rate 1.0, 10 epochs: see the results table of the README, which
