@@ -24,8 +24,8 @@ with small dense nets and the question why it works.
 is downloaded to. With neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` 1 minute (3,000 images), the default 4 to 11 minutes (the same
-machine on different days), `--full` one hour or two (five seeds, a finer sweep, each net also at its best learning rate, every subset of
-layers, eight other transforms).
+machine on different days), `--full` one hour or two (five seeds, a finer sweep, each net also at
+its best learning rate, every subset of layers, eight other transforms).
 
 **Expect** of LeNet, learning rate 1.0, 10 epochs: see the results table of the README, which
 `--full` reproduces.
