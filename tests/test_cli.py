@@ -104,11 +104,21 @@ def test_warning_where_others_can_reach_the_chief(capsys, tmp_path):
         assert ("neither passwords nor encryption" in said) == warned
 
 
+def heeds_interrupts():
+    """A shell that starts the tests in the background has them, and theirs, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
     command = [sys.executable, "-m", "keras_norm", "tune", "--data", "digits", "--out", "a b"]
     search = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=heeds_interrupts,
     )
     try:
         own = Path(f"/proc/{search.pid}/task/{search.pid}/children")
