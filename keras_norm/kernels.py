@@ -1148,7 +1148,7 @@ def group_normalization(
 
     Example:
         >>> x = np.array([[[1.0, 10.0], [3.0, 50.0]]], "float32")  # (N=1, T=2, C=2)
-        >>> y = group_normalization(x, groups=2, epsilon=0.0, implementation="by_channel")
+        >>> y = group_normalization(x, groups=2, epsilon=0.0, implementation="composed")
         >>> np.round(np.asarray(y), 5).tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
