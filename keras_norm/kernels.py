@@ -53,6 +53,7 @@ __all__ = [
     "instance_normalization",
     "layer_normalization",
     "normalize",
+    "on_gpu",
     "rms_normalization",
 ]
 
@@ -156,10 +157,19 @@ def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> st
 
 
 def on_gpu(x: Array | None = None) -> bool:
-    """Whether an array lies on an accelerator; without one, whether new arrays do.
+    """Whether an array lies on an accelerator, where the composed implementation is taken.
 
-    The fast implementations were measured on CPUs only; on a GPU XLA, or PyTorch, compiles or runs
-    the composed one.
+    (The others were measured on CPUs only.)
+
+    Args:
+        x: an array. Default: one that would be made now.
+
+    Returns:
+        True or False.
+
+    Example:
+        >>> on_gpu(np.zeros(3)) == on_gpu()
+        True
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -989,30 +999,30 @@ def layer_normalization(
     """
     x = _tensor(x)
     chosen = _chosen("layer_normalization", x, axis, implementation)
-    axes = len(functional.canonical_axes(axis, x.ndim))
-    if chosen == "products" and not rms_scaling:
-        return _products(x, gamma, beta, axes, epsilon, True)
-    y = None
-    if chosen == "native" and not rms_scaling:
-        y = _native_layer(x, gamma, beta, axes, epsilon)
-    if y is None:
-        y = functional.layer_normalization(
-            x, gamma, beta, axis=axis, epsilon=epsilon, rms_scaling=rms_scaling
-        )
-    return y
+    if chosen != "composed" and not rms_scaling:
+        axes = len(functional.canonical_axes(axis, x.ndim))
+        fast = _native_layer if chosen == "native" else _products
+        y = fast(x, gamma, beta, axes, epsilon, True)
+        if y is not None:
+            return y
+    return functional.layer_normalization(
+        x, gamma, beta, axis=axis, epsilon=epsilon, rms_scaling=rms_scaling
+    )
 
 
 def _native_layer(
-    x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float
+    x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float, centers: bool
 ) -> Array | None:
-    """Layer normalization over the last `axes` axes by PyTorch; None where it would round."""
+    """`_products` by PyTorch; None where it would round."""
     import torch
 
     functional.check_epsilon(epsilon)
-    if not _can_be_looked_at(x):
-        return None
     sizes = x.shape[-axes:]
     gamma, beta = (_native_parameter(v, x, sizes) for v in (gamma, beta))
+    if not centers:
+        return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
+    if not _can_be_looked_at(x):
+        return None
     y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
     return y if _is_near(mean.detach(), inv_std.detach()) else None
 
@@ -1052,14 +1062,8 @@ def rms_normalization(
     if chosen == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
     axes = len(functional.canonical_axes(axis, x.ndim))
-    if chosen == "native":
-        import torch
-
-        functional.check_epsilon(epsilon)
-        sizes = x.shape[-axes:]
-        gamma = _native_parameter(gamma, x, sizes)
-        return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
-    return _products(x, gamma, None, axes, epsilon, False)
+    fast = _native_layer if chosen == "native" else _products
+    return fast(x, gamma, None, axes, epsilon, False)
 
 
 def _products(
@@ -1216,7 +1220,7 @@ def _native_group(
     count, channels = z.shape[:2]
     gamma, beta = (_native_parameter(v, x, (channels,)) for v in (gamma, beta))
     if gamma is None:
-        gamma = z.new_ones(channels)  # with beta alone PyTorch 2.13 has no gradient
+        gamma = z.new_ones(channels)  # with beta alone, derivatives fail in PyTorch 2.13
     z = z.contiguous(memory_format=_layout(z))
     y, mean, inv_std = torch.native_group_norm(
         z, gamma, beta, count, channels, z[0, 0].numel(), groups, epsilon

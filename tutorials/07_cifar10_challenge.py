@@ -21,10 +21,10 @@ from several views of an image; and what the best net still gets wrong.
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16), the default about a quarter
-of an hour, `--full` about an hour (some thirty nets over three seeds, 6,400 images, six epochs;
-the best of them once more on all images). It can be interrupted and goes on where it was. It runs
-on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`).
+**Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16); by the time of single nets,
+the default a quarter of an hour and `--full` an hour (some thirty nets over three seeds, 6,400
+images, six epochs; the best of them once more on all images). It can be interrupted and goes on
+where it was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`).
 
 **Expect** no record: these nets are small, and see few images for a short time, so that thirty of
 them can be paid for. `keras-norm train --recipe cpu-4min` trains a larger one on everything.
