@@ -4,6 +4,7 @@
     python benchmarks/layers.py --shapes 256,32,32,64      # one shape
     python benchmarks/layers.py --layers layer rms group   # others, on their natural shapes
     python benchmarks/layers.py --compiled eager           # or xla; TensorFlow only
+    python benchmarks/layers.py --dtype bfloat16           # inputs; weights and statistics float32
     KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
 
 One process, nothing else running. The contestants take turns, shape by shape, so that what else
@@ -152,14 +153,15 @@ def native_torch(kind, shape, training):
     return lambda x, dy: step(*((x.movedim(-1, 1), dy.movedim(-1, 1)) if images else (x, dy)))
 
 
-def contestants(kind, shape, training, compiled):
+def contestants(kind, shape, training, compiled, dtype):
     name, _, arguments, _ = LAYERS[kind]
+    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
     result = {}
     for who, module in (("keras_norm", layers), ("keras", keras.layers)):
-        layer = getattr(module, name)(**arguments)
+        layer = getattr(module, name)(**arguments, dtype=policy)
         layer.build(shape)
         result[who] = step_of(layer, training, compiled)
-    if BACKEND == "torch":
+    if BACKEND == "torch" and dtype == "float32":
         result["torch.nn"] = native_torch(kind, shape, training)
     return result
 
@@ -196,14 +198,15 @@ def copying(x, tensor):
     return lambda: np.copyto(target, x)
 
 
-def measure(kind, shape, mode, compiled, repeats, minimum):
+def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
     """{contestant: seconds of every turn}, the turns alternating."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
-    tensors = ops.convert_to_tensor(x), ops.convert_to_tensor(dy)
+    tensors = ops.convert_to_tensor(x, dtype=dtype), ops.convert_to_tensor(dy, dtype=dtype)
+    x = x.astype("float32" if dtype == "float32" else "float16")  # of as many bytes, for the copy
     turns = {
         name: lambda step=step: step(*tensors)
-        for name, step in contestants(kind, shape, mode == "training", compiled).items()
+        for name, step in contestants(kind, shape, mode == "training", compiled, dtype).items()
     }
     turns["floor"] = copying(x, tensors[0])  # two sweeps: one read, one write
     once = {}
@@ -222,24 +225,25 @@ def measure(kind, shape, mode, compiled, repeats, minimum):
     return {name: np.array(t) for name, t in times.items()}
 
 
-def taken(kind, shape, mode):
+def taken(kind, shape, mode, dtype):
     """The implementation that ours chose."""
     function = LAYERS[kind][1]
     if function != "batch_normalization":
-        return kernels.choose_within(function, shape, "float32")
+        return kernels.choose_within(function, shape, dtype)
     if mode == "training":
-        return kernels.choose(shape, "float32")
-    return kernels.choose_within("normalize", shape, "float32")
+        return kernels.choose(shape, dtype)
+    return kernels.choose_within("normalize", shape, dtype)
 
 
-def row_of(kind, shape, mode, compiled, times):
+def row_of(kind, shape, mode, compiled, dtype, times):
     row = {
         "layer": kind,
         "backend": BACKEND,
         "compiled": compiled if BACKEND == "tensorflow" else "",
         "shape": "x".join(map(str, shape)),
         "mode": mode,
-        "implementation": taken(kind, shape, mode),
+        "dtype": dtype,
+        "implementation": taken(kind, shape, mode, dtype),
         "repeats": len(times["keras"]),
     }
     for name, t in times.items():
@@ -333,6 +337,7 @@ def arguments_of_command_line():
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["batch"])
     parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the layer's own")
     parser.add_argument("--compiled", choices=["graph", "eager", "xla"], default="graph")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
     arguments = parser.parse_args()
     if arguments.repeats < 3:
@@ -349,7 +354,7 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     cases = [
-        (kind, shape, mode, arguments.compiled)
+        (kind, shape, mode, arguments.compiled, arguments.dtype)
         for kind in arguments.layers
         for shape in arguments.shapes or LAYERS[kind][3]
         for mode in SWEEPS

@@ -59,7 +59,7 @@ def matmul_rate(size=2048, turns=7):
     return 2 * size**3 / np.median(seconds) / 1e9
 
 
-def measured(settings, seed, progress, *, data, out, dtype_policy):
+def measured(settings, seed, progress, *, data, out):
     """One training, as `experiments.run` wants it."""
     recipe = dataclasses.replace(
         recipes.RECIPES[settings["recipe"]],
@@ -75,7 +75,12 @@ def measured(settings, seed, progress, *, data, out, dtype_policy):
 
     backup = out / f"{settings['recipe']}-{settings['normalization']}-{seed}.npz"
     outcome = recipes.train(
-        recipe, data, seed=seed, backup=backup, on_epoch=report, dtype_policy=dtype_policy
+        recipe,
+        data,
+        seed=seed,
+        backup=backup,
+        on_epoch=report,
+        dtype_policy=settings["dtype_policy"],
     )
     seconds, costs = outcome.seconds, outcome.costs
     return {
@@ -89,6 +94,11 @@ def measured(settings, seed, progress, *, data, out, dtype_policy):
             "matmul_gflops": rate,
         },
     }
+
+
+def resolved(policy):
+    """The policy that "auto" stands for here."""
+    return recipes.fastest_policy() if policy == "auto" else policy
 
 
 def draw(results, part, path):
@@ -128,7 +138,9 @@ def main(argv=None):
     parser.add_argument("--images", type=int, help="train on so many images (default: all)")
     parser.add_argument("--data", default="cifar10", help="data set (default: cifar10)")
     parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
-    parser.add_argument("--dtype-policy", default="float32")
+    parser.add_argument(
+        "--dtype-policy", help="float32, mixed_bfloat16, auto, ... (default: the recipes')"
+    )
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("results/time_to_accuracy")
     )
@@ -146,21 +158,20 @@ def main(argv=None):
             "recipe": name,
             "normalization": norm,
             "epochs": recipes.RECIPES[name].epochs,
+            "dtype_policy": resolved(arguments.dtype_policy or recipes.RECIPES[name].dtype_policy),
             **{f"recipe_{k}": v for k, v in recipes.settings(recipes.RECIPES[name]).items()},
         }
         for name in arguments.recipes
         for norm in arguments.normalizations
     }
-    train = functools.partial(
-        measured, data=data, out=arguments.out, dtype_policy=arguments.dtype_policy
-    )
+    train = functools.partial(measured, data=data, out=arguments.out)
     results = experiments.run(
         train,
         settings,
         range(arguments.seeds),
         out=arguments.out,
         title="Time to accuracy",
-        context={"data": data.title, "images": len(data.train), "policy": arguments.dtype_policy},
+        context={"data": data.title, "images": len(data.train)},
     )
     part = "validation" if arguments.validation else "test"
     accuracies = [f"{part}_accuracy", f"{part}_accuracy_views"]

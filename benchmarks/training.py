@@ -2,12 +2,13 @@
 
     python benchmarks/training.py                     # four nets, on TensorFlow
     python benchmarks/training.py --nets lenet --turns 20
+    python benchmarks/training.py --dtype-policy mixed_bfloat16 --out results/bench_training_half
     KERAS_BACKEND=jax python benchmarks/training.py --out results/bench_training_jax
 
-One process, nothing else running. The three models of a net train in turns of some steps each;
-ratios are medians of the ratios within a turn. The images are random numbers in memory: speed does
-not depend on them. "pipeline" is the rate of the batches alone, with no model behind them: far
-above the rest, it cannot be what limits them.
+One process, nothing else running. The three models of a net train in turns of some steps each, in
+random order; ratios are medians of the ratios within a turn. The images are random numbers in
+memory: speed does not depend on them. "pipeline" is the rate of the batches alone, with no model
+behind them: far above the rest, it cannot be what limits them.
 """
 
 import argparse
@@ -139,15 +140,21 @@ def measure(net, turns, bar):
     for contestant in contestants.values():
         contestant.rate()  # compiles
     rates = {name: [] for name in contestants}
+    rng = np.random.default_rng(0)
     for _ in range(turns):
-        for name, contestant in contestants.items():
-            rates[name].append(contestant.rate())
+        for name in rng.permutation(list(contestants)):
+            rates[name].append(contestants[name].rate())
         bar.update()
     return {name: np.array(r) for name, r in rates.items()}, pipeline_rate(contestants["keras"])
 
 
 def row_of(net, rates, pipeline):
-    row = {"net": net, "backend": keras.backend.backend(), "turns": len(rates["keras"])}
+    row = {
+        "net": net,
+        "backend": keras.backend.backend(),
+        "policy": keras.config.dtype_policy().name,
+        "turns": len(rates["keras"]),
+    }
     for name, r in rates.items():
         low, median, high = (float(v) for v in np.quantile(r, [0.25, 0.5, 0.75]))
         row |= {f"{name} /s": median, f"{name} /s 25%": low, f"{name} /s 75%": high}
@@ -161,10 +168,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--turns", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--dtype-policy", default="float32", help="such as mixed_bfloat16")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_training"))
     arguments = parser.parse_args()
     if arguments.turns < 3:
         parser.error("--turns must be at least 3, for a median with quartiles")
+    keras.config.set_dtype_policy(arguments.dtype_policy)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     with tqdm(total=len(arguments.nets) * arguments.turns, unit="turn") as bar:

@@ -34,6 +34,7 @@ __all__ = [
     "Normalizations",
     "check_classes",
     "factory_of",
+    "logits_dtype",
     "made",
     "make_normalization",
     "takes",
@@ -54,6 +55,15 @@ NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
     "spatial": SpatialBatchNormalization,  # after convolutions only
 }
 """The names that `normalization=` understands, beside classes and factories."""
+
+
+def logits_dtype() -> str | None:
+    """The dtype of a model's last layer: float32 where the policy computes in half precision.
+
+    The loss takes differences of logits, of which bfloat16 would keep two digits.
+    """
+    half = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
+    return "float32" if half else None
 
 
 def make_normalization(normalization: Normalization, name: str) -> keras.layers.Layer | None:

@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm._blocks import Normalization, check_classes, make_normalization
+from keras_norm._blocks import (
+    Normalization,
+    check_classes,
+    logits_dtype,
+    make_normalization,
+)
 from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization
 from keras_norm.moments import Covariance
@@ -317,8 +322,11 @@ def FastConvNet(  # noqa: N802
         x = finish(pool(x), f"conv{group}a")
         x = finish(conv(kernel_initializer=kernels(), name=f"conv{group}b")(x), f"conv{group}b")
     x = keras.layers.GlobalMaxPooling2D(data_format="channels_last", name="maximum")(x)
-    x = keras.layers.Dense(classes, use_bias=False, kernel_initializer=_noise(), name="logits")(x)
-    logits = keras.layers.Rescaling(logit_scale, name="scaled_logits")(x)
+    dtype = logits_dtype()
+    x = keras.layers.Dense(
+        classes, use_bias=False, kernel_initializer=_noise(), dtype=dtype, name="logits"
+    )(x)
+    logits = keras.layers.Rescaling(logit_scale, dtype=dtype, name="scaled_logits")(x)
     return keras.Model(inputs, logits, name=name)
 
 

@@ -62,6 +62,9 @@ Axis = int | Sequence[int]
 
 # Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
 FEWEST_CHANNELS_FUSED = 12
+# TensorFlow's fused kernel for bfloat16 on a CPU takes twenty times as long where the channels are
+# not a multiple of this (AVX-512's vectors of float32).
+CHANNELS_OF_BFLOAT16 = 16
 # The fused kernels add up a channel one element after the other and lose a mean that is far from 0
 # (see tests/test_kernels.py). A batch whose mean is farther from 0 than this, in standard
 # deviations, is computed anew by the composed one, or in pieces.
@@ -116,7 +119,7 @@ def _choose(
     if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
         return "composed"
     last, backend = axes[0] == len(shape) - 1, keras.backend.backend()
-    if accelerated or dtype not in ("float32", "float64"):
+    if accelerated or not (dtype in ("float32", "float64") or _is_half_here(dtype)):
         return "composed"
     if backend == "torch":
         return "native"
@@ -127,9 +130,20 @@ def _choose(
         return "composed" if sharded or None in shape else "staged"
     known = math.prod(size or 1 for size in shape)
     large = len(shape) > 2 or known >= FEWEST_ELEMENTS_FUSED
-    if large and channels >= FEWEST_CHANNELS_FUSED and dtype == "float32":
+    if large and channels >= FEWEST_CHANNELS_FUSED and _is_quick_fused(channels, dtype):
         return "fused"
     return "folded"
+
+
+def _is_half_here(dtype: str) -> bool:
+    """Whether CPUs have kernels for it: bfloat16 on TensorFlow, float16 nowhere."""
+    return dtype == "bfloat16" and keras.backend.backend() == "tensorflow"
+
+
+def _is_quick_fused(columns: int, dtype: str) -> bool:
+    if _is_half_here(dtype):
+        return columns % CHANNELS_OF_BFLOAT16 == 0
+    return dtype == "float32"
 
 
 def _forced() -> str | None:
@@ -823,14 +837,14 @@ def _fused_inference(
 ) -> Array:
     import tensorflow as tf
 
-    channels = x.shape[-1]
-    folds = _folds(x.shape, channels) if len(x.shape) > 2 else 1
+    channels, columns = x.shape[-1], _columns(x.shape)
+    folds = columns // channels
     gamma = tf.ones(channels) if gamma is None else gamma
     beta = tf.zeros(channels) if beta is None else beta
     if folds > 1:
         mean, variance, gamma, beta = (tf.tile(v, [folds]) for v in (mean, variance, gamma, beta))
     y = tf.raw_ops.FusedBatchNormV3(
-        x=tf.reshape(x, [1, 1, -1, folds * channels]),
+        x=tf.reshape(x, [1, 1, -1, columns]),
         scale=gamma,
         offset=beta,
         mean=mean,
@@ -839,6 +853,12 @@ def _fused_inference(
         is_training=False,
     )[0]
     return tf.reshape(y, tf.shape(x))
+
+
+def _columns(shape: Sequence[Any]) -> int:
+    """Of the rows that inference mode gets: channels, side by side where images have few."""
+    channels: int = shape[-1]
+    return channels * (_folds(shape, channels) if len(shape) > 2 else 1)
 
 
 # Guards -------------------------------------------------------------------------------------------
@@ -924,7 +944,10 @@ def _choose_within(
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
-        if dtype != "float32" or (len(shape) == 2 and known < FEWEST_ELEMENTS_FUSED):
+        columns = _columns(shape)
+        if len(shape) == 2 and known < FEWEST_ELEMENTS_FUSED:
+            return "composed"
+        if not _is_quick_fused(columns, dtype):
             return "composed"
     return fast
 

@@ -24,6 +24,7 @@ from keras_norm._blocks import (
     Normalizations,
     check_classes,
     factory_of,
+    logits_dtype,
     made,
     make_normalization,
     takes,
@@ -154,7 +155,9 @@ def LeNet(  # noqa: N802
     x = keras.layers.Flatten(name="flatten")(x)  # -> (N, 256)
     x = blocks.dense(x, "dense1", 120)
     x = blocks.dense(x, "dense2", 84)
-    logits = keras.layers.Dense(classes, kernel_initializer=kernel_initializer, name="logits")(x)
+    logits = keras.layers.Dense(
+        classes, kernel_initializer=kernel_initializer, dtype=logits_dtype(), name="logits"
+    )(x)
     return keras.Model(inputs, logits, name=name)
 
 
@@ -222,7 +225,7 @@ def MLP(  # noqa: N802
     x = keras.layers.Flatten(name="flatten")(inputs)  # (N, H, W, C) -> (N, H W C)
     for i, units in enumerate(hidden, start=1):
         x = blocks.dense(x, f"dense{i}", units)
-    logits = keras.layers.Dense(classes, name="logits", **kernel)(x)
+    logits = keras.layers.Dense(classes, dtype=logits_dtype(), name="logits", **kernel)(x)
     return keras.Model(inputs, logits, name=name)
 
 
@@ -326,7 +329,7 @@ def CNN(  # noqa: N802
     x = _HEADS[head](name="head")(x)
     for i, units in enumerate(dense, start=1):
         x = stack.dense(x, f"dense{i}", units)
-    logits = keras.layers.Dense(classes, name="logits", **kernel)(x)
+    logits = keras.layers.Dense(classes, dtype=logits_dtype(), name="logits", **kernel)(x)
     return keras.Model(inputs, logits, name=name)
 
 

@@ -146,6 +146,16 @@ def test_other_dtypes(implementation, dtype):
     compare(ops.cast(y, "float64"), ops.cast(expected[0], "float64"), coarse, "y")
     compare(mean, expected[1], 1e-5 if dtype != "float64" else 1e-12, "mean")
     compare(variance, expected[2], 1e-5 if dtype != "float64" else 1e-12, "variance")
+    dy = ops.cast(rng.standard_normal(x.shape), dtype)
+    (ours,), (exact,) = (
+        gradients(lambda x, f=f, o=o: ops.sum(f(x, **o)[0] * dy), [x])[1]
+        for f, o in (
+            (kernels.batch_normalization, {"implementation": implementation}),
+            (functional.batch_normalization, {}),
+        )
+    )
+    assert keras.backend.standardize_dtype(ours.dtype) == dtype
+    compare(ops.cast(ours, "float64"), ops.cast(exact, "float64"), 2 * coarse, "dx")
 
 
 def test_whether_all_are_finite():
@@ -177,6 +187,21 @@ def test_the_table(monkeypatch):
     assert kernels.choose((1024, 1024), "float32") == expected[0]
     assert kernels.choose(shape, "float32", weighted=True) == "composed"
     assert kernels.choose(shape, "float32", axis=(1, 3)) == "composed"
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="bfloat16 is composed there")
+def test_the_table_for_bfloat16(monkeypatch):
+    """The fused kernel takes multiples of 16 channels quickly, and no others."""
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+    images = {c: (128, 16, 16, c) for c in (6, 16, 24, 40, 64)}
+    trained = {c: kernels.choose(shape, "bfloat16") for c, shape in images.items()}
+    assert trained == {6: "folded", 16: "fused", 24: "folded", 40: "folded", 64: "fused"}
+    inferred = {
+        c: kernels.choose_within("normalize", (None, None, None, c), "bfloat16") for c in (64, 100)
+    }
+    assert inferred == {64: "fused", 100: "composed"}
+    assert kernels.choose_within("normalize", images[6], "bfloat16") == "fused"  # 16 rows, 96
+    assert kernels.choose(images[64], "float16") == "composed"
 
 
 def test_the_environment_names_an_implementation(monkeypatch):

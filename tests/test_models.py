@@ -11,8 +11,10 @@ from keras import ops
 from keras_norm import layers as ours
 from keras_norm import optimizers, research
 from keras_norm.models import (
+    CNN,
     MLP,
     NORMALIZATIONS,
+    FastConvNet,
     LeNet,
     TwoLayerNet,
     WideMLP,
@@ -116,6 +118,18 @@ def test_published_perceptrons():
     assert kinds[2:6] == ["Dense", "LayerNormalization", "Activation", "Dropout"]
     assert wide.get_layer("dense1_dropout").rate == 0.5
     assert not any("dropout" in y.name for y in WideMLP("batch", dropout=0.0, **small).layers)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
+def test_logits_are_not_rounded_to_half_precision(policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        nets = [LeNet(), MLP((4,)), CNN((4,)), FastConvNet((4, 4))]
+    finally:
+        keras.config.set_dtype_policy(before)
+    wanted = "float64" if policy == "float64" else "float32"
+    assert [net.output.dtype for net in nets] == [wanted] * 4
 
 
 def test_placement_and_dropout():

@@ -64,6 +64,24 @@ def test_interrupted_after_an_epoch_and_resumed_it_ends_with_the_same_weights(
         np.testing.assert_array_equal(array(a), array(b))
 
 
+def test_the_policy_is_the_faster_one_and_that_of_the_backup(digits, tmp_path, monkeypatch):
+    def interrupt(epochs, metrics):
+        if epochs > 1.5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "fastest_policy", lambda: "mixed_bfloat16")
+    recipe = dataclasses.replace(SMALL, widths=(4,), dtype_policy="auto")
+    options = {"seed": 1, "backup": tmp_path / "backup.npz"}
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train(recipe, digits, on_epoch=interrupt, **options)
+    monkeypatch.setattr(recipes, "fastest_policy", lambda: "float32")
+    outcome = recipes.train(recipe, digits, **options)
+    assert outcome.card()["dtype_policy"] == "mixed_bfloat16"
+    assert outcome.model.get_layer("conv1a").compute_dtype == "bfloat16"
+    assert outcome.model.output.dtype == "float32"
+    assert recipes.train(recipe, digits, seed=1).dtype_policy == "float32"
+
+
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="its batches come from NumPy")
 def test_batches_cut_out_on_the_device_are_the_same(digits, monkeypatch):
     recipe = dataclasses.replace(SMALL, epochs=1, flip="random", shift=1)
