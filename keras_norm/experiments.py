@@ -843,6 +843,34 @@ class Results:
         test = _paired_test if paired else _independent_test
         return Comparison(a, b, metric, paired, **test(values_a, values_b))
 
+    def compare_pairs(
+        self, pairs: Mapping[str, tuple[str, str]], metric: str
+    ) -> dict[str, Comparison]:
+        """Paired tests of several differences, with p-values adjusted for their number by `holm`.
+
+        Args:
+            pairs: Name of a difference -> the settings (a, b), of which it is a − b. Pairs that
+                share fewer than two seeds, or of which a setting has no runs, are left out.
+            metric: Metric, as in `values`.
+
+        Returns:
+            Name of the difference -> its `Comparison`, with `p_adjusted`.
+
+        Raises:
+            ValueError: As `compare`, for values that are NaN or infinite.
+        """
+        there = {
+            name: (a, b)
+            for name, (a, b) in pairs.items()
+            if {a, b} <= set(self.names) and len(set(self.seeds(a)) & set(self.seeds(b))) > 1
+        }
+        tests = {name: self.compare(a, b, metric) for name, (a, b) in there.items()}
+        adjusted = holm([test.p for test in tests.values()])
+        return {
+            name: dataclasses.replace(test, p_adjusted=p)
+            for (name, test), p in zip(tests.items(), adjusted, strict=True)
+        }
+
     def best(self, metric: str, by: str) -> dict[str, str]:
         """The name of the best setting in each group, such as each rule's best learning rate.
 
@@ -1048,6 +1076,7 @@ class Comparison:
         p: Two-sided p of the t-test (paired, or Welch's).
         p_rank: Two-sided p of Wilcoxon's signed-rank test, or of Mann and Whitney's.
         effect_size: Cohen's d_z of paired, Cohen's d of independent samples.
+        p_adjusted: p adjusted for the number of tests (`Results.compare_pairs`), or None.
     """
 
     a: str
@@ -1061,6 +1090,22 @@ class Comparison:
     p: float
     p_rank: float
     effect_size: float
+    p_adjusted: float | None = None
+
+    def in_points(self) -> str:
+        """The difference of two fractions in percentage points, as it reads in a sentence.
+
+        Example:
+            >>> from keras_norm.experiments import Comparison
+            >>> Comparison("a", "b", "accuracy", True, 5, 0.012, 0.004, 0.02, 0.01, 0.06, 1.9, 0.03
+            ...     ).in_points()
+            '+1.2 points (95 % +0.4 to +2.0; p by Holm 0.03)'
+        """
+        p = f"p = {self.p:.2g}" if self.p_adjusted is None else f"p by Holm {self.p_adjusted:.2g}"
+        return (
+            f"{100 * self.difference:+.1f} points (95 % {100 * self.low:+.1f} to "
+            f"{100 * self.high:+.1f}; {p})"
+        )
 
     def __str__(self) -> str:
         t_test, rank_test, size = (

@@ -25,7 +25,7 @@ from scipy import special, stats
 
 import keras_norm
 from keras_norm import experiments
-from keras_norm.experiments import Results, Run, replace_file, run, tutorial_arguments
+from keras_norm.experiments import Results, Run, holm, replace_file, run, tutorial_arguments
 from keras_norm.layers import BatchNormalization, Dropout
 
 pytestmark = [
@@ -909,6 +909,21 @@ def test_paired_comparison_is_scipys(two):
     assert got.n == 12
     reverse = results.compare("b", "a", "accuracy")
     assert (reverse.difference, reverse.low) == pytest.approx((-got.difference, -got.high))
+
+
+def test_pairs_are_adjusted_for_their_number(two):
+    results, a, b = two
+    results = Results([*results, *made("c", (0.5, 0.7)), *made("d", (0.5,))])
+    pairs = {"a minus b": ("a", "b"), "c minus a": ("c", "a"), "d minus a": ("d", "a")}
+    tests = results.compare_pairs(pairs | {"no runs": ("a", "e")}, "accuracy")
+    assert list(tests) == ["a minus b", "c minus a"]
+    alone = [results.compare(*pairs[name], "accuracy") for name in tests]
+    assert [test.p_adjusted for test in tests.values()] == holm([test.p for test in alone])
+    first, difference = tests["a minus b"], 100 * np.mean(a - b)
+    assert first.in_points().startswith(f"{difference:+.1f} points (95 % ")
+    assert first.in_points().endswith(f"p by Holm {first.p_adjusted:.2g})")
+    assert alone[0].in_points().endswith(f"; p = {alone[0].p:.2g})")
+    assert Results([]).compare_pairs(pairs, "accuracy") == {}
 
 
 def test_independent_comparison_is_scipys(two):

@@ -381,29 +381,14 @@ by_batch = run_mlps(
 print(by_batch.table(["train_accuracy", "val_accuracy", "val_loss"]))
 
 
-def tested(results, pairs, metric):
-    """{name: (comparison, p adjusted for their number by Holm)}; none with one seed."""
-    if len(results.seeds(results.names[0])) < 2:
-        return {}
-    tests = {name: results.compare(a, b, metric) for name, (a, b) in pairs.items()}
-    adjusted = experiments.holm([test.p for test in tests.values()])
-    return {name: pair for name, *pair in zip(tests, tests.values(), adjusted, strict=True)}
-
-
 def difference(tests, name):
     """A tested difference in points, as it reads in a sentence."""
-    if name not in tests:
-        return "not tested with one seed"
-    test, p = tests[name]
-    return (
-        f"{100 * test.difference:+.1f} points (95 % {100 * test.low:+.1f} to "
-        f"{100 * test.high:+.1f}; p by Holm {p:.2g})"
-    )
+    return tests[name].in_points() if name in tests else "not tested with one seed"
 
 
 def print_tests(tests):
     for name in tests:
-        print(f"  {name}: {difference(tests, name)}, n = {tests[name][0].n}")
+        print(f"  {name}: {difference(tests, name)}, n = {tests[name].n}")
 
 
 LABELS = {
@@ -446,7 +431,7 @@ PAIRS = {
     for size in BATCH_SIZES
 }
 BATCH_TESTS = {
-    metric: tested(by_batch, PAIRS, metric) for metric in ("train_accuracy", "val_accuracy")
+    metric: by_batch.compare_pairs(PAIRS, metric) for metric in ("train_accuracy", "val_accuracy")
 }
 for metric, tests in BATCH_TESTS.items():
     print(LABELS[metric])
@@ -491,8 +476,7 @@ def study(key, values, **others):
         title=f"{IMAGES:,} images, {EPOCHS} epochs, {data.title}",
         path=out / f"by_{key}.png",
     )
-    tests = tested(
-        results,
+    tests = results.compare_pairs(
         {
             f"layer norm minus {other}, {key} {value:g}": (
                 f"{key} {value:g}, layer norm",
@@ -695,8 +679,7 @@ plotting.sweep(
 )
 SMALL_IMAGES, LARGE_IMAGES = IMAGE_BATCHES[0], IMAGE_BATCHES[-1]
 ALL_NORMS = [*IMAGE_NORMS, "batch norm, re-estimated"]
-IMAGE_TESTS = tested(
-    on_images,
+IMAGE_TESTS = on_images.compare_pairs(
     {
         f"{name}, batch {SMALL_IMAGES} minus {LARGE_IMAGES}": (
             f"{name}, batch {SMALL_IMAGES}",
@@ -916,7 +899,7 @@ def verdict(tests, key, values):
     for other in OTHERS:
         names = {value: f"layer norm minus {other}, {key} {value:g}" for value in values}
         significant = [
-            (v, tests[n][0]) for v, n in names.items() if n in tests and tests[n][1] < 0.05
+            (v, tests[n]) for v, n in names.items() if n in tests and tests[n].p_adjusted < 0.05
         ]
         for sign, word in ((-1, "worse"), (1, "better")):
             at = ", ".join(
@@ -1006,7 +989,7 @@ arguments.finish(
     change_by_preprocessing=CHANGE,
     best_rule=BEST_RULE,
     p_by_holm={
-        name: p
+        name: test.p_adjusted
         for tests in (
             BATCH_TESTS["val_accuracy"],
             WIDTH_TESTS,
@@ -1014,6 +997,6 @@ arguments.finish(
             PENALTY_TESTS,
             IMAGE_TESTS,
         )
-        for name, (_, p) in tests.items()
+        for name, test in tests.items()
     },
 )

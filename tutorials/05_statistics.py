@@ -370,22 +370,9 @@ PAIRS = {
 }
 
 
-def tested(results, pairs, metric):
-    """{name: (comparison, p adjusted for their number by Holm)}, of pairs that both have runs."""
-    if len(results.runs) == 0 or len(results.seeds(results.names[0])) < 2:
-        return {}
-    tests = {
-        name: results.compare(a, b, metric)
-        for name, (a, b) in pairs.items()
-        if {a, b} <= set(results.names)
-    }
-    adjusted = experiments.holm([test.p for test in tests.values()])
-    return {name: pair for name, *pair in zip(tests, tests.values(), adjusted, strict=True)}
-
-
-KTH_TESTS = tested(rows, PAIRS, "test_accuracy")
-for test, p in KTH_TESTS.values():
-    print(f"{test} Adjusted for {len(KTH_TESTS)} tests: p = {p:.2g}.")
+KTH_TESTS = rows.compare_pairs(PAIRS, "test_accuracy")
+for test in KTH_TESTS.values():
+    print(f"{test} Adjusted for {len(KTH_TESTS)} tests: p = {test.p_adjusted:.2g}.")
 LABELS = {
     "test_accuracy": "test accuracy (fraction)",
     "accuracy": "accuracy (fraction)",
@@ -629,13 +616,13 @@ kinds = experiments.Results(
         for which in ("source", "adapted")
     ]
 )
-KIND_TESTS = tested(
-    kinds, {name: (f"{name}, adapted", f"{name}, source") for name in by_kind.names}, "accuracy"
+KIND_TESTS = kinds.compare_pairs(
+    {name: (f"{name}, adapted", f"{name}, source") for name in by_kind.names}, "accuracy"
 )
-for name, (test, p) in sorted(KIND_TESTS.items(), key=lambda item: -item[1][0].difference):
+for name, test in sorted(KIND_TESTS.items(), key=lambda item: -item[1].difference):
     print(
         f"{name:<16} {test.difference:+.3f} (95 % {test.low:+.3f} to {test.high:+.3f}), d_z "
-        f"{test.effect_size:.1f}, p by Holm {p:.2g}"
+        f"{test.effect_size:.1f}, p by Holm {test.p_adjusted:.2g}"
     )
 
 # %% [markdown]
@@ -803,11 +790,8 @@ def difference(name, tests):
     """A tested difference in points, as it reads in a sentence."""
     if name not in tests:
         return "not tested here"
-    test, p = tests[name]
-    return (
-        f"{100 * test.difference:+.1f} points (95 % {100 * test.low:+.1f} to "
-        f"{100 * test.high:+.1f}; p by Holm {p:.2g}, d_z {test.effect_size:.1f}, n = {test.n})"
-    )
+    test = tests[name]
+    return f"{test.in_points()}, d_z {test.effect_size:.1f}, n = {test.n}"
 
 
 def measured(name):
@@ -855,7 +839,7 @@ def answer_corruptions():
         ", ".join(f"{name} {gain_of(name):+.1f}" for name in part)
         for part in (names[:5], names[:-6:-1])
     )
-    significant = [test for test, p in KIND_TESTS.values() if p < 0.05]
+    significant = [test for test in KIND_TESTS.values() if test.p_adjusted < 0.05]
     up, down = (sum(sign * test.difference > 0 for test in significant) for sign in (1, -1))
     return (
         f"3. On clean images the net answers {percent(CLEAN)} right, on corrupted ones "
@@ -915,6 +899,6 @@ arguments.finish(
     source=SOURCE.tolist(),
     adapted=AFTER.tolist(),
     recovery=RECOVERY.tolist(),
-    p_by_holm={name: p for name, (_, p) in (KTH_TESTS | KIND_TESTS).items()},
+    p_by_holm={name: test.p_adjusted for name, test in (KTH_TESTS | KIND_TESTS).items()},
     warning=WARNING,
 )

@@ -423,33 +423,20 @@ def finished(names):
     return [name for name in names if name in nets.names and name not in diverged]
 
 
-def tested(results, pairs):
-    """{name: (comparison, p adjusted for their number by Holm)}; none with one seed."""
-    if len(seeds) < 2:
-        return {}
-    tests = {name: results.compare(a, b, "val_accuracy") for name, (a, b) in pairs.items()}
-    adjusted = experiments.holm([test.p for test in tests.values()])
-    return {name: pair for name, *pair in zip(tests, tests.values(), adjusted, strict=True)}
-
-
 def difference(tests, name):
     """A tested difference in points, as it reads in a sentence."""
-    if name not in tests:
-        return f"{name}: not tested here"
-    test, p = tests[name]
-    return (
-        f"{name}: {100 * test.difference:+.1f} points (95 % {100 * test.low:+.1f} to "
-        f"{100 * test.high:+.1f}; p by Holm {p:.2g})"
-    )
+    return f"{name}: {tests[name].in_points() if name in tests else 'not tested here'}"
 
 
 def print_tests(tests):
     for name in tests:
-        print(f"  {difference(tests, name)}, n = {tests[name][0].n}")
+        print(f"  {difference(tests, name)}, n = {tests[name].n}")
 
 
 climbed = finished(LADDER)
-LADDER_TESTS = tested(nets, {LABELS.get(b, b): (b, a) for a, b in itertools.pairwise(climbed[1:])})
+LADDER_TESTS = nets.compare_pairs(
+    {LABELS.get(b, b): (b, a) for a, b in itertools.pairwise(climbed[1:])}, "val_accuracy"
+)
 print_tests(LADDER_TESTS)
 SETTING = f"{IMAGES:,} images, {EPOCHS} epochs, {data.title}"
 plotting.bars(
@@ -472,8 +459,8 @@ the normalizations.
 
 # %%
 NORM_NAMES, IDEA_NAMES = finished(NORMALIZATIONS), finished(IDEAS)
-NORM_TESTS = tested(nets, {name: (name, "base") for name in NORM_NAMES})
-IDEA_TESTS = tested(nets, {name: (name, "base") for name in IDEA_NAMES})
+NORM_TESTS = nets.compare_pairs({name: (name, "base") for name in NORM_NAMES}, "val_accuracy")
+IDEA_TESTS = nets.compare_pairs({name: (name, "base") for name in IDEA_NAMES}, "val_accuracy")
 print_tests(NORM_TESTS)
 BATCH = {"base": "base: batch normalization", "val_accuracy": LABELS["val_accuracy"]}
 plotting.bars(
@@ -550,8 +537,7 @@ afterwards = experiments.Results(
 )
 print(afterwards.table("val_accuracy"))
 ONE_VIEW = f"{AS['base']}, moving"
-AFTER_TESTS = tested(
-    afterwards,
+AFTER_TESTS = afterwards.compare_pairs(
     {
         f"{AS.get(name, name)}, re-estimated": (
             f"{AS.get(name, name)}, re-estimated",
@@ -563,6 +549,7 @@ AFTER_TESTS = tested(
         "two views": ("base, two views", ONE_VIEW),
         "six views": ("base, six views", ONE_VIEW),
     },
+    "val_accuracy",
 )
 print_tests(AFTER_TESTS)
 plotting.bars(
@@ -606,7 +593,7 @@ print(f"Taken over: {', '.join(TAKEN.values()) or 'nothing'}")
 if len(TAKEN) > 1:
     nets = nets.merge(run(train_net, {"combination": COMBINED}, seeds))
     CANDIDATES["combination"] = COMBINED
-    print_tests(tested(nets, {"combination": ("combination", "base")}))
+    print_tests(nets.compare_pairs({"combination": ("combination", "base")}, "val_accuracy"))
 BEST = max(
     ["base", *(["combination"] if len(TAKEN) > 1 else TAKEN.values())],
     key=lambda name: nets.values(name, "val_accuracy").mean(),
@@ -891,8 +878,8 @@ arguments.finish(
     across=ACROSS if living.any() else None,
     most_confused={pair: PAIRED[pair] for pair in MOST_CONFUSED},
     p_by_holm={
-        name: p
+        name: test.p_adjusted
         for tests in (LADDER_TESTS, NORM_TESTS, IDEA_TESTS, AFTER_TESTS)
-        for name, (_, p) in tests.items()
+        for name, test in tests.items()
     },
 )
