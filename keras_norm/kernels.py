@@ -6,8 +6,8 @@
     fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision, for
                      means that are not far from 0 (see FARTHEST_MEAN);
                      `normalize`: its inference mode, narrow rows laid side by side as below
-    folded           TensorFlow: sums as products of matrices with ones; rows of few channels are
-                     first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
+    folded           TensorFlow, JAX: sums as products of matrices with ones; rows of few channels
+                     are first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
     native           PyTorch: native_batch_norm and its gradient, for means that are not far from 0,
                      of many rows with statistics merged from parts; else, and for rows of few
                      channels, laid side by side as above, in pieces that stay in the cache;
@@ -126,8 +126,9 @@ def _choose(
     if not last:
         return "composed"
     if backend == "jax":
-        sharded = keras.distribution.distribution() is not None
-        return "composed" if sharded or None in shape else "staged"
+        if keras.distribution.distribution() is not None or None in shape:
+            return "composed"
+        return "folded" if len(shape) == 2 else "staged"
     known = math.prod(size or 1 for size in shape)
     large = len(shape) > 2 or known >= FEWEST_ELEMENTS_FUSED
     if large and channels >= FEWEST_CHANNELS_FUSED and _is_quick_fused(channels, dtype):
@@ -270,18 +271,23 @@ def _check(
     if not _can(implementation, shape, dtype, axis, weighted):
         wanted = _BACKENDS[implementation]
         raise ValueError(
-            f"implementation={implementation!r} needs the backend {wanted}, channels on one axis "
-            "of known size"
+            f"implementation={implementation!r} needs the backend {' or '.join(wanted)}, channels "
+            "on one axis of known size"
             + ("" if implementation == "native" else ", the last one")
             + ", and no weights"
             + (", and no float64" if implementation == "fused" else "")
-            + (", and float32 or float64" if wanted != "tensorflow" else "")
+            + ("" if keras.backend.backend() == "tensorflow" else ", and float32 or float64")
             + f". Received: backend={keras.backend.backend()!r}, shape={tuple(shape)}, "
             f"axis={axis!r}, dtype={dtype!r}, weighted={weighted}. Leave it to None."
         )
 
 
-_BACKENDS = {"fused": "tensorflow", "folded": "tensorflow", "native": "torch", "staged": "jax"}
+_BACKENDS = {
+    "fused": ("tensorflow",),
+    "folded": ("tensorflow", "jax"),
+    "native": ("torch",),
+    "staged": ("jax",),
+}
 
 
 def _can(
@@ -292,15 +298,15 @@ def _can(
         return True
     axes = functional.canonical_axes(axis, len(shape))
     last = axes == (len(shape) - 1,)
-    wanted = _BACKENDS[implementation]
+    backend = keras.backend.backend()
     return (
         not weighted
-        and wanted == keras.backend.backend()
+        and backend in _BACKENDS[implementation]
         and len(shape) >= 2
         and (last or (implementation == "native" and len(axes) == 1))
         and shape[axes[0]] is not None
         and not (implementation == "fused" and dtype == "float64")
-        and (wanted == "tensorflow" or dtype in ("float32", "float64"))
+        and (backend == "tensorflow" or dtype in ("float32", "float64"))
         and not (implementation == "staged" and None in shape)
     )
 
@@ -939,8 +945,7 @@ def _choose_within(
     possible = _possible(function, fast, shape, dtype, axis)
     if forced == "composed" or (forced == fast and possible):
         return forced
-    measured = fast == "native" or keras.backend.backend() == "tensorflow"
-    if not possible or not measured or on_gpu(x):
+    if not possible or on_gpu(x):
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
