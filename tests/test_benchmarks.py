@@ -26,9 +26,11 @@ def run(monkeypatch, capsys):
     return run_script
 
 
-@pytest.mark.parametrize("compiled", ["graph", "eager"])
-def test_layers(run, tmp_path, compiled):
-    options = ["--repeats", "3", "--shapes", "8,4,4,16", "--compiled", compiled]
+@pytest.mark.parametrize(
+    ("compiled", "dtype"), [("graph", "float32"), ("eager", "float32"), ("graph", "bfloat16")]
+)
+def test_layers(run, tmp_path, compiled, dtype):
+    options = ["--repeats", "3", "--shapes", "8,4,4,16", "--compiled", compiled, "--dtype", dtype]
     printed = run("layers.py", "--layers", "batch", "group", *options, "--out", tmp_path)
     with (tmp_path / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -37,7 +39,7 @@ def test_layers(run, tmp_path, compiled):
     ]
     for row in rows:
         assert float(row["speedup over keras"]) > 0
-        assert row["repeats"] == "3"
+        assert (row["repeats"], row["dtype"]) == ("3", dtype)
     assert (tmp_path / "layers.png").stat().st_size > 1000
     assert "group, inference: Keras/ours, geometric mean" in printed
 
