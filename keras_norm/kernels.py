@@ -903,11 +903,11 @@ _FAST_WITHIN = {
 
 _NEEDS = {
     "fused": "TensorFlow, the channels on the last axis, and float32 or half precision",
-    "normalize": "channels on one axis of known size, and float32 or float64",
-    "layer_normalization": "known sizes on `axis`, the last axes, and float32 or float64",
-    "rms_normalization": "known sizes on `axis`, the last axes, and float32 or float64",
-    "group_normalization": "the channels on the last of >= 3 axes, and float32 or float64",
-    "instance_normalization": "the channels on the last of >= 3 axes, and float32 or float64",
+    "normalize": "channels on one axis of known size",
+    "layer_normalization": "known sizes on `axis`, the last axes",
+    "rms_normalization": "known sizes on `axis`, the last axes",
+    "group_normalization": "the channels on the last of >= 3 axes",
+    "instance_normalization": "the channels on the last of >= 3 axes",
 }
 
 
@@ -932,7 +932,7 @@ def choose_within(
         "composed", or the faster one: "fused", "native", "products" or "by_channel".
 
     Example:
-        >>> choose_within("layer_normalization", (32, 128, 512), "float16")
+        >>> choose_within("layer_normalization", (32, 128, None), "float32")
         'composed'
     """
     return _choose_within(function, shape, dtype, axis, None)
@@ -968,7 +968,7 @@ def _possible(
         half = ("float16", "bfloat16")
         known = last and len(shape) > 1 and shape[-1] is not None
         return known and tensorflow and dtype in ("float32", *half)
-    if dtype not in ("float32", "float64"):
+    if fast == "native" and dtype not in ("float32", "float64"):
         return False
     if function == "normalize":
         return len(axes) == 1 and len(shape) > 1 and shape[axes[0]] is not None
@@ -992,6 +992,7 @@ def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> 
         raise ValueError(
             f"implementation={fast!r} needs "
             + _NEEDS["fused" if fast == "fused" else function]
+            + (", and float32 or float64" if fast == "native" else "")
             + f". Received: shape={shape}, axis={axis!r}, dtype={dtype!r}. Leave it to None."
         )
     return implementation
@@ -1100,14 +1101,16 @@ def _products(
     """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns."""
     functional.check_epsilon(epsilon)
     d = math.prod(x.shape[-axes:])
-    dtype = x.dtype
+    dtype = functional.compute_dtype(x)
 
     as_it_is = axes == 1 and len(x.shape) == 2
 
     def rows_of(v: Array) -> Array:
+        v = ops.cast(v, dtype)
         return v if as_it_is else ops.reshape(v, (-1, d))
 
     def like(x: Array, rows: Array) -> Array:
+        rows = ops.cast(rows, x.dtype)
         return rows if as_it_is else ops.reshape(rows, ops.shape(x))
 
     def row(v: Array) -> Array:
@@ -1267,7 +1270,7 @@ def _by_channel(
     x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
 ) -> Array:
     functional.check_epsilon(epsilon)
-    dtype, channels = x.dtype, x.shape[-1]
+    dtype, channels = functional.compute_dtype(x), x.shape[-1]
     positions = tuple(range(1, len(x.shape) - 1))
     per_group = channels // groups
 
@@ -1285,9 +1288,9 @@ def _by_channel(
         return sums / d
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        d = elements(x)
-        first = mean(functional.sum_in_stages(x, positions), d)
-        centered = x - first
+        d, z = elements(x), ops.cast(x, dtype)
+        first = mean(functional.sum_in_stages(z, positions), d)
+        centered = z - first
         rest = mean(functional.sum_in_stages(centered, positions), d)  # what rounding lost
         squares = functional.sum_in_stages(centered * centered, positions)
         variance = mean(squares, d) - rest * rest
@@ -1295,12 +1298,12 @@ def _by_channel(
         inv_std = ops.rsqrt(variance + epsilon)
         scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
         offset = -rest * scale if beta is None else ops.cast(beta, dtype) - rest * scale
-        return (centered * scale + offset,), (x, first, rest, inv_std, gamma)  # (GN2) (GN3)
+        y = centered * scale + offset  # (GN2) (GN3)
+        return (ops.cast(y, x.dtype),), (x, first, rest, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, first, rest, inv_std, gamma = residuals
-        (dy,) = upstream
-        centered = x - first
+        dy, centered = ops.cast(upstream[0], dtype), ops.cast(x, dtype) - first
         d = elements(dy)
         s = functional.sum_in_stages(dy, positions)  # of each example and channel, (N, 1, 1, C)
         t = (functional.sum_in_stages(dy * centered, positions) - rest * s) * inv_std

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from arrays import ROUNDING
 from keras import ops
 
 from keras_norm import functional, kernels
@@ -311,6 +312,29 @@ def test_faster_with_a_large_mean(name, options):
     compare(y, expected, 2e-5, "y")
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="half precision is composed there")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in WITHIN if name != "normalize"])
+def test_half_precision_within_an_example(name, dtype):
+    """Computed in float32, rounded once: as the composed one, to the last digit of an input."""
+    options, shape = WITHIN[name][0], (3, 5, 4, 6)
+    x, *parameters = arrays_for(name, options, shape, "float32", True)
+    arrays = [ops.cast(x, dtype), *(ops.convert_to_tensor(p) for p in parameters)]
+    dy = ops.cast(np.random.default_rng(4).standard_normal(shape), dtype)
+
+    def results(**more):
+        function = getattr(kernels, name)
+        y = function(*arrays, **options, **more)
+        total = lambda *p: ops.sum(function(*p, **options, **more) * dy)  # noqa: E731
+        return [y, *gradients(total, arrays)[1]]
+
+    ours, expected = (results(implementation=i) for i in (FASTER[name], "composed"))
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        a, b = (array(ops.cast(v, "float32")) for v in (a, b))
+        np.testing.assert_allclose(a, b, atol=2 * ROUNDING[dtype] * max(1, np.abs(b).max()))
+
+
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_second_derivatives_of_the_faster(name, options):
     dtype, close = ("float32", 1e-4) if name == "normalize" else ("float64", 1e-10)
@@ -341,7 +365,8 @@ def test_the_table_within_an_example(monkeypatch):
     for name, faster in FASTER.items():
         fast = (BACKEND, name) != ("jax", "normalize")
         assert kernels.choose_within(name, shape, "float32") == (faster if fast else "composed")
-        assert kernels.choose_within(name, shape, "float16") == "composed"
+        half = fast and faster in ("products", "by_channel")
+        assert kernels.choose_within(name, shape, "float16") == (faster if half else "composed")
         of_other_axis = kernels.choose_within(name, shape, "float32", axis=1)
         assert of_other_axis == (
             "native" if (BACKEND, name) == ("torch", "normalize") else "composed"
@@ -358,5 +383,6 @@ def test_what_cannot_be_done_within_an_example_is_said():
         kernels.group_normalization(x, groups=2, implementation="fused")
     with pytest.raises(ValueError, match="axis=1"):
         kernels.layer_normalization(x, axis=1, implementation=layer)
-    with pytest.raises(ValueError, match="dtype='float16'"):
-        kernels.instance_normalization(x.astype("float16"), implementation=instance)
+    if BACKEND == "torch":
+        with pytest.raises(ValueError, match="dtype='float16'"):
+            kernels.instance_normalization(x.astype("float16"), implementation=instance)
