@@ -1057,7 +1057,10 @@ def _native_layer(
 
 
 def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array | None:
-    return None if v is None else _torch_tensor(v, x.dtype).expand(sizes)
+    if v is None:
+        return None
+    v = _torch_tensor(v, x.dtype)
+    return v if v.shape == sizes else v.expand(sizes)
 
 
 def rms_normalization(
