@@ -22,12 +22,13 @@ from several views of an image; and what the best net still gets wrong.
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16); by the time of single nets,
-the default a quarter of an hour and `--full` an hour (some thirty nets over three seeds, 6,400
-images, six epochs; the best of them once more on all images). It can be interrupted and goes on
-where it was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`).
+the default a quarter of an hour; `--full` an hour and a half on one core (some thirty nets over
+three seeds, 6,400 images, six epochs; the best of them once more on all images). It can be
+interrupted and goes on where it was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`).
 
 **Expect** no record: these nets are small, and see few images for a short time, so that thirty of
-them can be paid for. `keras-norm train --recipe cpu-4min` trains a larger one on everything.
+them can be paid for. Two of the ideas are worth more than all others together, and most of the rest
+cannot be told from chance. `keras-norm train --recipe cpu-4min` trains a larger net on everything.
 """
 
 # %%
@@ -702,8 +703,8 @@ if shown:
 """
 The first filters: those of whitening, measured in a second, the largest variance first; the same
 convolution when it is trained from noise ("no whitening"); and those of the course's net. Grey is
-a weight of 0. Whitening begins with brightness and its differences between neighbours, and ends
-with differences of colour that hardly any image has: (W1) amplifies them most.
+a weight of 0. Whitening begins with brightness, colour and the differences of brightness between
+neighbours, and ends with differences of colour that hardly any image has: (W1) amplifies them most.
 """
 
 
