@@ -5,8 +5,9 @@
     (48, 96, 192)
 
 `train` runs one through `fit`, resumable after every epoch; `keras-norm train --recipe NAME` does
-the same from the command line. Rule, batch size, widths, epochs, activation and smoothing of the
-recipes for CPUs were chosen on validation images; gpu-94 and course are published settings.
+the same from the command line. Rule, batch size, widths, epochs, activation and smoothing of
+cpu-4min and cpu-10min were chosen on validation images. cpu-25min is wider and longer in the same
+way, gpu-94 and course are published settings; these three have not been run to their end yet.
 """
 
 from __future__ import annotations
