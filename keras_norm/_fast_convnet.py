@@ -12,12 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm._blocks import (
-    Normalization,
-    check_classes,
-    logits_dtype,
-    make_normalization,
-)
+from keras_norm._blocks import Normalization, check_classes, logits_dtype, make_normalization
 from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization
 from keras_norm.moments import Covariance

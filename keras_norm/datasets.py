@@ -192,7 +192,7 @@ class FlipAndShift:
         if self.flip != "none":
             flips = self._flips(len(x), indices, seed, epoch, rng)
             columns = np.where(flips[:, None], width - 1 - columns, columns)
-        if isinstance(x, np.ndarray) and x.flags.c_contiguous:  # by pixel: 2.4 times as fast
+        if isinstance(x, np.ndarray) and x.flags.c_contiguous:  # faster, by pixel
             pixels = (indices[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
             return np.take(x.reshape(-1, x.shape[3]), pixels, axis=0)
         return x[indices[:, None, None], rows[:, :, None], columns[:, None, :]]

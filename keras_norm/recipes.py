@@ -410,8 +410,8 @@ def train(
 def fastest_policy() -> str:
     """Measures once whether a convolution is clearly faster in bfloat16 here than in float32.
 
-    Processors with AVX-512 BF16 or AMX, and GPUs, multiply bfloat16 up to twice as fast as float32
-    and more; others have to imitate it. Weights, statistics and sums stay in float32.
+    Processors with AVX-512 BF16 or AMX, and GPUs, multiply bfloat16 faster than float32; others
+    have to imitate it. Weights, statistics and sums stay in float32.
 
     Returns:
         "mixed_bfloat16" if it takes less than .8 of the time, else "float32".
