@@ -134,6 +134,7 @@ def main(argv=None):
     parser.add_argument("--recipes", nargs="+", choices=recipes.RECIPES, default=["cpu-4min"])
     parser.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["fast"])
     parser.add_argument("--seeds", type=int, default=3, help="number of them (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds count up from it")
     parser.add_argument("--validation", type=int, default=0, help="images held out to judge by")
     parser.add_argument("--images", type=int, help="train on so many images (default: all)")
     parser.add_argument("--data", default="cifar10", help="data set (default: cifar10)")
@@ -168,7 +169,7 @@ def main(argv=None):
     results = experiments.run(
         train,
         settings,
-        range(arguments.seeds),
+        range(arguments.first_seed, arguments.first_seed + arguments.seeds),
         out=arguments.out,
         title="Time to accuracy",
         context={"data": data.title, "images": len(data.train)},

@@ -167,7 +167,7 @@ def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> st
     Returns:
         A key of `IMPLEMENTATIONS`.
     """
-    dtype = keras.backend.standardize_dtype(x.dtype)
+    dtype = dtype_name(x.dtype)
     return _choose(tuple(x.shape), dtype, axis, weights is not None, on_gpu(x))
 
 
@@ -232,11 +232,11 @@ def batch_normalization(
         [2.0, 30.0] [1.0, 400.0]
     """
     functional.check_epsilon(epsilon)
-    x = _tensor(x)
+    x = tensor(x)
     if implementation is None:
         implementation = choose_for(x, axis=axis, weights=weights)
     else:
-        dtype = keras.backend.standardize_dtype(x.dtype)
+        dtype = dtype_name(x.dtype)
         _check(implementation, tuple(x.shape), dtype, axis, weights is not None)
     if implementation == "composed":
         y, mean, variance = functional.batch_normalization(
@@ -246,8 +246,37 @@ def batch_normalization(
     return IMPLEMENTATIONS[implementation](x, gamma, beta, axis, epsilon)
 
 
-def _tensor(x: Any) -> Array:
+def tensor(x: Any) -> Array:
+    """As `ops.convert_to_tensor`, and quicker on PyTorch, where x stays on its device.
+
+    Args:
+        x: array, tensor or variable.
+
+    Returns:
+        A tensor, x itself where it is one.
+
+    Example:
+        >>> np.asarray(tensor([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
     return _torch_tensor(x) if keras.backend.backend() == "torch" else ops.convert_to_tensor(x)
+
+
+@functools.lru_cache(maxsize=64)
+def dtype_name(dtype: Any) -> str:
+    """As `keras.backend.standardize_dtype`, which takes longer on PyTorch.
+
+    Args:
+        dtype: of a tensor.
+
+    Returns:
+        Keras's name of it.
+
+    Example:
+        >>> dtype_name(tensor([1.0]).dtype)
+        'float32'
+    """
+    return str(keras.backend.standardize_dtype(dtype))
 
 
 def _torch_tensor(v: Any, dtype: Any = None) -> Array:
@@ -545,7 +574,12 @@ def _can_be_looked_at(x: Array) -> bool:
 
 
 def _is_near(mean: Array, inv_std: Array) -> bool:
-    return not mean.numel() or float((mean * inv_std).abs().max()) <= FARTHEST_MEAN  # no for NaN
+    import torch
+
+    if not mean.numel():
+        return True
+    farthest = torch.linalg.vector_norm(mean * inv_std, math.inf)
+    return farthest.item() <= FARTHEST_MEAN  # no for NaN
 
 
 def _native_in_pieces(
@@ -776,7 +810,7 @@ def normalize(
         >>> float(y[0, 0])
         1.0
     """
-    x = _tensor(x)
+    x = tensor(x)
     chosen = _chosen("normalize", x, axis, implementation)
     if chosen == "composed":
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
@@ -941,11 +975,28 @@ def choose_within(
 def _choose_within(
     function: str, shape: Sequence[int | None], dtype: str, axis: Axis, x: Array | None
 ) -> str:
-    fast, forced = _fast_within(function), _forced()
+    axes = tuple(axis) if isinstance(axis, list | tuple) else axis
+    asked = (function, tuple(shape), dtype, axes, _forced(), on_gpu(x))
+    try:
+        return _decide_within(*asked)
+    except TypeError:  # PyTorch's symbolic sizes cannot be looked up
+        return _decide_within.__wrapped__(*asked)
+
+
+@functools.lru_cache(maxsize=1024)
+def _decide_within(
+    function: str,
+    shape: tuple[int | None, ...],
+    dtype: str,
+    axis: int | tuple[int, ...],
+    forced: str | None,
+    accelerated: bool,
+) -> str:
+    fast = _fast_within(function)
     possible = _possible(function, fast, shape, dtype, axis)
     if forced == "composed" or (forced == fast and possible):
         return forced
-    if not possible or on_gpu(x):
+    if not possible or accelerated:
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
@@ -977,7 +1028,7 @@ def _possible(
 
 
 def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> str:
-    shape, dtype = tuple(x.shape), keras.backend.standardize_dtype(x.dtype)
+    shape, dtype = tuple(x.shape), dtype_name(x.dtype)
     if implementation is None:
         return _choose_within(function, shape, dtype, axis, x)
     fast = _fast_within(function)
@@ -1024,10 +1075,10 @@ def layer_normalization(
         >>> np.round(np.asarray(y), 5).tolist()
         [[-1.0, 1.0]]
     """
-    x = _tensor(x)
+    x = tensor(x)
     chosen = _chosen("layer_normalization", x, axis, implementation)
     if chosen != "composed" and not rms_scaling:
-        axes = len(functional.canonical_axes(axis, x.ndim))
+        axes = len(axis) if isinstance(axis, list | tuple) else 1
         fast = _native_layer if chosen == "native" else _products
         y = fast(x, gamma, beta, axes, epsilon, True)
         if y is not None:
@@ -1051,7 +1102,7 @@ def _native_layer(
     if not _can_be_looked_at(x):
         return None
     y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
-    return y if _is_near(mean.detach(), inv_std.detach()) else None
+    return y if _is_near(mean, inv_std) else None
 
 
 def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array | None:
@@ -1087,11 +1138,11 @@ def rms_normalization(
         >>> print(np.round(np.asarray(y), 4))
         [[0.8485 1.1314]]
     """
-    x = _tensor(x)
+    x = tensor(x)
     chosen = _chosen("rms_normalization", x, axis, implementation)
     if chosen == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
-    axes = len(functional.canonical_axes(axis, x.ndim))
+    axes = len(axis) if isinstance(axis, list | tuple) else 1
     fast = _native_layer if chosen == "native" else _products
     return fast(x, gamma, None, axes, epsilon, False)
 
@@ -1188,7 +1239,7 @@ def group_normalization(
         >>> np.round(np.asarray(y), 5).tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
-    x = _tensor(x)
+    x = tensor(x)
     functional.channel_axis(axis, len(x.shape))
     chosen = _chosen("group_normalization", x, axis, implementation)
     if chosen != "composed":
@@ -1227,7 +1278,7 @@ def instance_normalization(
         >>> np.round(np.asarray(instance_normalization(x, epsilon=0.0)), 5).tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
-    x = _tensor(x)
+    x = tensor(x)
     functional.check_spatial(len(x.shape))
     functional.channel_axis(axis, len(x.shape))
     chosen = _chosen("instance_normalization", x, axis, implementation)
@@ -1257,7 +1308,7 @@ def _native_group(
     y, mean, inv_std = torch.native_group_norm(
         z, gamma, beta, count, channels, z[0, 0].numel(), groups, epsilon
     )
-    return y.movedim(1, -1) if _is_near(mean.detach(), inv_std.detach()) else None
+    return y.movedim(1, -1) if _is_near(mean, inv_std) else None
 
 
 def _layout(z: Array) -> Any:
