@@ -9,7 +9,6 @@ joins such a pair into one differentiable function on the backend that Keras run
 error of the forward pass there, and its gradient cannot be differentiated again.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +61,8 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
 
     def forward_of_given(*given: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         remaining = iter(given)
-        return forward(*(None if x is None else next(remaining) for x in inputs))
+        # A list: `torch.compile` does not pass on what a generator gives.
+        return forward(*[None if x is None else next(remaining) for x in inputs])
 
     def backward_of_given(residuals: Any, upstream: Any) -> list[Array | None]:
         gradients = backward(residuals, upstream)
@@ -201,12 +201,10 @@ def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array,
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         with torch.no_grad():
             return tuple(forward(*inputs)[0])
-    return tuple(_torch_function().apply(forward, backward, *inputs))
+    return tuple(_TORCH_FUNCTION.apply(forward, backward, *inputs))
 
 
-@functools.cache
-def _torch_function() -> Any:
-    """One class for all: making it takes longer than a small layer."""
+def _make_torch_function() -> Any:
     import torch
 
     class Function(torch.autograd.Function):
@@ -231,6 +229,10 @@ def _torch_function() -> Any:
 
     return Function
 
+
+# One class for all, made at once: making it takes longer than a small layer, and `torch.compile`
+# cannot.
+_TORCH_FUNCTION: Any = _make_torch_function() if keras.backend.backend() == "torch" else None
 
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "tensorflow": _tensorflow,

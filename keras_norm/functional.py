@@ -167,7 +167,7 @@ class _Layout(NamedTuple):
         1 / N, a scalar, without weights; else of a shape that broadcasts against x.
         """
         if weights is None:
-            n = math.prod(self.shape[a] for a in self.reduced)
+            n = math.prod([self.shape[a] for a in self.reduced])
             return 1 / max(n, 1) if isinstance(n, int) else 1 / ops.maximum(ops.cast(n, dtype), 1)
         w = ops.cast(weights, dtype)
         total = self.sum(ops.broadcast_to(w, self.shape))
@@ -273,7 +273,7 @@ def weight_sums(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> t
     """
     layout, dtype = _Layout.of(x, axis), compute_dtype(x)
     if weights is None:
-        n = ops.cast(math.prod(layout.shape[a] for a in layout.reduced), dtype)
+        n = ops.cast(math.prod([layout.shape[a] for a in layout.reduced]), dtype)
         n = ops.broadcast_to(n, [layout.shape[a] for a in layout.channels])
         return n, n
     w = ops.broadcast_to(ops.cast(weights, dtype), layout.shape)
@@ -818,7 +818,7 @@ class _Scheme(NamedTuple):
     def elements(self, x: Array, dtype: str) -> Any:
         """D, the number of elements that each statistic is taken of."""
         shape = ops.shape(x)
-        n = math.prod(shape[a] for a in self.reduced)
+        n = math.prod([shape[a] for a in self.reduced])
         return max(n, 1) if isinstance(n, int) else ops.cast(n, dtype)
 
 

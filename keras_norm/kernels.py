@@ -262,7 +262,6 @@ def tensor(x: Any) -> Array:
     return _torch_tensor(x) if keras.backend.backend() == "torch" else ops.convert_to_tensor(x)
 
 
-@functools.lru_cache(maxsize=64)
 def dtype_name(dtype: Any) -> str:
     """As `keras.backend.standardize_dtype`, which takes longer on PyTorch.
 
@@ -276,7 +275,21 @@ def dtype_name(dtype: Any) -> str:
         >>> dtype_name(tensor([1.0]).dtype)
         'float32'
     """
-    return str(keras.backend.standardize_dtype(dtype))
+    if dtype not in _DTYPE_NAMES:
+        _DTYPE_NAMES[dtype] = str(keras.backend.standardize_dtype(dtype))
+    return _DTYPE_NAMES[dtype]
+
+
+_DTYPE_NAMES: dict[Any, str] = {}
+
+
+def _is_traced() -> bool:
+    """Whether PyTorch records a graph; `torch.compile` warns of functions with a cache."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    return bool(torch.compiler.is_compiling())
 
 
 def _torch_tensor(v: Any, dtype: Any = None) -> Array:
@@ -975,15 +988,13 @@ def choose_within(
 def _choose_within(
     function: str, shape: Sequence[int | None], dtype: str, axis: Axis, x: Array | None
 ) -> str:
-    axes = tuple(axis) if isinstance(axis, list | tuple) else axis
+    axes: Any = tuple(axis) if isinstance(axis, list | tuple) else axis
     asked = (function, tuple(shape), dtype, axes, _forced(), on_gpu(x))
-    try:
+    if _is_traced():  # symbolic sizes cannot be looked up
         return _decide_within(*asked)
-    except TypeError:  # PyTorch's symbolic sizes cannot be looked up
-        return _decide_within.__wrapped__(*asked)
+    return _decided_within(*asked)
 
 
-@functools.lru_cache(maxsize=1024)
 def _decide_within(
     function: str,
     shape: tuple[int | None, ...],
@@ -1004,6 +1015,9 @@ def _decide_within(
         if small or not _is_quick_fused(_columns(shape), dtype):
             return "composed"
     return fast
+
+
+_decided_within = functools.lru_cache(maxsize=1024)(_decide_within)
 
 
 def _possible(

@@ -6,7 +6,7 @@ import pytest
 from arrays import ROUNDING
 from keras import ops
 
-from keras_norm import functional, kernels
+from keras_norm import functional, kernels, layers
 from keras_norm._gradients import gradients
 
 pytestmark = pytest.mark.core
@@ -386,3 +386,38 @@ def test_what_cannot_be_done_within_an_example_is_said():
     if BACKEND == "torch":
         with pytest.raises(ValueError, match="dtype='float16'"):
             kernels.instance_normalization(x.astype("float16"), implementation=instance)
+
+
+COMPILED = {
+    "batch": layers.BatchNormalization,
+    "layer": layers.LayerNormalization,
+    "rms": layers.RMSNormalization,
+    "group": lambda: layers.GroupNormalization(groups=2),
+    "instance": layers.InstanceNormalization,
+}
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # its own
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_by_pytorch_in_one_graph(name):
+    import torch
+
+    eager, compiled = COMPILED[name](), COMPILED[name]()
+    x = np.random.default_rng(6).standard_normal((4, 3, 3, 8)).astype("float32")
+    arguments = {"training": True} if name == "batch" else {}
+    results = []
+    for layer in (eager, compiled):
+        layer.build(x.shape)
+        torch._dynamo.reset()
+        call = layer
+        if layer is compiled:
+            call = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        z = torch.tensor(x, requires_grad=True)
+        y = call(z, **arguments)
+        (y**3).sum().backward()
+        variables = [v.value.detach() for v in layer.non_trainable_variables]
+        gradients_ = [v.value.grad for v in layer.trainable_variables]
+        results.append([y.detach(), z.grad, *gradients_, *variables])
+    for ours, expected in zip(*results, strict=True):
+        compare(expected, ours, 1e-5, name)
