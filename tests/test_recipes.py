@@ -38,30 +38,56 @@ def test_a_recipe_learns(outcome):
     assert accuracy[-1] > accuracy[0]
 
 
-def test_interrupted_after_an_epoch_and_resumed_it_ends_with_the_same_weights(
-    digits, outcome, tmp_path
-):
-    backup = tmp_path / "backup.npz"
+def interrupted(recipe, data, backup, done):
+    """Begins a training, and interrupts it in the middle of the epoch after `done`."""
 
     def interrupt(epochs, metrics):
-        if epochs > 2.5:
+        if epochs > done + 0.5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recipes.train(SMALL, digits, seed=1, backup=backup, on_epoch=interrupt)
-    with pytest.raises(ValueError, match=r"backup=.*another training"):
-        recipes.train(SMALL, digits, seed=2, backup=backup)
-    with pytest.raises(ValueError, match="another training"):
-        recipes.train(dataclasses.replace(SMALL, l2=0.0), digits, seed=1, backup=backup)
+        recipes.train(recipe, data, seed=1, backup=backup, on_epoch=interrupt)
+
+
+def same_weights(a, b):
+    for v, w in zip(a.model.variables, b.model.variables, strict=True):
+        np.testing.assert_array_equal(array(v), array(w))
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_interrupted_after_any_epoch_and_resumed_it_ends_with_the_same_weights(
+    digits, outcome, tmp_path, done
+):
+    backup = tmp_path / "backup.npz"
+    interrupted(SMALL, digits, backup, done)
     seen = []
     again = recipes.train(
         SMALL, digits, seed=1, backup=backup, on_epoch=lambda n, metrics: seen.append(n)
     )
-    assert min(seen) > 2
+    assert min(seen) > done
     assert not backup.exists()
     assert again.history == outcome.history
-    for a, b in zip(again.model.variables, outcome.model.variables, strict=True):
-        np.testing.assert_array_equal(array(a), array(b))
+    same_weights(again, outcome)
+
+
+def test_resumed_with_muon(digits, tmp_path):
+    muon = dataclasses.replace(SMALL, matrix_rate=0.1, epochs=2)
+    straight = recipes.train(muon, digits, seed=1)
+    interrupted(muon, digits, tmp_path / "backup.npz", 1)
+    again = recipes.train(muon, digits, seed=1, backup=tmp_path / "backup.npz")
+    assert again.history == straight.history
+    same_weights(again, straight)
+
+
+def test_a_backup_of_another_training(digits, tmp_path):
+    backup = tmp_path / "backup.npz"
+    interrupted(SMALL, digits, backup, 1)
+    before = backup.read_bytes()
+    with pytest.raises(ValueError, match=r"backup=.*another training"):
+        recipes.train(SMALL, digits, seed=2, backup=backup)
+    with pytest.raises(ValueError, match="another training"):
+        recipes.train(dataclasses.replace(SMALL, l2=0.0), digits, seed=1, backup=backup)
+    assert backup.read_bytes() == before
 
 
 def test_the_policy_is_the_faster_one_and_that_of_the_backup(digits, tmp_path, monkeypatch):
