@@ -102,29 +102,38 @@ def resolved(policy):
 
 
 def draw(results, part, path):
-    """Accuracy against seconds of training: a point for each run, a cross for mean and spread."""
+    """Accuracy against seconds of training, and against operations: a point for each run, a square
+    for mean and spread."""
     from keras_norm import plotting
 
     with plotting.style():
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(6.6, 4.2))
-        for name in results.names:
-            x, y = (results.values(name, m) for m in ("training_seconds", f"{part}_accuracy_views"))
+        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+        operations = {name: results.values(name, "tflop").mean() for name in results.names}
+        for name in sorted(operations, key=operations.get):
+            y = results.values(name, f"{part}_accuracy_views")
             spread = y.std(ddof=1) if len(y) > 1 else 0
-            line = axes.errorbar(
-                x.mean(),
-                y.mean(),
-                yerr=spread,
-                capsize=4,
-                marker="s",
-                label=f"{name} (n = {len(y)})",
-            )
-            axes.plot(x, y, "o", alpha=0.4, color=line[0].get_color())
-        axes.set(
-            xlabel="seconds of training, without compilation", ylabel=f"{part} accuracy, six views"
+            for axes, metric in zip(panels, ("training_seconds", "tflop"), strict=True):
+                x = results.values(name, metric)
+                line = axes.errorbar(
+                    x.mean(),
+                    y.mean(),
+                    yerr=spread,
+                    capsize=4,
+                    marker="s",
+                    label=f"{name} (n = {len(y)})",
+                )
+                axes.plot(x, y, "o", alpha=0.4, color=line[0].get_color())
+        panels[0].set(
+            xlabel="seconds of training, without compilation",
+            ylabel=f"{part} accuracy, six views",
         )
-        axes.legend(title="mean ± standard deviation")
+        panels[1].set(xlabel="10¹² floating-point operations of training", xscale="log")
+        ticks = sorted({float(f"{number:.3g}") for number in operations.values()})
+        panels[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panels[1].minorticks_off()
+        panels[1].legend(title="mean ± standard deviation", loc="lower right")
         figure.savefig(path, dpi=150, bbox_inches="tight")
         pyplot.close(figure)
 
