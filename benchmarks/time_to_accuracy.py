@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy.py --recipes cpu-4min --seeds 3
     python benchmarks/time_to_accuracy.py --normalizations fast keras --validation 5000
-    KERAS_BACKEND=jax python benchmarks/time_to_accuracy.py --images 12000 --out results/tta_jax
+    KERAS_BACKEND=jax python benchmarks/time_to_accuracy.py --images 12000 --dtype-policy float32
 
 Runs on any backend; with `--data-dir cifar10.npz` (keras_norm.datasets.pack) without TensorFlow.
 Seconds are those of training, without compilation, and nothing else should be running. So that
@@ -138,6 +138,13 @@ def draw(results, part, path):
         pyplot.close(figure)
 
 
+def title(recipe, normalization):
+    """What a run is called, so that those of several backends can share a folder."""
+    backend = keras.backend.backend()
+    others = (normalization if normalization != "fast" else None, backend)
+    return ", ".join([recipe, *(part for part in others if part not in (None, "tensorflow"))])
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--recipes", nargs="+", choices=recipes.RECIPES, default=["cpu-4min"])
@@ -164,7 +171,7 @@ def main(argv=None):
     )
     print(data)
     settings = {
-        name if norm == "fast" else f"{name}, {norm}": {
+        title(name, norm): {
             "recipe": name,
             "normalization": norm,
             "epochs": recipes.RECIPES[name].epochs,
