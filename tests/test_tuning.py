@@ -270,7 +270,7 @@ def test_killed_worker_chief_and_search(folder, imported, undisturbed, notes, mo
     assert len(times) == TRIALS * EPOCHS
     repeated = sum(n - 1 for n in times.values())
     assert repeated <= kills + 1  # the chief's death stops no trial; + 1: killed between two
-    assert max(times.values()) <= 2
+    assert max(times.values()) <= 4  # a slow epoch may meet the worker's, search's, user's signal
 
 
 def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
