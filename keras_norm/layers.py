@@ -754,7 +754,7 @@ class _WithinExample(keras.layers.Layer):
         functional.check_epsilon(epsilon)
         self.axis = axis
         self.epsilon = epsilon
-        self._sizes: tuple[tuple[int, int | None], ...] = ()  # of the axes, where they are fixed
+        self._sizes: tuple[tuple[int, int], ...] = ()  # of the axes, where they are fixed
         self.supports_masking = True
         # Under a mixed policy inputs in float32 are normalized as they are, and then rounded.
         self.autocast = False
@@ -772,7 +772,8 @@ class _WithinExample(keras.layers.Layer):
     def _expect_sizes(self, input_shape: Sequence[int | None]) -> None:
         """Later inputs may have more or fewer dimensions, but these sizes on the axes."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        self._sizes = tuple((a, input_shape[a]) for a in axes)
+        sizes = ((a, input_shape[a]) for a in axes)
+        self._sizes = tuple((a, n) for a, n in sizes if n is not None)
 
     def _check_sizes(self, shape: Sequence[int | None]) -> None:
         """As an `InputSpec` would, which takes a small layer on PyTorch a tenth of its time."""

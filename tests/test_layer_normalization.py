@@ -625,3 +625,9 @@ def test_any_layout(cls, case, center, scaled):
     terms += [np.linalg.norm(mix) * np.sqrt(x.size)] * len(values)
     for ours, theirs, largest in zip(slopes, exact, terms, strict=True):
         assert np.linalg.norm(wide(ours) - theirs) <= tolerance * largest + 1e-30
+
+
+def test_sizes_that_were_unknown_when_it_was_built_may_be_any():
+    layer = LayerNormalization(center=False, scale=False)
+    layer.build((None, None))
+    assert [tuple(layer(np.ones((2, n), "float32")).shape) for n in (3, 5)] == [(2, 3), (2, 5)]
