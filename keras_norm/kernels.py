@@ -246,20 +246,28 @@ def batch_normalization(
     return IMPLEMENTATIONS[implementation](x, gamma, beta, axis, epsilon)
 
 
-def tensor(x: Any) -> Array:
+def tensor(x: Any, dtype: Any = None) -> Array:
     """As `ops.convert_to_tensor`, and quicker on PyTorch, where x stays on its device.
 
     Args:
         x: array, tensor or variable.
+        dtype: of the result, as the backend names it (`x.dtype` of a tensor); None for x's own.
 
     Returns:
-        A tensor, x itself where it is one.
+        A tensor, x itself where it is one of that dtype.
 
     Example:
         >>> np.asarray(tensor([1.0, 2.0])).tolist()
         [1.0, 2.0]
     """
-    return _torch_tensor(x) if keras.backend.backend() == "torch" else ops.convert_to_tensor(x)
+    if keras.backend.backend() != "torch":
+        return ops.convert_to_tensor(x, dtype)
+    import torch
+
+    x = x.value if isinstance(x, keras.Variable) else x
+    if not isinstance(x, torch.Tensor):  # `ops.convert_to_tensor` takes long to see one
+        x = ops.convert_to_tensor(x)
+    return x if dtype in (None, x.dtype) else x.to(dtype)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -272,8 +280,8 @@ def dtype_name(dtype: Any) -> str:
         Keras's name of it.
 
     Example:
-        >>> dtype_name(tensor([1.0]).dtype)
-        'float32'
+        >>> dtype_name(tensor(np.ones(3, "float16")).dtype)
+        'float16'
     """
     if dtype not in _DTYPE_NAMES:
         _DTYPE_NAMES[dtype] = str(keras.backend.standardize_dtype(dtype))
@@ -290,16 +298,6 @@ def _is_traced() -> bool:
     import torch
 
     return bool(torch.compiler.is_compiling())
-
-
-def _torch_tensor(v: Any, dtype: Any = None) -> Array:
-    """As `ops.convert_to_tensor`, which takes longer than a small operation to see a tensor."""
-    import torch
-
-    v = v.value if isinstance(v, keras.Variable) else v
-    if not isinstance(v, torch.Tensor):
-        v = ops.convert_to_tensor(v)
-    return v if dtype in (None, v.dtype) else v.to(dtype)
 
 
 def _check(
@@ -554,7 +552,7 @@ def _native(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
     (channel,) = functional.canonical_axes(axis, x.ndim)
-    gamma, beta = (None if v is None else _torch_tensor(v, x.dtype) for v in (gamma, beta))
+    gamma, beta = (None if v is None else tensor(v, x.dtype) for v in (gamma, beta))
     if x.numel() == 0 or not _can_be_looked_at(x):
         y, *statistics = functional.batch_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
         mean, variance = (v.detach() for v in statistics)
@@ -829,8 +827,8 @@ def normalize(
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     functional.check_epsilon(epsilon)
     if chosen == "native" and not _torch_records():
-        mean, variance = _torch_tensor(mean, x.dtype), _torch_tensor(variance, x.dtype)
-        gamma, beta = (None if v is None else _torch_tensor(v, x.dtype) for v in (gamma, beta))
+        mean, variance = tensor(mean, x.dtype), tensor(variance, x.dtype)
+        gamma, beta = (None if v is None else tensor(v, x.dtype) for v in (gamma, beta))
         return _native_inference(x, mean, variance, gamma, beta, axis, epsilon)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
@@ -1122,7 +1120,7 @@ def _native_layer(
 def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array | None:
     if v is None:
         return None
-    v = _torch_tensor(v, x.dtype)
+    v = tensor(v, x.dtype)
     return v if v.shape == sizes else v.expand(sizes)
 
 
