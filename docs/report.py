@@ -1,4 +1,4 @@
-"""RESULTS.md, and the table of README.md: ours beside the published figures, with verdicts.
+"""RESULTS.md, and tables of other pages: ours beside the published figures, with verdicts.
 
     .venv/bin/python docs/report.py     # or: make results
 
@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAVED = Path("docs/results")  # of ROOT
 MISSING = "not run yet"
 FEWEST = 5  # seeds, below which there is no verdict
-MARKS = ("<!-- results, written by make results -->", "<!-- end of results -->")  # in README.md
+MARKS = ("<!-- {}, written by make results -->", "<!-- end of {} -->")  # around a table of a page
+README = "results"  # the name of the table there
 
 
 # ---------------------------------------------------------------------------- what is saved
@@ -378,14 +379,67 @@ def short_report(rows: Mapping[str, Any], folder: Path) -> str:
     return Table(table.header[:-1], tuple(cells[:-1] for cells in table.rows)).markdown
 
 
-def with_table(readme: str, table: str) -> str:
-    """README.md with this table between its marks."""
-    start, end = MARKS
-    before, _, rest = readme.partition(start)
+def measurements(table: Mapping[str, Any], saved: Saved) -> str:
+    """A table of measurements alone: a line for each setting of a study."""
+    cells = []
+    for row in table["rows"]:
+        results = saved.study(row["study"])
+        runs = () if results is None else tuple(results.select(row["setting"], status="finished"))
+        cells.append(tuple(cell(row, column, runs) for column in table["columns"]))
+    return Table(tuple(column["title"] for column in table["columns"]), tuple(cells)).markdown
+
+
+def cell(row: Mapping[str, Any], column: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    """What a column says of the runs of a row: the first of these keys that it has.
+
+    row: a text of the row. setting: one of the runs'. hardware: of the machine. metric: mean ±
+    standard deviation, with `digits`; the mean alone where `spread` is false. None: how many.
+    """
+    if "row" in column:
+        return str(row[column["row"]])
+    if not runs:
+        return MISSING
+    for key, values_of in (("setting", of_settings), ("hardware", of_hardware)):
+        if key in column:
+            return ", ".join(dict.fromkeys(values_of(run, column[key]) for run in runs))
+    if "metric" not in column:
+        return str(len(runs))
+    values = np.array([run.value(column["metric"]) for run in runs])
+    if not column.get("spread", True):
+        values = values.mean(keepdims=True)
+    return spread(values, column.get("digits", 4))
+
+
+def of_settings(run: Run, key: str) -> str:
+    value = run.settings[key]
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def of_hardware(run: Run, key: str) -> str:
+    return str(run.environment["hardware"][key])
+
+
+def with_table(page: str, table: str, name: str = README) -> str:
+    """A page with this table between the marks of that name."""
+    start, end = (mark.format(name) for mark in MARKS)
+    before, _, rest = page.partition(start)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"README.md must hold the lines {start!r} and {end!r}, in this order.")
+        raise ValueError(f"A page must hold the lines {start!r} and {end!r}, in this order.")
     return f"{before}{start}\n{table}\n{end}{after}"
+
+
+def pages(rows: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Every page that `make results` writes, by its path from the root, as it is to be."""
+    saved = Saved(folder)
+    texts = {"RESULTS.md": report(rows, folder)}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    texts["README.md"] = with_table(readme, short_report(rows, folder))
+    for name, table in rows["tables"].items():
+        path = table["page"]
+        text = texts.get(path) or (ROOT / path).read_text("utf-8")
+        texts[path] = with_table(text, measurements(table, saved), name)
+    return texts
 
 
 def load_rows(path: Path = ROOT / SAVED / "rows.toml") -> dict[str, Any]:
@@ -395,11 +449,7 @@ def load_rows(path: Path = ROOT / SAVED / "rows.toml") -> dict[str, Any]:
 
 
 def main() -> None:
-    rows, readme = load_rows(), (ROOT / "README.md").read_text("utf-8")
-    texts = {
-        "RESULTS.md": report(rows, ROOT / SAVED),
-        "README.md": with_table(readme, short_report(rows, ROOT / SAVED)),
-    }
+    texts = pages(load_rows(), ROOT / SAVED)
     for name, text in texts.items():
         with replace_file(ROOT / name) as path:
             path.write_text(text, "utf-8")

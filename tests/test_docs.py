@@ -23,19 +23,44 @@ ROWS = report.load_rows()
 # ------------------------------------------------------------------ RESULTS.md
 
 
-def test_results_md_says_what_is_saved():
-    assert (ROOT / "RESULTS.md").read_text("utf-8") == report.report(ROWS, SAVED), (
-        "run `make results`"
-    )
+@pytest.mark.parametrize("path", report.pages(ROWS, SAVED))
+def test_a_page_says_what_is_saved(path):
+    text = report.pages(ROWS, SAVED)[path]
+    assert (ROOT / path).read_text("utf-8") == text, "run `make results`"
 
 
-def test_the_table_of_the_readme_says_what_is_saved():
-    text = (ROOT / "README.md").read_text("utf-8")
-    table = report.short_report(ROWS, SAVED)
-    assert len(table.splitlines()) > 5
-    assert text == report.with_table(text, table), "run `make results`"
+def test_a_table_of_a_page_stands_between_its_marks():
+    assert len(report.short_report(ROWS, SAVED).splitlines()) > 5
+    for table in ROWS["tables"].values():
+        text = report.measurements(table, report.Saved(SAVED))
+        assert len(text.splitlines()) == 2 + len(table["rows"])
+        assert report.MISSING not in text
+    page = "<!-- a, written by make results -->\nold\n<!-- end of a -->"
+    assert report.with_table(page, "new", "a") == page.replace("old", "new")
     with pytest.raises(ValueError, match="must hold the lines"):
-        report.with_table("without marks", table)
+        report.with_table(page, "new", "b")
+
+
+def test_the_columns_of_a_table(tmp_path):
+    machine = {"hardware": {"cores": 2}, "summary": "a machine", "versions": {}}
+    runs = [
+        Run("a", {"widths": [1, 2]}, seed, final={"x": seed + 0.25}, environment=machine)
+        for seed in (0, 1)
+    ]
+    Results(runs).save(tmp_path / "study")
+    columns = [
+        {"title": "what", "row": "title"},
+        {"title": "widths", "setting": "widths"},
+        {"title": "cores", "hardware": "cores"},
+        {"title": "x", "metric": "x", "digits": 1},
+        {"title": "mean", "metric": "x", "spread": False},
+        {"title": "n"},
+    ]
+    rows = [{"study": "study", "title": "A", "setting": "a"}]
+    rows.append({"study": "other", "title": "B", "setting": "b"})
+    text = report.measurements({"columns": columns, "rows": rows}, report.Saved(tmp_path))
+    assert text.splitlines()[2] == "| A | 1-2 | 2 | .8 ± .7 | .7500 | 2 |"
+    assert text.splitlines()[3] == "| B |" + f" {report.MISSING} |" * 5
 
 
 def test_a_changed_result_changes_results_md(tmp_path):
