@@ -7,8 +7,8 @@
 `train` runs one through `fit`, resumable after every epoch; `keras-norm train --recipe NAME` does
 the same from the command line. Rule, batch size, activation and smoothing of the cpu- recipes were
 chosen on validation images, and so were widths and epochs but those of cpu-25min, which carries on
-what the smaller ones gave. gpu-94 and course are published settings that have not been run to
-their end yet.
+what the smaller ones gave. gpu-94 is published, and has not been run to its end yet; what
+course shares with a published net, and what was chosen, docs/training.md says.
 """
 
 from __future__ import annotations
@@ -166,17 +166,32 @@ class CourseRecipe(Recipe):
     """Four 5x5 convolutions, each with batch normalization and pooled; RMSProp at one rate.
 
     Of the settings of `Recipe` it has epochs, batch_size, normalization, label_smoothing, shift,
-    flip, lookahead, views and dtype_policy; widths are those of the convolutions.
+    flip, lookahead, reestimate, views and dtype_policy; widths are those of the convolutions.
+
+    Attributes:
+        weight_std: standard deviation of the weights at the start, above 0; None for He's.
+            Normalization takes the scale of the weights out, and RMSProp moves each by about the
+            rate in a step: the smaller they are, the faster the net learns.
     """
+
+    weight_std: float | None = None
 
     def model(self, input_shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Any:
         """A new net, not compiled."""
         norm = "batch" if self.normalization == "fast" else self.normalization
+        start: Any = "he_normal"
+        if self.weight_std is not None:
+            if not self.weight_std > 0:
+                raise ValueError(
+                    "`weight_std` must be above 0, or None for He's start. "
+                    f"Received: weight_std={self.weight_std}."
+                )
+            start = {"class_name": "RandomNormal", "config": {"stddev": self.weight_std}}
         return models.CNN(
             self.widths,
             norm,
             kernel_size=5,
-            head="flatten",
+            kernel_initializer=start,
             input_shape=input_shape,
             classes=classes,
         )
@@ -208,13 +223,14 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="gpu-94", whitening_bias=True, dtype_policy="auto"),
         CourseRecipe(
             name="course",
-            widths=(32, 64, 64, 64),
+            widths=(32, 64, 128, 256),
             batch_size=64,
             learning_rate=1e-4,
+            weight_std=0.01,
             label_smoothing=0.0,
-            shift=0,
-            flip="none",
-            lookahead=False,
+            flip="random",
+            reestimate=10_000,
+            dtype_policy="auto",
         ),
         Recipe(name="smoke", widths=(16, 16, 16), epochs=2, batch_size=32, learning_rate=12.0),
     )

@@ -177,4 +177,14 @@ def test_the_net_of_the_course():
         tuple(layer.kernel.shape[:2]) for layer in model.layers if "Conv" in str(type(layer))
     ]
     assert kernels == [(5, 5)] * 4
+
+    def spread(model, name):
+        return model.get_layer(name).kernel.numpy().std()
+
+    for name in ("conv2_1", "conv3_1"):
+        assert spread(model, name) == pytest.approx(recipe.weight_std, rel=0.05)
+    with pytest.raises(ValueError, match="weight_std=0"):
+        dataclasses.replace(recipe, weight_std=0).model()
+    of_he = dataclasses.replace(recipe, weight_std=None).model()
+    assert spread(of_he, "conv2_1") == pytest.approx(np.sqrt(2 / (25 * 32)), rel=0.2)
     assert float(recipe.optimizer(model, 10).learning_rate) == pytest.approx(1e-4)
