@@ -213,9 +213,11 @@ def test_untouched_statistics_are_warned_of():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
-def test_fused_kernel_in_the_graph():
+def test_fused_kernel_in_the_graph(monkeypatch):
     """The built-in layer is made of single operations, forward and backward."""
     import tensorflow as tf
+
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
 
     def check(cls):
         layer = cls()
