@@ -257,8 +257,9 @@ def tensor(x: Any, dtype: Any = None) -> Array:
         A tensor, x itself where it is one of that dtype.
 
     Example:
-        >>> np.asarray(tensor([1.0, 2.0])).tolist()
-        [1.0, 2.0]
+        >>> half = tensor(np.ones(3, "float16"))
+        >>> np.asarray(tensor([1.0, 2.0], half.dtype))
+        array([1., 2.], dtype=float16)
     """
     if keras.backend.backend() != "torch":
         return ops.convert_to_tensor(x, dtype)

@@ -18,15 +18,15 @@ pages = pytest.importorskip("pages", reason="needs jupytext, which is not in the
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / report.SAVED
 ROWS = report.load_rows()
+PAGES = report.pages(ROWS, SAVED)
 
 
 # ------------------------------------------------------------------ RESULTS.md
 
 
-@pytest.mark.parametrize("path", report.pages(ROWS, SAVED))
+@pytest.mark.parametrize("path", PAGES)
 def test_a_page_says_what_is_saved(path):
-    text = report.pages(ROWS, SAVED)[path]
-    assert (ROOT / path).read_text("utf-8") == text, "run `make results`"
+    assert (ROOT / path).read_text("utf-8") == PAGES[path], "run `make results`"
 
 
 def test_a_table_of_a_page_stands_between_its_marks():

@@ -328,8 +328,12 @@ LABELS = {
     "val_accuracy": "validation accuracy (fraction)",
     "test_accuracy": "test accuracy (fraction)",
 }
-COURSE = {"recipe": "course", "epochs": EPOCHS, "images": IMAGES}
-COURSE |= {"also": ["first kernel", "re-estimated"]}
+COURSE = {
+    "recipe": "course",
+    "epochs": EPOCHS,
+    "images": IMAGES,
+    "also": ["first kernel", "re-estimated"],
+}
 NETS = {"the course's net": COURSE, "base": BASE | {"also": ["six views", "re-estimated"]}}
 steps = BASE
 for name, change in STEPS.items():
