@@ -2,18 +2,20 @@
 
     python benchmarks/time_to_accuracy.py --recipes cpu-4min --seeds 3
     python benchmarks/time_to_accuracy.py --normalizations fast keras --validation 5000
+    python benchmarks/time_to_accuracy.py --recipes cpu-2min --members 2 --validation 1000
     KERAS_BACKEND=jax python benchmarks/time_to_accuracy.py --images 12000 --dtype-policy float32
 
 Runs on any backend; with `--data-dir cifar10.npz` (keras_norm.datasets.pack) without TensorFlow.
 Seconds are those of training, without compilation, and nothing else should be running. So that
 they carry over to other machines, the floating-point operations stand beside them, and the rate at
 which this machine multiplies matrices of 2048 x 2048 right before each run. Interrupted, it goes
-on with the epoch that was not finished.
+on with the epoch that was not finished (of an ensemble, its first nets are trained anew).
 """
 
 import argparse
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import time
@@ -29,6 +31,9 @@ import numpy as np
 from keras import ops
 
 from keras_norm import experiments, recipes
+from keras_norm.models import TestTimeAugmentation
+
+logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns where many nets are compiled
 
 NORMALIZATIONS = {
     "fast": "fast",
@@ -60,40 +65,72 @@ def matmul_rate(size=2048, turns=7):
 
 
 def measured(settings, seed, progress, *, data, out):
-    """One training, as `experiments.run` wants it."""
+    """One training, or several for an ensemble, as `experiments.run` wants it."""
     recipe = dataclasses.replace(
         recipes.RECIPES[settings["recipe"]],
         normalization=NORMALIZATIONS[settings["normalization"]],
     )
     rate = matmul_rate()
+    members = settings.get("members", 1)
+    outcomes = []
 
     def report(epochs, metrics):
+        epochs += len(outcomes) * recipe.epochs
         if metrics:
-            progress.epoch(int(epochs), recipe.epochs, **metrics)
+            progress.epoch(int(epochs), members * recipe.epochs, **metrics)
         else:
-            progress.part(epochs, recipe.epochs)
+            progress.part(epochs, members * recipe.epochs)
 
-    backup = out / f"{settings['recipe']}-{settings['normalization']}-{seed}.npz"
-    outcome = recipes.train(
-        recipe,
-        data,
-        seed=seed,
-        backup=backup,
-        on_epoch=report,
-        dtype_policy=settings["dtype_policy"],
-    )
-    seconds, costs = outcome.seconds, outcome.costs
+    for member in range(seed * members, (seed + 1) * members):
+        name = "-".join([settings["recipe"], settings["normalization"], *["of"] * (members > 1)])
+        outcomes.append(
+            recipes.train(
+                recipe,
+                data,
+                seed=member,
+                backup=out / f"{name}-{member}.npz",
+                on_epoch=report,
+                dtype_policy=settings["dtype_policy"],
+            )
+        )
+    seconds = {
+        f"{name}_seconds": sum(outcome.seconds[name] for outcome in outcomes)
+        for name in outcomes[0].seconds
+    }
+    operations = sum(outcome.costs["flops_training"] for outcome in outcomes)
+    metrics = outcomes[0].metrics if members == 1 else together(outcomes, data)
     return {
-        "history": outcome.history,
+        "history": outcomes[-1].history,
         "final": {
-            **outcome.metrics,
-            **{f"{name}_seconds": value for name, value in seconds.items()},
-            "images_per_second": costs["images_per_second"],
-            "tflop": costs["flops_training"] / 1e12,
-            "gflops": costs["flops_training"] / seconds["training"] / 1e9,
+            **metrics,
+            **seconds,
+            "images_per_second": float(
+                np.mean([outcome.costs["images_per_second"] for outcome in outcomes])
+            ),
+            "tflop": operations / 1e12,
+            "gflops": operations / seconds["training_seconds"] / 1e9,
             "matmul_gflops": rate,
         },
     }
+
+
+def together(outcomes, data):
+    """What the mean of the nets' logits is worth, as `recipes.train` judges one net."""
+    part, split = (
+        ("test", data.test) if data.validation is None else ("validation", data.validation)
+    )
+    found = {}
+    for ending, judge in (
+        ("", lambda outcome: outcome.model),
+        ("_views", lambda outcome: TestTimeAugmentation(outcome.model, outcome.recipe.views)),
+    ):
+        logits = [
+            judge(outcome).predict(split.x, batch_size=1000, verbose=0) for outcome in outcomes
+        ]
+        judged = experiments.classification_metrics(np.mean(logits, axis=0), split.y)
+        for metric in ("accuracy", "loss"):
+            found[f"{part}_{metric}{ending}"] = judged[metric]
+    return found
 
 
 def resolved(policy):
@@ -138,11 +175,15 @@ def draw(results, part, path):
         pyplot.close(figure)
 
 
-def title(recipe, normalization):
+def title(recipe, normalization, members):
     """What a run is called, so that those of several backends can share a folder."""
     backend = keras.backend.backend()
-    others = (normalization if normalization != "fast" else None, backend)
-    return ", ".join([recipe, *(part for part in others if part not in (None, "tensorflow"))])
+    others = (
+        f"{members} nets" if members > 1 else None,
+        normalization if normalization != "fast" else None,
+        backend if backend != "tensorflow" else None,
+    )
+    return ", ".join([recipe, *(part for part in others if part is not None)])
 
 
 def main(argv=None):
@@ -150,6 +191,9 @@ def main(argv=None):
     parser.add_argument("--recipes", nargs="+", choices=recipes.RECIPES, default=["cpu-4min"])
     parser.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["fast"])
     parser.add_argument("--seeds", type=int, default=3, help="number of them (default: 3)")
+    parser.add_argument(
+        "--members", type=int, default=1, help="nets whose logits are averaged (default: 1)"
+    )
     parser.add_argument("--first-seed", type=int, default=0, help="seeds count up from it")
     parser.add_argument("--validation", type=int, default=0, help="images held out to judge by")
     parser.add_argument("--images", type=int, help="train on so many images (default: all)")
@@ -162,7 +206,9 @@ def main(argv=None):
         "--out", type=pathlib.Path, default=pathlib.Path("results/time_to_accuracy")
     )
     arguments = parser.parse_args(argv)
-    images = arguments.images
+    images, members = arguments.images, arguments.members
+    if members < 1:
+        parser.error(f"--members is a number of nets, at least 1. Received: {members}.")
     data = recipes.load(
         arguments.data,
         data_dir=arguments.data_dir,
@@ -171,10 +217,11 @@ def main(argv=None):
     )
     print(data)
     settings = {
-        title(name, norm): {
+        title(name, norm, members): {
             "recipe": name,
             "normalization": norm,
-            "epochs": recipes.RECIPES[name].epochs,
+            "epochs": members * recipes.RECIPES[name].epochs,
+            **({"members": members} if members > 1 else {}),
             "dtype_policy": resolved(arguments.dtype_policy or recipes.RECIPES[name].dtype_policy),
             **{f"recipe_{k}": v for k, v in recipes.settings(recipes.RECIPES[name]).items()},
         }

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from keras_norm.experiments import Results
+from keras_norm import recipes
+from keras_norm.experiments import Results, classification_metrics
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -121,3 +123,18 @@ def test_time_to_accuracy(run, tmp_path):
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.npz"))
     assert "validation_accuracy_views" in printed
+
+
+def test_an_ensemble_is_judged_by_its_mean_logits(run, tmp_path):
+    options = ["--recipes", "smoke", "--data", "digits", "--validation", "300", "--seeds", "1"]
+    run("time_to_accuracy.py", *options, "--images", "900", "--members", "2", "--out", tmp_path)
+    (entry,) = Results.load(tmp_path).runs
+    assert entry.name == "smoke, 2 nets"
+    data = recipes.load("digits", validation=300, subset={"train": 900})
+    nets = [recipes.train("smoke", data, seed=seed) for seed in (0, 1)]
+    logits = [net.model.predict(data.validation.x, verbose=0) for net in nets]
+    expected = classification_metrics(np.mean(logits, axis=0), data.validation.y)
+    assert entry.value("validation_loss") == pytest.approx(expected["loss"], rel=1e-2)
+    assert entry.value("tflop") == pytest.approx(
+        sum(net.costs["flops_training"] for net in nets) / 1e12
+    )
