@@ -31,7 +31,6 @@ import numpy as np
 from keras import ops
 
 from keras_norm import experiments, recipes
-from keras_norm.models import TestTimeAugmentation
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns where many nets are compiled
 
@@ -72,6 +71,7 @@ def measured(settings, seed, progress, *, data, out):
     )
     rate = matmul_rate()
     members = settings.get("members", 1)
+    stem = f"{settings['recipe']}-{settings['normalization']}-{members}"
     outcomes = []
 
     def report(epochs, metrics):
@@ -82,13 +82,12 @@ def measured(settings, seed, progress, *, data, out):
             progress.part(epochs, members * recipe.epochs)
 
     for member in range(seed * members, (seed + 1) * members):
-        name = "-".join([settings["recipe"], settings["normalization"], *["of"] * (members > 1)])
         outcomes.append(
             recipes.train(
                 recipe,
                 data,
                 seed=member,
-                backup=out / f"{name}-{member}.npz",
+                backup=out / f"{stem}-{member}.npz",
                 on_epoch=report,
                 dtype_policy=settings["dtype_policy"],
             )
@@ -98,7 +97,8 @@ def measured(settings, seed, progress, *, data, out):
         for name in outcomes[0].seconds
     }
     operations = sum(outcome.costs["flops_training"] for outcome in outcomes)
-    metrics = outcomes[0].metrics if members == 1 else together(outcomes, data)
+    nets = [outcome.model for outcome in outcomes]
+    metrics = outcomes[0].metrics if members == 1 else recipes.judge(nets, data, recipe.views)
     return {
         "history": outcomes[-1].history,
         "final": {
@@ -112,25 +112,6 @@ def measured(settings, seed, progress, *, data, out):
             "matmul_gflops": rate,
         },
     }
-
-
-def together(outcomes, data):
-    """What the mean of the nets' logits is worth, as `recipes.train` judges one net."""
-    part, split = (
-        ("test", data.test) if data.validation is None else ("validation", data.validation)
-    )
-    found = {}
-    for ending, judge in (
-        ("", lambda outcome: outcome.model),
-        ("_views", lambda outcome: TestTimeAugmentation(outcome.model, outcome.recipe.views)),
-    ):
-        logits = [
-            judge(outcome).predict(split.x, batch_size=1000, verbose=0) for outcome in outcomes
-        ]
-        judged = experiments.classification_metrics(np.mean(logits, axis=0), split.y)
-        for metric in ("accuracy", "loss"):
-            found[f"{part}_{metric}{ending}"] = judged[metric]
-    return found
 
 
 def resolved(policy):

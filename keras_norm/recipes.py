@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ __all__ = [
     "configure",
     "fastest_policy",
     "flops",
+    "judge",
     "load",
     "settings",
     "train",
@@ -424,6 +425,47 @@ def train(
     return outcome
 
 
+def judge(nets: Sequence[Any], data: datasets.Data, views: int = 1) -> dict[str, float]:
+    """Loss and accuracy of nets whose logits are averaged; of one net, its own.
+
+    Args:
+        nets: at least one `keras.Model` from images to logits.
+        data: its validation part judges, or the test part where it has none.
+        views: pixels of the shift of `models.TestTimeAugmentation`, int >= 0. Default: 1.
+
+    Returns:
+        "validation_accuracy" and "validation_loss" (or "test_..."), and the same with "_views",
+        of the nets in test-time augmentation.
+
+    Raises:
+        ValueError: for no net, and as `models.TestTimeAugmentation`.
+
+    Example:
+        >>> data = load("digits", validation=100)
+        >>> nets = [models.FastConvNet((4, 4, 4), input_shape=data.input_shape) for _ in range(2)]
+        >>> sorted(judge(nets, data))[:2]
+        ['validation_accuracy', 'validation_accuracy_views']
+    """
+    if not nets:
+        raise ValueError(f"At least one net must be judged. Received: nets={nets!r}.")
+    part, split = _judging(data)
+    metrics = {}
+    for ending, judges in (
+        ("", nets),
+        ("_views", [models.TestTimeAugmentation(net, views) for net in nets]),
+    ):
+        logits = [net.predict(split.x, batch_size=1000, verbose=0) for net in judges]
+        found = classification_metrics(np.mean(logits, axis=0), split.y)
+        metrics[f"{part}_accuracy{ending}"] = found["accuracy"]
+        metrics[f"{part}_loss{ending}"] = found["loss"]
+    return metrics
+
+
+def _judging(data: datasets.Data) -> tuple[str, Any]:
+    """The part that judges, and its name."""
+    return ("test", data.test) if data.validation is None else ("validation", data.validation)
+
+
 @functools.cache
 def fastest_policy() -> str:
     """Measures once whether a convolution is clearly faster in bfloat16 here than in float32.
@@ -504,21 +546,11 @@ def _judge(
     if recipe.reestimate:
         report = statistics.reestimate(model, data.train.x, samples=recipe.reestimate, seed=seed)
     measured = time.perf_counter()
-    part, split = (
-        ("test", data.test) if data.validation is None else ("validation", data.validation)
-    )
-    metrics = {}
-    for ending, judge in (
-        ("", model),
-        ("_views", models.TestTimeAugmentation(model, recipe.views)),
-    ):
-        logits = judge.predict(split.x, batch_size=1000, verbose=0)
-        found = classification_metrics(logits, split.y)
-        metrics[f"{part}_accuracy{ending}"] = found["accuracy"]
-        metrics[f"{part}_loss{ending}"] = found["loss"]
+    metrics = judge([model], data, recipe.views)
     judged = time.perf_counter()
     _ = batches[0]
     waited = (time.perf_counter() - judged) * recipe.steps(len(data.train))
+    part, split = _judging(data)
     training, compilation = clock.training()
     images = recipe.batch_size * recipe.steps(len(data.train))
     forward = flops(model)

@@ -188,3 +188,9 @@ def test_the_net_of_the_course():
     of_he = dataclasses.replace(recipe, weight_std=None).model()
     assert spread(of_he, "conv2_1") == pytest.approx(np.sqrt(2 / (25 * 32)), rel=0.2)
     assert float(recipe.optimizer(model, 10).learning_rate) == pytest.approx(1e-4)
+
+
+def test_someone_must_be_judged():
+    data = recipes.load("digits", validation=100)
+    with pytest.raises(ValueError, match="At least one net"):
+        recipes.judge([], data)
