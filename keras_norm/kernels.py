@@ -14,8 +14,9 @@
                      layer, RMS, group and instance normalization: the function of torch.nn
     staged           JAX on a CPU: sums, over short runs of rows, then over the runs, of x less the
                      mean of every sixteenth row
-    products         layer and RMS normalization: backward, the sums over an example and over the
-                     examples as products of matrices with gamma and with ones; x is kept
+    products         layer and RMS normalization: forward, sums of x less the mean of an example's
+                     first sixteenth; backward, the sums over an example and over the examples as
+                     products of matrices with gamma and with ones; x is kept
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
@@ -81,7 +82,8 @@ ELEMENTS_OF_PIECE = 2**20
 # parts are merged. (Of 262,144 rows at once, the variance is off by 7e-5; of 16,384 by 4e-6, and a
 # mean that is 25 standard deviations from 0 by 1e-4 of them.)
 ROWS_AT_ONCE = 2**14
-# One row of so many is looked at for a number that is not far from the mean.
+# One row (of an example, one element) of so many is looked at for a number that is not far from
+# the mean.
 SAMPLED = 16
 # So many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
@@ -1192,11 +1194,15 @@ def _products(
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         z, first = rows_of(x), None
         if centers:
-            first = mean(z)
-            z = z - first
-            rest = mean(z)  # what rounding lost of (L1)
-            z, first = z - rest, first + rest
-        inv_std = ops.rsqrt(mean(z * z) + epsilon)  # (L2) (L3), (R1) (R2)
+            near = mean(z[:, : -(-d // SAMPLED)])  # within four standard deviations of the mean
+            z = z - near
+            rest = mean(z)
+            # As rest is no larger, the difference loses one digit at most.
+            variance = ops.relu(mean(z * z) - rest * rest)  # (L2)
+            z, first = z - rest, near + rest  # (L1)
+        else:
+            variance = mean(z * z)  # (R1)
+        inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
         y = z * inv_std  # (L4) (R3)
         y = y if gamma is None else y * row(gamma)  # (R4)
         y = y if beta is None else y + row(beta)  # (L5)

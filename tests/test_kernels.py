@@ -312,6 +312,17 @@ def test_faster_with_a_large_mean(name, options):
     compare(y, expected, 2e-5, "y")
 
 
+@pytest.mark.parametrize("features", [1, 3, 17, 512])
+def test_layer_normalization_whose_first_elements_are_far_away(features):
+    """Four standard deviations from the mean, the farthest that the mean of a sixteenth can be."""
+    x = np.random.default_rng(5).standard_normal((64, features)).astype("float32")
+    x[:, : -(-features // kernels.SAMPLED)] += 1e4
+    faster = FASTER["layer_normalization"]
+    y = kernels.layer_normalization(x, epsilon=1e-6, implementation=faster)
+    expected = functional.layer_normalization(x.astype("float64"), epsilon=1e-6)
+    compare(y, expected, 2e-5, "y")
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="half precision is composed there")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in WITHIN if name != "normalize"])
