@@ -150,9 +150,11 @@ def _is_quick_fused(columns: int, dtype: str) -> bool:
 
 
 def _forced() -> str | None:
-    name = os.environ.get("KERAS_NORM_IMPLEMENTATION") or None
+    name = os.environ.get("KERAS_NORM_IMPLEMENTATION")
+    if not name:
+        return None
     known = {*IMPLEMENTATIONS, *_FAST_WITHIN.values()}
-    if name is not None and name not in known:
+    if name not in known:
         raise ValueError(
             "The environment variable KERAS_NORM_IMPLEMENTATION must name an implementation, one "
             f"of {sorted(known)}, or be empty. Received: KERAS_NORM_IMPLEMENTATION={name!r}."
