@@ -15,9 +15,8 @@
     staged           JAX on a CPU: sums, over short runs of rows, then over the runs, of x less the
                      mean of every sixteenth row
     products         layer and RMS normalization: forward, sums of x less the mean of an example's
-                     first sixteenth, and of squares that TensorFlow does not write; backward, the
-                     sums over an example and over the examples as products of matrices with gamma
-                     and with ones; x is kept
+                     first sixteenth; backward, the sums over an example and over the examples as
+                     products of matrices with gamma and with ones; x is kept
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
@@ -1201,10 +1200,10 @@ def _products(
             z = z - near
             rest = mean(z)
             # As rest is no larger, the difference loses one digit at most.
-            variance = ops.relu(_sum_of_squares(z) / max(d, 1) - rest * rest)  # (L2)
+            variance = ops.relu(mean(z * z) - rest * rest)  # (L2)
             z, first = z - rest, near + rest  # (L1)
         else:
-            variance = _sum_of_squares(z) / max(d, 1)  # (R1)
+            variance = mean(z * z)  # (R1)
         inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
         y = z * inv_std  # (L4) (R3)
         y = y if gamma is None else y * row(gamma)  # (R4)
@@ -1230,20 +1229,6 @@ def _products(
 
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
     return y
-
-
-def _sum_of_squares(z: Array) -> Array:
-    """Of every row, (N, D) -> (N, 1); on TensorFlow in one sweep that writes no squares."""
-    if keras.backend.backend() != "tensorflow":
-        return ops.sum(z * z, axis=1, keepdims=True)
-    import tensorflow as tf
-
-    def forward(z: Array) -> tuple[Array, Any]:
-        norm = tf.raw_ops.EuclideanNorm(input=z, axis=[1], keep_dims=True)
-        # Its own gradient divides by the norm, which can be 0.
-        return norm * norm, lambda upstream: 2 * upstream * z
-
-    return tf.custom_gradient(forward)(z)
 
 
 def group_normalization(
