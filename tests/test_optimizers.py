@@ -1002,7 +1002,7 @@ def test_piecewise_errors():
 
 def test_orthogonal_works_on_the_singular_values_alone(float64):
     rng = np.random.default_rng(0)
-    for shape in ((5, 3), (3, 5), (4, 4)):
+    for shape in ((5, 3), (3, 5), (4, 4), (40, 3), (5, 4), (1, 7)):
         g = rng.normal(size=shape)
         u, s, vt = np.linalg.svd(g, full_matrices=False)
         x = s / np.sqrt((s**2).sum())
@@ -1012,6 +1012,20 @@ def test_orthogonal_works_on_the_singular_values_alone(float64):
         np.testing.assert_allclose(result, u @ np.diag(x) @ vt, atol=1e-6)
         as_kernel = ops.reshape(ops.convert_to_tensor(g), (1, *shape))
         np.testing.assert_allclose(array(optimizers.orthogonal(as_kernel, 3))[0], result)
+
+
+@pytest.mark.parametrize(("steps", "error"), [(3, 2e-5), (5, 1e-3)])
+def test_orthogonal_of_a_long_matrix_with_small_singular_values(steps, error):
+    rng = np.random.default_rng(2)
+    u, _ = np.linalg.qr(rng.normal(size=(60, 8)))
+    v, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+    s = np.logspace(0, -7, 8)
+    x = s / np.sqrt((s**2).sum())
+    for _ in range(steps):
+        x = 3.4445 * x - 4.775 * x**3 + 2.0315 * x**5
+    expected = u * x @ v.T
+    result = array(optimizers.orthogonal(ops.convert_to_tensor((u * s @ v.T).astype("f4")), steps))
+    assert abs(result - expected).max() < error * abs(expected).max()
 
 
 def test_orthogonal_brings_singular_values_close_to_one(float64):
