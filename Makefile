@@ -99,6 +99,7 @@ bench: .venv/installed
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/training.py
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/memory.py --layers batch layer rms group
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/activation.py
+	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/convolution.py
 	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/imports.py
 
 results: .venv/installed

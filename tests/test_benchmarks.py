@@ -101,6 +101,19 @@ def test_activation(run, tmp_path):
     assert "medians of 3 turns" in printed
 
 
+def test_convolution(run, tmp_path):
+    printed = run(
+        "convolution.py", "--turns", "3", "--images", "8", "--only", "1", "--out", tmp_path
+    )
+    with (tmp_path / "convolution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cases = [(row["what"], row["dtype"]) for row in rows]
+    names = ("gradient 15-64-128", "net 48-96-192")
+    assert cases == [(name, dtype) for dtype in ("bfloat16", "float32") for name in names]
+    assert all(float(row["tensorflow over taps"]) > 0 for row in rows)
+    assert "medians of 3 turns" in printed
+
+
 def test_gpu_is_refused_without_one():
     result = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py"],
