@@ -96,7 +96,7 @@ def test_the_fast_convolution_is_keras_own_with_the_same_gradients(options, dtyp
     theirs, ours = both_convolutions(2, 4, dtype, **options)
     rng = np.random.default_rng(2)
     x, mix = rng.normal(size=(5, 6, 4, 2)), rng.normal(size=(5, 6, 4, 4))
-    x, mix = x.astype("float32"), mix.astype("float32")
+    x, mix = x.astype("float32"), ops.convert_to_tensor(mix.astype("float32"))
 
     def product(layer, **how):
         return lambda x: ops.sum(ops.cast(layer(x, **how), "float32") * mix)
