@@ -434,8 +434,8 @@ def judge(nets: Sequence[Any], data: datasets.Data, views: int = 1) -> dict[str,
         views: pixels of the shift of `models.TestTimeAugmentation`, int >= 0. Default: 1.
 
     Returns:
-        "validation_accuracy" and "validation_loss" (or "test_..."), and the same with "_views",
-        of the nets in test-time augmentation.
+        "validation_accuracy" and "validation_loss" ("test_accuracy" and "test_loss" where the data
+        have no validation part), and the same with "_views", of test-time augmentation.
 
     Raises:
         ValueError: for no net, and as `models.TestTimeAugmentation`.
