@@ -10,7 +10,14 @@ from differentiation import BACKEND
 
 from keras_norm import layers as ours
 from keras_norm._gradients import float64_promotion
-from keras_norm.models import MLP, FoldReport, LeNet, fold_batch_normalization, swap_normalization
+from keras_norm.models import (
+    MLP,
+    FastConv2D,
+    FoldReport,
+    LeNet,
+    fold_batch_normalization,
+    swap_normalization,
+)
 
 pytestmark = pytest.mark.core
 
@@ -79,6 +86,7 @@ LINEAR = {
     "conv1": ((8, 3), lambda **k: keras.layers.Conv1D(4, 3, **k)),
     "conv2": ((8, 8, 3), lambda **k: keras.layers.Conv2D(4, 3, strides=2, padding="same", **k)),
     "conv2 groups": ((6, 6, 4), lambda **k: keras.layers.Conv2D(6, 3, groups=2, **k)),
+    "conv2 fast": ((6, 6, 3), lambda **k: FastConv2D(4, 3, padding="same", **k)),
     "conv3": ((4, 4, 4, 2), lambda **k: keras.layers.Conv3D(3, 2, **k)),
     "transposed1": ((5, 3), lambda **k: keras.layers.Conv1DTranspose(4, 3, strides=2, **k)),
     "transposed2": ((5, 5, 3), lambda **k: keras.layers.Conv2DTranspose(4, 3, strides=2, **k)),
