@@ -229,7 +229,7 @@ def taken(kind, shape, mode, dtype):
     """The implementation that ours chose."""
     function = LAYERS[kind][1]
     if function != "batch_normalization":
-        return kernels.choose_within(function, shape, dtype)
+        return kernels.choose_within(function, shape, dtype, training=mode == "training")
     if mode == "training":
         return kernels.choose(shape, dtype)
     return kernels.choose_within("normalize", shape, dtype)

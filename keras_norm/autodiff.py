@@ -9,13 +9,14 @@ joins such a pair into one differentiable function on the backend that Keras run
 error of the forward pass there, and its gradient cannot be differentiated again.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-__all__ = ["custom_vjp", "is_traced", "peek"]
+__all__ = ["can_compile", "compiled", "custom_vjp", "is_traced", "peek"]
 
 Array = Any
 Forward = Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]]
@@ -73,6 +74,54 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
         ]
 
     return _implementation()(forward_of_given, backward_of_given, *arrays)
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays as one program, which XLA compiles; on TensorFlow only.
+
+    It is compiled when it first runs with arguments of these shapes (a tenth to a half of a
+    second), inside of another compiled function, too, and differentiable like any other. Those
+    who pass the same function share what was compiled: hand over one that is kept, not one that
+    is made for each call.
+
+    Args:
+        function: of arrays or None, returning a nest of them; Keras's operations, no variables.
+
+    Returns:
+        The compiled function; on other backends the function itself.
+
+    Example:
+        >>> double = compiled(lambda x: 2 * x)
+        >>> float(double(ops.convert_to_tensor(3.0)))
+        6.0
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    options = {"jit_compile": True, "autograph": False, "reduce_retracing": True}
+    return tf.function(function, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def can_compile() -> bool:
+    """Whether `compiled` gives compiled functions: there are TensorFlows without XLA.
+
+    Example:
+        >>> can_compile() in (True, False)
+        True
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    try:
+        with tf.init_scope():
+            tf.function(lambda x: x + 1, jit_compile=True, autograph=False)(tf.zeros(1))
+    except (tf.errors.OpError, ValueError):
+        return False
+    return True
 
 
 def is_traced(x: Array) -> bool:

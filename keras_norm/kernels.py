@@ -17,6 +17,9 @@
     products         layer and RMS normalization: forward, sums of x less the mean of an example's
                      first sixteenth; backward, the sums over an example and over the examples as
                      products of matrices with gamma and with ones; x is kept
+    compiled         TensorFlow without a GPU, in training: the halves of layer, RMS, group and
+                     instance normalization, forward and backward, as one program each, which XLA
+                     compiles when it first meets arrays of these shapes
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
@@ -40,7 +43,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_norm import functional
+from keras_norm import autodiff, functional
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
@@ -85,6 +88,8 @@ ROWS_AT_ONCE = 2**14
 # One row (of an example, one element) of so many is looked at for a number that is not far from
 # the mean.
 SAMPLED = 16
+# Halves are added to halves until so many are left.
+SHORTEST_SUM = 16
 # So many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
 
@@ -153,7 +158,7 @@ def _forced() -> str | None:
     name = os.environ.get("KERAS_NORM_IMPLEMENTATION")
     if not name:
         return None
-    known = {*IMPLEMENTATIONS, *_FAST_WITHIN.values()}
+    known = {*IMPLEMENTATIONS, *_FAST_WITHIN.values(), "compiled"}
     if name not in known:
         raise ValueError(
             "The environment variable KERAS_NORM_IMPLEMENTATION must name an implementation, one "
@@ -942,6 +947,11 @@ def are_finite(*arrays: Array) -> Any:
 
 # Within each example ------------------------------------------------------------------------------
 
+# Of fewer elements a step gains less than the compiler takes for it in thousands of steps. A batch
+# of unknown size counts as Keras's default for it.
+FEWEST_ELEMENTS_COMPILED = 2**14
+UNKNOWN_SIZE = 32
+
 _FAST_WITHIN = {
     "normalize": "fused",
     "layer_normalization": "products",
@@ -967,7 +977,12 @@ def _fast_within(function: str) -> str:
 
 
 def choose_within(
-    function: str, shape: Sequence[int | None], dtype: str, *, axis: Axis = -1
+    function: str,
+    shape: Sequence[int | None],
+    dtype: str,
+    *,
+    axis: Axis = -1,
+    training: bool = False,
 ) -> str:
     """The implementation that a function other than `batch_normalization` takes by itself.
 
@@ -977,22 +992,28 @@ def choose_within(
         shape: of the input; None for what is unknown.
         dtype: of the input, such as "float32".
         axis: as the function takes it.
+        training: as the function takes it.
 
     Returns:
-        "composed", or the faster one: "fused", "native", "products" or "by_channel".
+        "composed", or a faster one: "fused", "native", "products", "compiled" or "by_channel".
 
     Example:
         >>> choose_within("layer_normalization", (32, 128, None), "float32")
         'composed'
     """
-    return _choose_within(function, shape, dtype, axis, None)
+    return _choose_within(function, shape, dtype, axis, training, None)
 
 
 def _choose_within(
-    function: str, shape: Sequence[int | None], dtype: str, axis: Axis, x: Array | None
+    function: str,
+    shape: Sequence[int | None],
+    dtype: str,
+    axis: Axis,
+    training: bool,
+    x: Array | None,
 ) -> str:
     axes: Any = tuple(axis) if isinstance(axis, list | tuple) else axis
-    asked = (function, tuple(shape), dtype, axes, _forced(), on_gpu(x))
+    asked = (function, tuple(shape), dtype, axes, bool(training), _forced(), on_gpu(x))
     if _is_traced():  # symbolic sizes cannot be looked up
         return _decide_within(*asked)
     return _decided_within(*asked)
@@ -1003,21 +1024,32 @@ def _decide_within(
     shape: tuple[int | None, ...],
     dtype: str,
     axis: int | tuple[int, ...],
+    training: bool,
     forced: str | None,
     accelerated: bool,
 ) -> str:
     fast = _fast_within(function)
-    possible = _possible(function, fast, shape, dtype, axis)
-    if forced == "composed" or (forced == fast and possible):
+    able = [i for i in ("compiled", fast) if _possible(function, i, shape, dtype, axis)]
+    if forced == "composed" or forced in able:
         return forced
-    if not possible or accelerated:
+    if not able or accelerated:
         return "composed"
     if fast == "fused":
         known = math.prod(size or 1 for size in shape)
         small = len(shape) == 2 and known < FEWEST_ELEMENTS_FUSED
         if small or not _is_quick_fused(_columns(shape), dtype):
             return "composed"
+    if training and "compiled" in able and _pays_to_compile(shape) and autodiff.can_compile():
+        return "compiled"
     return fast
+
+
+def _pays_to_compile(shape: Sequence[int | None]) -> bool:
+    """Where sequences are of many lengths, each would be compiled for itself."""
+    if None in shape[1:]:
+        return False
+    sizes = (UNKNOWN_SIZE if size is None else size for size in shape)
+    return math.prod(sizes) >= FEWEST_ELEMENTS_COMPILED
 
 
 _decided_within = functools.lru_cache(maxsize=1024)(_decide_within)
@@ -1029,6 +1061,8 @@ def _possible(
     """Whether it can be done at all, on this backend, quickly or not."""
     axes = functional.canonical_axes(axis, len(shape))
     last = axes == (len(shape) - 1,)
+    if fast == "compiled" and (function == "normalize" or keras.backend.backend() != "tensorflow"):
+        return False
     if fast == "fused":
         tensorflow = keras.backend.backend() == "tensorflow"
         half = ("float16", "bfloat16")
@@ -1039,24 +1073,30 @@ def _possible(
     if function == "normalize":
         return len(axes) == 1 and len(shape) > 1 and shape[axes[0]] is not None
     if function in ("group_normalization", "instance_normalization"):
-        return last and len(shape) > 2 and shape[-1] is not None
+        known = None not in (shape[1:] if fast == "compiled" else shape[-1:])
+        return last and len(shape) > 2 and known
     trailing = axes == tuple(range(len(shape) - len(axes), len(shape)))
     return trailing and len(axes) < len(shape) and all(shape[a] is not None for a in axes)
 
 
-def _chosen(function: str, x: Array, axis: Axis, implementation: str | None) -> str:
+def _chosen(
+    function: str, x: Array, axis: Axis, implementation: str | None, training: bool = False
+) -> str:
     shape, dtype = tuple(x.shape), dtype_name(x.dtype)
     if implementation is None:
-        return _choose_within(function, shape, dtype, axis, x)
+        return _choose_within(function, shape, dtype, axis, training, x)
     fast = _fast_within(function)
-    if implementation not in ("composed", fast):
+    known = ["composed", fast]
+    if function != "normalize" and keras.backend.backend() == "tensorflow":
+        known.append("compiled")
+    if implementation not in known:
         raise ValueError(
-            f"`implementation` of {function} must be 'composed' or {fast!r}, or None for the "
-            f"faster one. Received: implementation={implementation!r}."
+            f"`implementation` of {function} must be one of {known}, or None for the "
+            f"fastest. Received: implementation={implementation!r}."
         )
-    if implementation == fast and not _possible(function, fast, shape, dtype, axis):
+    if implementation != "composed" and not _possible(function, implementation, shape, dtype, axis):
         raise ValueError(
-            f"implementation={fast!r} needs "
+            f"implementation={implementation!r} needs "
             + _NEEDS["fused" if fast == "fused" else function]
             + (", and float32 or float64" if fast == "native" else "")
             + f". Received: shape={shape}, axis={axis!r}, dtype={dtype!r}. Leave it to None."
@@ -1072,14 +1112,17 @@ def layer_normalization(
     axis: Axis = -1,
     epsilon: float = 1e-3,
     rms_scaling: bool = False,
+    training: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """As `functional.layer_normalization`, on the implementation that `choose_within` names.
 
     Args:
         x, gamma, beta, axis, epsilon, rms_scaling: as there. With `rms_scaling` always composed.
-        implementation: "composed", or "products" ("native" on PyTorch). Default: what
-            `choose_within` names.
+        training: bool, whether this is a step of training, of which many will follow, so that it
+            pays to compile it (TensorFlow). The numbers are the same.
+        implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
+            "native" on PyTorch). Default: what `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1093,11 +1136,12 @@ def layer_normalization(
         [[-1.0, 1.0]]
     """
     x = tensor(x)
-    chosen = _chosen("layer_normalization", x, axis, implementation)
+    chosen = _chosen("layer_normalization", x, axis, implementation, training)
     if chosen != "composed" and not rms_scaling:
         axes = len(axis) if isinstance(axis, list | tuple) else 1
-        fast = _native_layer if chosen == "native" else _products
-        y = fast(x, gamma, beta, axes, epsilon, True)
+        if chosen != "native":
+            return _products(x, gamma, beta, axes, epsilon, True, chosen == "compiled")
+        y = _native_layer(x, gamma, beta, axes, epsilon, True)
         if y is not None:
             return y
     return functional.layer_normalization(
@@ -1135,14 +1179,16 @@ def rms_normalization(
     *,
     axis: Axis = -1,
     epsilon: float = 1e-6,
+    training: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """As `functional.rms_normalization`, on the implementation that `choose_within` names.
 
     Args:
         x, gamma, axis, epsilon: as there.
-        implementation: "composed", or "products" ("native" on PyTorch). Default: what
-            `choose_within` names.
+        training: as in `layer_normalization`.
+        implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
+            "native" on PyTorch). Default: what `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1156,47 +1202,86 @@ def rms_normalization(
         [[0.8485 1.1314]]
     """
     x = tensor(x)
-    chosen = _chosen("rms_normalization", x, axis, implementation)
+    chosen = _chosen("rms_normalization", x, axis, implementation, training)
     if chosen == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
     axes = len(axis) if isinstance(axis, list | tuple) else 1
-    fast = _native_layer if chosen == "native" else _products
-    return fast(x, gamma, None, axes, epsilon, False)
+    if chosen == "native":
+        return _native_layer(x, gamma, None, axes, epsilon, False)
+    return _products(x, gamma, None, axes, epsilon, False, chosen == "compiled")
 
 
 def _products(
-    x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float, centers: bool
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axes: int,
+    epsilon: float,
+    centers: bool,
+    compiled: bool = False,
 ) -> Array:
     """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns."""
     functional.check_epsilon(epsilon)
-    d = math.prod(x.shape[-axes:])
+    sizes = tuple(x.shape[len(x.shape) - axes :])
     dtype = functional.compute_dtype(x)
+    case = len(x.shape), sizes, dtype, epsilon, centers
+    if compiled:
+        halves = _halves_of_rows(*case, gamma is not None, beta is not None)
+    else:
+        halves = _halves_of_products(*case)
+    forward, backward = halves
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y
 
-    as_it_is = axes == 1 and len(x.shape) == 2
 
-    def rows_of(v: Array) -> Array:
-        v = ops.cast(v, dtype)
-        return v if as_it_is else ops.reshape(v, (-1, d))
+class _Rows:
+    """Arrays (..., D) or (..., H, W, C) as rows (N, D) of the dtype to compute in, and back."""
 
-    def like(x: Array, rows: Array) -> Array:
+    def __init__(self, rank: int, sizes: tuple[int, ...], dtype: str) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        self.d = math.prod(sizes)
+        self.as_it_is = len(sizes) == 1 and rank == 2
+
+    def of(self, v: Array) -> Array:
+        v = ops.cast(v, self.dtype)
+        return v if self.as_it_is else ops.reshape(v, (-1, self.d))
+
+    def like(self, x: Array, rows: Array) -> Array:
         rows = ops.cast(rows, x.dtype)
-        return rows if as_it_is else ops.reshape(rows, ops.shape(x))
+        return rows if self.as_it_is else ops.reshape(rows, ops.shape(x))
 
-    def row(v: Array) -> Array:
-        v = ops.cast(v, dtype)
-        return v if axes == 1 else ops.reshape(v, (d,))  # (D,) broadcasts as (1, D)
+    def parameter(self, v: Array) -> Array:
+        v = ops.cast(v, self.dtype)
+        return v if len(self.sizes) == 1 else ops.reshape(v, (self.d,))  # broadcasts as (1, D)
+
+    def share(self, gamma: Array | None) -> Array:
+        """gamma / D, or 1 / D, as a column (D, 1)."""
+        g = ops.ones((1, self.d), dtype=self.dtype) if gamma is None else self.parameter(gamma)
+        return ops.reshape(g / max(self.d, 1), (self.d, 1))
+
+    def near(self, z: Array) -> Array:
+        """The elements whose mean is within four standard deviations of that of all."""
+        return z[:, : -(-self.d // SAMPLED)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_of_products(
+    rank: int, sizes: tuple[int, ...], dtype: str, epsilon: float, centers: bool
+) -> tuple[Any, Any]:
+    """Forward and backward, for `custom_vjp`."""
+    rows = _Rows(rank, sizes, dtype)
 
     def mean(z: Array) -> Array:
         # Where arrays are small every operation counts. (Keras's mean of float64 is of float32 on
         # JAX and PyTorch.)
-        if d > 0 and keras.backend.standardize_dtype(dtype) == "float32":
+        if rows.d > 0 and dtype == "float32":
             return ops.mean(z, axis=1, keepdims=True)
-        return ops.sum(z, axis=1, keepdims=True) / max(d, 1)
+        return ops.sum(z, axis=1, keepdims=True) / max(rows.d, 1)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        z, first = rows_of(x), None
+        z, first = rows.of(x), None
         if centers:
-            near = mean(z[:, : -(-d // SAMPLED)])  # within four standard deviations of the mean
+            near = mean(rows.near(z))
             z = z - near
             rest = mean(z)
             # As rest is no larger, the difference loses one digit at most.
@@ -1206,29 +1291,105 @@ def _products(
             variance = mean(z * z)  # (R1)
         inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
         y = z * inv_std  # (L4) (R3)
-        y = y if gamma is None else y * row(gamma)  # (R4)
-        y = y if beta is None else y + row(beta)  # (L5)
-        return (like(x, y),), (x, inv_std, gamma, first)
+        y = y if gamma is None else y * rows.parameter(gamma)  # (R4)
+        y = y if beta is None else y + rows.parameter(beta)  # (L5)
+        return (rows.like(x, y),), (x, inv_std, gamma, first)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, inv_std, gamma, first = residuals
-        dy, z = rows_of(upstream[0]), rows_of(x)
+        dy, z = rows.of(upstream[0]), rows.of(x)
         z = z if first is None else z - first  # x_hat / inv_std
         # `@`, for `ops.matmul` rounds float64 to float32 on PyTorch.
         dy_z = dy * z
-        sizes = x.shape[-axes:]
         dbeta = ops.reshape(ops.ones_like(ops.transpose(inv_std)) @ dy, sizes)  # (L6)
         dgamma = ops.reshape(ops.transpose(inv_std) @ dy_z, sizes)  # (L7) (R5)
-        g = ops.ones((1, d), dtype=dtype) if gamma is None else row(gamma)
-        share = ops.reshape(g / max(d, 1), (d, 1))
+        share = rows.share(gamma)
         along = inv_std * inv_std * (dy_z @ share)  # mean of g dy x_hat over each example
-        dx = (dy if gamma is None else dy * g) - z * along
+        dx = (dy if gamma is None else dy * rows.parameter(gamma)) - z * along
         if centers:
             dx = dx - dy @ share
-        return like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)
+        return rows.like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)
 
-    (y,) = custom_vjp(forward, backward, x, gamma, beta)
-    return y
+    return forward, backward
+
+
+def _sum_by_halves(v: Array) -> Array:
+    """(N, P, C) -> (N, 1, C), P known: half the positions added to the other half, and so on.
+
+    Vector to vector, so that XLA makes one loop of it; and partial sums round less.
+    """
+    while (size := v.shape[1]) % 2 == 0 and size > SHORTEST_SUM:
+        v = v[:, : size // 2] + v[:, size // 2 :]
+    return ops.sum(v, axis=1, keepdims=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_of_rows(
+    rank: int,
+    sizes: tuple[int, ...],
+    dtype: str,
+    epsilon: float,
+    centers: bool,
+    scales: bool,
+    shifts: bool,
+) -> tuple[Any, Any]:
+    """As `_halves_of_products`, for XLA: two programs.
+
+    XLA fuses all that is done to single elements, is slow at the sum over a row, which it adds
+    up in order, and quick at that over the rows, where it adds rows to rows. A product over the
+    rows would read the columns of an array whose rows may lie a multiple of 4096 bytes apart.
+    """
+    rows = _Rows(rank, sizes, dtype)
+
+    def over_rows(v: Array, x: Array) -> Array:
+        """(N, D) -> (D,): over the positions of each example first, if x has some."""
+        known = x.shape[1 : rank - len(sizes)]
+        if known and None not in known:
+            v = _sum_by_halves(ops.reshape(v, (-1, math.prod(known), rows.d)))
+        return ops.reshape(ops.sum(ops.reshape(v, (-1, rows.d)), axis=0), sizes)
+
+    def normalized(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, ...]:
+        z, share = rows.of(x), rows.share(None)
+        first = None
+        if centers:
+            near = ops.mean(rows.near(z), axis=1, keepdims=True) if rows.d else 0.0
+            z = z - near
+            rest = z @ share
+            variance = ops.relu((z * z) @ share - rest * rest)  # (L2)
+            z, first = z - rest, near + rest  # (L1)
+        else:
+            variance = (z * z) @ share  # (R1)
+        inv_std = ops.rsqrt(variance + epsilon)
+        y = z * inv_std
+        y = y if gamma is None else y * rows.parameter(gamma)
+        y = y if beta is None else y + rows.parameter(beta)
+        return (rows.like(x, y), inv_std) if first is None else (rows.like(x, y), inv_std, first)
+
+    def gradients(
+        dy: Array, x: Array, gamma: Array | None, inv_std: Array, first: Array | None
+    ) -> tuple[Array, Array | None, Array | None]:
+        share, like = rows.share(gamma), dy
+        dy, z = rows.of(dy), rows.of(x)
+        z = z if first is None else z - first
+        dy_z = dy * z
+        dbeta = over_rows(dy, x) if shifts else None  # (L6)
+        dgamma = over_rows(dy_z * inv_std, x) if scales else None  # (L7) (R5)
+        dx = dy if gamma is None else dy * rows.parameter(gamma)
+        dx = dx - z * (inv_std * inv_std * (dy_z @ share))
+        if centers:
+            dx = dx - dy @ share
+        return rows.like(like, dx * inv_std), dgamma, dbeta  # (L9) (R6)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        y, inv_std, *first = autodiff.compiled(normalized)(x, gamma, beta)
+        return (y,), (x, gamma, inv_std, *first)
+
+    def backward(residuals: Any, upstream: Any) -> Any:
+        x, gamma, inv_std, *first = residuals
+        about = first[0] if first else None
+        return autodiff.compiled(gradients)(upstream[0], x, gamma, inv_std, about)
+
+    return forward, backward
 
 
 def group_normalization(
@@ -1239,14 +1400,16 @@ def group_normalization(
     groups: int | None = 32,
     axis: int = -1,
     epsilon: float = 1e-3,
+    training: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """As `functional.group_normalization`, on the implementation that `choose_within` names.
 
     Args:
         x, gamma, beta, groups, axis, epsilon: as there.
-        implementation: "composed", or "by_channel" ("native" on PyTorch). Default: what
-            `choose_within` names.
+        training: as in `layer_normalization`.
+        implementation: "composed", "by_channel" or, on TensorFlow, "compiled" ("composed" or
+            "native" on PyTorch). Default: what `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1262,11 +1425,10 @@ def group_normalization(
     """
     x = tensor(x)
     functional.channel_axis(axis, len(x.shape))
-    chosen = _chosen("group_normalization", x, axis, implementation)
+    chosen = _chosen("group_normalization", x, axis, implementation, training)
     if chosen != "composed":
         count = functional.number_of_groups(groups, x.shape[-1])
-        fast = _native_group if chosen == "native" else _by_channel
-        y = fast(x, gamma, beta, count, epsilon)
+        y = _GROUPED[chosen](x, gamma, beta, count, epsilon)
         if y is not None:
             return y
     return functional.group_normalization(x, gamma, beta, groups=groups, axis=axis, epsilon=epsilon)
@@ -1279,14 +1441,16 @@ def instance_normalization(
     *,
     axis: int = -1,
     epsilon: float = 1e-3,
+    training: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """As `functional.instance_normalization`, on the implementation that `choose_within` names.
 
     Args:
         x, gamma, beta, axis, epsilon: as there.
-        implementation: "composed", or "by_channel" ("native" on PyTorch). Default: what
-            `choose_within` names.
+        training: as in `layer_normalization`.
+        implementation: "composed", "by_channel" or, on TensorFlow, "compiled" ("composed" or
+            "native" on PyTorch). Default: what `choose_within` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -1302,10 +1466,9 @@ def instance_normalization(
     x = tensor(x)
     functional.check_spatial(len(x.shape))
     functional.channel_axis(axis, len(x.shape))
-    chosen = _chosen("instance_normalization", x, axis, implementation)
+    chosen = _chosen("instance_normalization", x, axis, implementation, training)
     if chosen != "composed":
-        fast = _native_group if chosen == "native" else _by_channel
-        y = fast(x, gamma, beta, x.shape[-1], epsilon)
+        y = _GROUPED[chosen](x, gamma, beta, x.shape[-1], epsilon)
         if y is not None:
             return y
     return functional.instance_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
@@ -1391,3 +1554,84 @@ def _by_channel(
 
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
     return y
+
+
+def _compiled_by_channel(
+    x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
+) -> Array:
+    functional.check_epsilon(epsilon)
+    forward, backward = _halves_by_channel(
+        tuple(x.shape[1:]),
+        groups,
+        functional.compute_dtype(x),
+        epsilon,
+        gamma is not None,
+        beta is not None,
+    )
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_by_channel(
+    sizes: tuple[int, ...], groups: int, dtype: str, epsilon: float, scales: bool, shifts: bool
+) -> tuple[Any, Any]:
+    """As `_by_channel`, for XLA: two programs. `sizes` are those of an example."""
+    channels, positions = sizes[-1], math.prod(sizes[:-1])
+    per_group = channels // groups
+
+    def examples(v: Array) -> Array:
+        return ops.reshape(ops.cast(v, dtype), (-1, positions, channels))
+
+    def like(x: Array, z: Array) -> Array:
+        return ops.reshape(ops.cast(z, x.dtype), ops.shape(x))
+
+    def mean(sums: Array, seen: int) -> Array:
+        """Sums of each channel (N, 1, C), over `seen` positions -> the mean over its group."""
+        if per_group > 1:
+            of_group = ops.sum(ops.reshape(sums, (-1, groups, per_group)), axis=2, keepdims=True)
+            sums = ops.reshape(ops.repeat(of_group, per_group, axis=2), (-1, 1, channels))
+        return sums / max(seen * per_group, 1)
+
+    def normalized(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, ...]:
+        z, few = examples(x), -(-positions // SAMPLED)
+        near = mean(_sum_by_halves(z[:, :few]), few)  # within four standard deviations
+        z = z - near
+        rest = mean(_sum_by_halves(z), positions)
+        variance = ops.relu(mean(_sum_by_halves(z * z), positions) - rest * rest)
+        inv_std = ops.rsqrt(variance + epsilon)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        y = (z - rest) * scale  # (GN2)
+        y = y if beta is None else y + ops.cast(beta, dtype)  # (GN3)
+        return like(x, y), near + rest, inv_std
+
+    def gradients(
+        dy: Array, x: Array, gamma: Array | None, first: Array, inv_std: Array
+    ) -> tuple[Array, Array | None, Array | None]:
+        g, z = examples(dy), examples(x) - first
+        s, t = _sum_by_halves(g), _sum_by_halves(g * z) * inv_std  # (N, 1, C)
+        dbeta = ops.sum(s, axis=(0, 1)) if shifts else None  # (GN4)
+        dgamma = ops.sum(t, axis=(0, 1)) if scales else None
+        scale = inv_std
+        if gamma is not None:
+            of_channel = ops.cast(gamma, dtype)
+            s, t, scale = s * of_channel, t * of_channel, scale * of_channel
+        along = inv_std * inv_std * mean(t, positions)
+        dx = g * scale - (z * along + inv_std * mean(s, positions))  # (GN5)
+        return like(dy, dx), dgamma, dbeta
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        y, first, inv_std = autodiff.compiled(normalized)(x, gamma, beta)
+        return (y,), (x, gamma, first, inv_std)
+
+    def backward(residuals: Any, upstream: Any) -> Any:
+        return autodiff.compiled(gradients)(upstream[0], *residuals)
+
+    return forward, backward
+
+
+_GROUPED: dict[str, Any] = {
+    "native": _native_group,
+    "by_channel": _by_channel,
+    "compiled": _compiled_by_channel,
+}

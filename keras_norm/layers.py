@@ -870,6 +870,8 @@ class LayerNormalization(_Affine):
         inputs: array of any rank >= 1; (N, D), (N, T, D), (N, H, W, C), ... A Keras mask passes
             through unchanged; what it masks is normalized like the rest, and counts in the
             statistics only if `axis` names the axis of the mask.
+        training: bool, which changes no number: on TensorFlow without a GPU, steps of training
+            are compiled by XLA where arrays are large. Default: what `fit` says.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
@@ -948,7 +950,7 @@ class LayerNormalization(_Affine):
             self.beta = self._add_parameter("beta", functional.known_sizes(input_shape, axes))
         self._expect_sizes(input_shape)
 
-    def call(self, inputs: Array) -> Array:
+    def call(self, inputs: Array, training: bool | None = None) -> Array:
         """Normalizes; see the class."""
         y = kernels.layer_normalization(
             self._floating(inputs),
@@ -957,6 +959,7 @@ class LayerNormalization(_Affine):
             axis=self.axis,
             epsilon=self.epsilon,
             rms_scaling=self.rms_scaling,
+            training=bool(training),
         )
         return _in_dtype(y, self.compute_dtype)
 
@@ -996,6 +999,7 @@ class RMSNormalization(_WithinExample):
     Call arguments:
         inputs: array of any rank >= 1; (N, D), (N, T, D), ... A Keras mask passes through
             unchanged (with `keras.layers`' layer it is lost, with a warning).
+        training: as in `LayerNormalization`.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
@@ -1034,10 +1038,14 @@ class RMSNormalization(_WithinExample):
         self.scale = self._add_parameter("scale", functional.known_sizes(input_shape, axes))
         self._expect_sizes(input_shape)
 
-    def call(self, inputs: Array) -> Array:
+    def call(self, inputs: Array, training: bool | None = None) -> Array:
         """Normalizes; see the class."""
         y = kernels.rms_normalization(
-            self._floating(inputs), self.scale, axis=self.axis, epsilon=self.epsilon
+            self._floating(inputs),
+            self.scale,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            training=bool(training),
         )
         return _in_dtype(y, self.compute_dtype)
 
@@ -1091,6 +1099,7 @@ class GroupNormalization(_ByChannel):
     Call arguments:
         inputs: array of any rank >= 2; (N, C), (N, T, C), (N, H, W, C), ... A Keras mask passes
             through unchanged; the positions that it masks count in the statistics.
+        training: as in `LayerNormalization`.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
@@ -1154,7 +1163,7 @@ class GroupNormalization(_ByChannel):
         (channels,) = functional.known_sizes(input_shape, (self.axis,))
         functional.number_of_groups(self.groups, channels)
 
-    def call(self, inputs: Array) -> Array:
+    def call(self, inputs: Array, training: bool | None = None) -> Array:
         """Normalizes; see the class."""
         y = kernels.group_normalization(
             self._floating(inputs),
@@ -1163,6 +1172,7 @@ class GroupNormalization(_ByChannel):
             groups=self.groups,
             axis=self.axis,
             epsilon=self.epsilon,
+            training=bool(training),
         )
         return _in_dtype(y, self.compute_dtype)
 
@@ -1199,6 +1209,7 @@ class InstanceNormalization(_ByChannel):
     Call arguments:
         inputs: array of any rank >= 3; (N, T, C), (N, H, W, C), (N, D, H, W, C), ... A Keras
             mask passes through unchanged; the positions that it masks count in the statistics.
+        training: as in `LayerNormalization`.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype. With one position for each
@@ -1229,10 +1240,15 @@ class InstanceNormalization(_ByChannel):
         super()._check_shape(input_shape)
         functional.check_spatial(len(input_shape))
 
-    def call(self, inputs: Array) -> Array:
+    def call(self, inputs: Array, training: bool | None = None) -> Array:
         """Normalizes; see the class."""
         y = kernels.instance_normalization(
-            self._floating(inputs), self.gamma, self.beta, axis=self.axis, epsilon=self.epsilon
+            self._floating(inputs),
+            self.gamma,
+            self.beta,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            training=bool(training),
         )
         return _in_dtype(y, self.compute_dtype)
 

@@ -255,9 +255,11 @@ FASTER = {
 }
 if BACKEND == "torch":
     FASTER = dict.fromkeys(FASTER, "native")
-CASES = [(name, options) for name in WITHIN for options in WITHIN[name]]
+CASES = [(name, options, FASTER[name]) for name in WITHIN for options in WITHIN[name]]
 if BACKEND == "jax":
     CASES = [case for case in CASES if case[0] != "normalize"]
+if BACKEND == "tensorflow":
+    CASES += [(name, o, "compiled") for name in list(WITHIN)[:-1] for o in WITHIN[name]]
 
 
 def arrays_for(name, options, shape, dtype, affine):
@@ -275,8 +277,8 @@ SHAPES_WITHIN = [(2, 3, 4, 6), (3, 5, 6), (2, 3, 2, 2, 9), (0, 2, 2, 6)]
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("shape", SHAPES_WITHIN, ids=str)
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_faster_within_an_example(name, options, shape, affine):
+@pytest.mark.parametrize(("name", "options", "faster"), CASES, ids=str)
+def test_faster_within_an_example(name, options, faster, shape, affine):
     dtype, close = ("float32", 1e-5) if name == "normalize" else ("float64", 1e-11)
     arrays = arrays_for(name, options, shape, dtype, affine)
     dy = ops.convert_to_tensor(np.random.default_rng(4).standard_normal(shape).astype(dtype))
@@ -284,10 +286,10 @@ def test_faster_within_an_example(name, options, shape, affine):
     def loss(function, **more):
         return lambda *p: ops.sum(function(*p, epsilon=1e-3, **options, **more) * dy)
 
-    forced = loss(getattr(kernels, name), implementation=FASTER[name])
+    forced = loss(getattr(kernels, name), implementation=faster)
     tensors = [ops.convert_to_tensor(a) for a in arrays]
     compare(
-        getattr(kernels, name)(*tensors, **options, implementation=FASTER[name]),
+        getattr(kernels, name)(*tensors, **options, implementation=faster),
         getattr(functional, name)(*tensors, **options),
         close,
         "y",
@@ -298,26 +300,26 @@ def test_faster_within_an_example(name, options, shape, affine):
         compare(a, b, close, f"gradient {i}")
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_faster_with_a_large_mean(name, options):
+@pytest.mark.parametrize(("name", "options", "faster"), CASES, ids=str)
+def test_faster_with_a_large_mean(name, options, faster):
     """A mean of 1000 beside a variance of 1 in float32."""
     rng = np.random.default_rng(5)
     x = (1000 + rng.standard_normal((2, 96, 96, 6))).astype("float32")
     given = []
     if name == "normalize":
         given = [x.mean((0, 1, 2), dtype="float64").astype("float32"), np.ones(6, "float32")]
-    y = getattr(kernels, name)(x, *given, **options, implementation=FASTER[name], epsilon=1e-6)
+    y = getattr(kernels, name)(x, *given, **options, implementation=faster, epsilon=1e-6)
     arrays = [ops.convert_to_tensor(a.astype("float64")) for a in (x, *given)]
     expected = getattr(functional, name)(*arrays, **options, epsilon=1e-6)
     compare(y, expected, 2e-5, "y")
 
 
+@pytest.mark.parametrize("faster", [f for name, _, f in CASES if name[0] == "l"][::2])
 @pytest.mark.parametrize("features", [1, 3, 17, 512])
-def test_layer_normalization_whose_first_elements_are_far_away(features):
+def test_layer_normalization_whose_first_elements_are_far_away(features, faster):
     """Four standard deviations from the mean, the farthest that the mean of a sixteenth can be."""
     x = np.random.default_rng(5).standard_normal((64, features)).astype("float32")
     x[:, : -(-features // kernels.SAMPLED)] += 1e4
-    faster = FASTER["layer_normalization"]
     y = kernels.layer_normalization(x, epsilon=1e-6, implementation=faster)
     expected = functional.layer_normalization(x.astype("float64"), epsilon=1e-6)
     compare(y, expected, 2e-5, "y")
@@ -325,10 +327,12 @@ def test_layer_normalization_whose_first_elements_are_far_away(features):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="half precision is composed there")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", [name for name in WITHIN if name != "normalize"])
-def test_half_precision_within_an_example(name, dtype):
+@pytest.mark.parametrize(
+    ("name", "options", "faster"), [case for case in CASES if case[0] != "normalize"], ids=str
+)
+def test_half_precision_within_an_example(name, options, faster, dtype):
     """Computed in float32, rounded once: as the composed one, to the last digit of an input."""
-    options, shape = WITHIN[name][0], (3, 5, 4, 6)
+    shape = (3, 5, 4, 6)
     x, *parameters = arrays_for(name, options, shape, "float32", True)
     arrays = [ops.cast(x, dtype), *(ops.convert_to_tensor(p) for p in parameters)]
     dy = ops.cast(np.random.default_rng(4).standard_normal(shape), dtype)
@@ -339,15 +343,15 @@ def test_half_precision_within_an_example(name, dtype):
         total = lambda *p: ops.sum(function(*p, **options, **more) * dy)  # noqa: E731
         return [y, *gradients(total, arrays)[1]]
 
-    ours, expected = (results(implementation=i) for i in (FASTER[name], "composed"))
+    ours, expected = (results(implementation=i) for i in (faster, "composed"))
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
         a, b = (array(ops.cast(v, "float32")) for v in (a, b))
         np.testing.assert_allclose(a, b, atol=2 * ROUNDING[dtype] * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_second_derivatives_of_the_faster(name, options):
+@pytest.mark.parametrize(("name", "options", "faster"), CASES, ids=str)
+def test_second_derivatives_of_the_faster(name, options, faster):
     dtype, close = ("float32", 1e-4) if name == "normalize" else ("float64", 1e-10)
     arrays = arrays_for(name, options, (2, 3, 2, 6), dtype, True)
     dy = np.random.default_rng(4).standard_normal((2, 3, 2, 6)).astype(dtype)
@@ -363,7 +367,7 @@ def test_second_derivatives_of_the_faster(name, options):
 
         return of
 
-    _, ours = gradients(penalty(getattr(kernels, name), implementation=FASTER[name]), arrays)
+    _, ours = gradients(penalty(getattr(kernels, name), implementation=faster), arrays)
     _, expected = gradients(penalty(getattr(functional, name)), arrays)
     for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
         scale = max(1.0, float(np.abs(array(b)).max()))
@@ -382,6 +386,9 @@ def test_the_table_within_an_example(monkeypatch):
         assert of_other_axis == (
             "native" if (BACKEND, name) == ("torch", "normalize") else "composed"
         )
+        training = kernels.choose_within(name, shape, "float32", training=True)
+        compiled = BACKEND == "tensorflow" and name != "normalize"
+        assert training == ("compiled" if compiled else faster if fast else "composed")
     if BACKEND != "torch":
         assert kernels.choose_within("normalize", (256, 84), "float32") == "composed"
     assert kernels.choose_within("group_normalization", (256, 84), "float32") == "composed"
@@ -397,6 +404,84 @@ def test_what_cannot_be_done_within_an_example_is_said():
     if BACKEND == "torch":
         with pytest.raises(ValueError, match="dtype='float16'"):
             kernels.instance_normalization(x.astype("float16"), implementation=instance)
+
+
+NETS_WITHIN = {
+    "layer": layers.LayerNormalization,
+    "rms": layers.RMSNormalization,
+    "group": lambda: layers.GroupNormalization(groups=4),
+    "instance": layers.InstanceNormalization,
+}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+@pytest.mark.parametrize("name", NETS_WITHIN)
+def test_training_is_the_same_compiled(name, monkeypatch):
+    """`fit`, whose batch size is not known when it is traced; the last batch is smaller."""
+    rng = np.random.default_rng(7)
+    x, labels = rng.standard_normal((40, 8, 8, 16)).astype("float32"), rng.integers(0, 3, 40)
+    weights, taken = [], []
+
+    def recorded(*arguments):
+        taken.append(decided(*arguments))
+        return taken[-1]
+
+    decided = kernels._decided_within
+    monkeypatch.setattr(kernels, "_decided_within", recorded)
+    for implementation in ("", "composed"):
+        monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", implementation)
+        keras.utils.set_random_seed(0)
+        body = [NETS_WITHIN[name](), keras.layers.ReLU(), NETS_WITHIN[name]()]
+        head = [keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(3)]
+        model = keras.Sequential([keras.Input((8, 8, 16)), *body, *head])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1), loss)
+        model.fit(x, labels, batch_size=16, epochs=2, shuffle=False, verbose=0)
+        taken.append(None)
+        model.predict(x, verbose=0)
+        weights.append(model.get_weights())
+    fitting = taken[: taken.index(None)]
+    assert "compiled" in fitting
+    assert "compiled" not in taken[taken.index(None) :]  # predicting, or told otherwise
+    for ours, expected in zip(*weights, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+def test_layers_share_what_is_compiled():
+    import tensorflow as tf
+
+    programs = []
+    for _ in range(2):
+        layer = layers.LayerNormalization()
+        layer.build((None, 64, 512))
+        graph = tf.function(lambda x, f=layer: f(x, training=True)).get_concrete_function(
+            tf.TensorSpec([None, 64, 512])
+        )
+        calls = [op for op in graph.graph.get_operations() if "PartitionedCall" in op.type]
+        programs.append([op.get_attr("f").name for op in calls])
+    assert len(programs[0]) == 1
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+    monkeypatch.setattr("keras_norm.autodiff.can_compile", lambda: False)
+    kernels._decided_within.cache_clear()
+    taken = kernels.choose_within("layer_normalization", (64, 999), "float32", training=True)
+    kernels._decided_within.cache_clear()
+    assert taken == "products"
+
+
+def test_small_arrays_and_unknown_sizes_are_not_compiled():
+    def taken(*shape, function="layer_normalization"):
+        return kernels.choose_within(function, shape, "float32", training=True)
+
+    assert "compiled" not in (taken(64, 64), taken(None, 128), taken(None, None, 512))
+    assert taken(None, None, None, 64, function="group_normalization") != "compiled"
+    if BACKEND == "tensorflow":
+        assert taken(None, 512) == taken(256, 120) == taken(None, 128, 256) == "compiled"
 
 
 COMPILED = {
