@@ -231,7 +231,7 @@ def taken(kind, shape, mode, dtype):
     if function != "batch_normalization":
         return kernels.choose_within(function, shape, dtype, training=mode == "training")
     if mode == "training":
-        return kernels.choose(shape, dtype)
+        return kernels.choose(shape, dtype, training=True)
     return kernels.choose_within("normalize", shape, dtype)
 
 

@@ -101,7 +101,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import tensorflow as tf
 
     options = {"jit_compile": True, "autograph": False, "reduce_retracing": True}
-    return tf.function(function, **options)
+    program = tf.function(function, **options)
+
+    @functools.wraps(function)
+    def call(*arrays: Array | None) -> Any:
+        # Within the gradient of `tf.cond`, an operation can take what the branch has computed, and
+        # the call of a function cannot.
+        return program(*(None if x is None else tf.identity(x) for x in arrays))
+
+    return call
 
 
 @functools.lru_cache(maxsize=1)

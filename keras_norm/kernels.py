@@ -4,7 +4,8 @@
     composed         the function of the same name in `functional`: keras.ops, any backend, shape
                      and dtype; compiled by XLA on JAX
     fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision, for
-                     means that are not far from 0 (see FARTHEST_MEAN);
+                     means that are not far from 0 (see FARTHEST_MEAN); oneDNN's is the quickest,
+                     Eigen's loses to `compiled`;
                      `normalize`: its inference mode, narrow rows laid side by side as below
     folded           TensorFlow, JAX: sums as products of matrices with ones; rows of few channels
                      are first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
@@ -17,9 +18,8 @@
     products         layer and RMS normalization: forward, sums of x less the mean of an example's
                      first sixteenth; backward, the sums over an example and over the examples as
                      products of matrices with gamma and with ones; x is kept
-    compiled         TensorFlow without a GPU, in training: the halves of layer, RMS, group and
-                     instance normalization, forward and backward, as one program each, which XLA
-                     compiles when it first meets arrays of these shapes
+    compiled         TensorFlow without a GPU, in training: forward and backward as one program
+                     each, which XLA compiles when it first meets arrays of these shapes
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
@@ -38,6 +38,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -75,6 +76,8 @@ CHANNELS_OF_BFLOAT16 = 16
 FARTHEST_MEAN = 30.0
 # So many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
+# And so many for XLA, which adds vectors to vectors.
+COLUMNS_COMPILED = 16
 # Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
 # sweeps that it saves.
 FEWEST_ELEMENTS_FUSED = 2**18
@@ -89,13 +92,18 @@ ROWS_AT_ONCE = 2**14
 # the mean.
 SAMPLED = 16
 # Halves are added to halves until so many are left.
-SHORTEST_SUM = 16
+SHORTEST_SUM = 8
 # So many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
 
 
 def choose(
-    shape: Sequence[int | None], dtype: str, *, axis: Axis = -1, weighted: bool = False
+    shape: Sequence[int | None],
+    dtype: str,
+    *,
+    axis: Axis = -1,
+    weighted: bool = False,
+    training: bool = False,
 ) -> str:
     """The implementation that `batch_normalization` takes when none is asked for.
 
@@ -104,6 +112,7 @@ def choose(
         dtype: of the input, such as "float32".
         axis: as in `functional.batch_normalization`.
         weighted: whether there are weights (a mask).
+        training: as in `batch_normalization`.
 
     Returns:
         A key of `IMPLEMENTATIONS`.
@@ -112,11 +121,16 @@ def choose(
         >>> choose((256, 32, 32, 64), "float64", weighted=True)
         'composed'
     """
-    return _choose(shape, dtype, axis, weighted, on_gpu())
+    return _choose(shape, dtype, axis, weighted, training, on_gpu())
 
 
 def _choose(
-    shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool, accelerated: bool
+    shape: Sequence[int | None],
+    dtype: str,
+    axis: Axis,
+    weighted: bool,
+    training: bool,
+    accelerated: bool,
 ) -> str:
     forced = _forced()
     if forced in IMPLEMENTATIONS and _can(forced, shape, dtype, axis, weighted):
@@ -138,9 +152,33 @@ def _choose(
         return "folded" if len(shape) == 2 else "staged"
     known = math.prod(size or 1 for size in shape)
     large = len(shape) > 2 or known >= FEWEST_ELEMENTS_FUSED
-    if large and channels >= FEWEST_CHANNELS_FUSED and _is_quick_fused(channels, dtype):
+    suits = large and channels >= FEWEST_CHANNELS_FUSED and _is_quick_fused(channels, dtype)
+    if suits and _fused_by() == "oneDNN":
         return "fused"
-    return "folded"
+    if training and _pays_to_compile(shape) and autodiff.can_compile():
+        return "compiled"
+    return "fused" if suits else "folded"
+
+
+@functools.lru_cache(maxsize=1)
+def _fused_by() -> str:
+    """Whose kernel TensorFlow's fused one is on this CPU.
+
+    TensorFlow takes oneDNN's by itself where there are AVX-512's later instructions, for which it
+    was written, and elsewhere when TF_ENABLE_ONEDNN_OPTS=1 tells it to.
+    """
+    try:
+        from tensorflow.python.util import _pywrap_util_port
+
+        if not _pywrap_util_port.IsMklEnabled():
+            return "Eigen"
+    except (ImportError, AttributeError):
+        return "Eigen"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "oneDNN"
+    return "oneDNN" if "avx512" in flags else "oneDNN without AVX-512"
 
 
 def _is_half_here(dtype: str) -> bool:
@@ -167,17 +205,19 @@ def _forced() -> str | None:
     return name
 
 
-def choose_for(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> str:
+def choose_for(
+    x: Array, *, axis: Axis = -1, weights: Array | None = None, training: bool = False
+) -> str:
     """`choose` for an array: the implementation that `batch_normalization` takes for it.
 
     Args:
-        x, axis, weights: as in `batch_normalization`.
+        x, axis, weights, training: as in `batch_normalization`.
 
     Returns:
         A key of `IMPLEMENTATIONS`.
     """
     dtype = dtype_name(x.dtype)
-    return _choose(tuple(x.shape), dtype, axis, weights is not None, on_gpu(x))
+    return _choose(tuple(x.shape), dtype, axis, weights is not None, training, on_gpu(x))
 
 
 def on_gpu(x: Array | None = None) -> bool:
@@ -219,12 +259,15 @@ def batch_normalization(
     axis: Axis = -1,
     epsilon: float = 1e-3,
     weights: Array | None = None,
+    training: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, Array, Array]:
     """As `functional.batch_normalization`, on the implementation that `choose` names.
 
     Args:
         x, gamma, beta, axis, epsilon, weights: as there.
+        training: bool, whether this is a step of training, of which many will follow, so that it
+            pays to compile it (TensorFlow). The numbers are the same to rounding.
         implementation: a key of `IMPLEMENTATIONS`, to force one. Default: what `choose` names.
 
     Returns:
@@ -243,7 +286,7 @@ def batch_normalization(
     functional.check_epsilon(epsilon)
     x = tensor(x)
     if implementation is None:
-        implementation = choose_for(x, axis=axis, weights=weights)
+        implementation = choose_for(x, axis=axis, weights=weights, training=training)
     else:
         dtype = dtype_name(x.dtype)
         _check(implementation, tuple(x.shape), dtype, axis, weights is not None)
@@ -324,6 +367,7 @@ def _check(
             f"implementation={implementation!r} needs the backend {' or '.join(wanted)}, channels "
             "on one axis of known size"
             + ("" if implementation == "native" else ", the last one")
+            + (", known sizes of an example" if implementation == "compiled" else "")
             + ", and no weights"
             + (", and no float64" if implementation == "fused" else "")
             + ("" if keras.backend.backend() == "tensorflow" else ", and float32 or float64")
@@ -333,6 +377,7 @@ def _check(
 
 
 _BACKENDS = {
+    "compiled": ("tensorflow",),
     "fused": ("tensorflow",),
     "folded": ("tensorflow", "jax"),
     "native": ("torch",),
@@ -358,6 +403,7 @@ def _can(
         and not (implementation == "fused" and dtype == "float64")
         and (backend == "tensorflow" or dtype in ("float32", "float64"))
         and not (implementation == "staged" and None in shape)
+        and not (implementation == "compiled" and None in shape[1:])
     )
 
 
@@ -498,13 +544,13 @@ def _folded(
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
 
 
-def _folds(shape: Sequence[int | None], channels: int) -> int:
+def _folds(shape: Sequence[int | None], channels: int, wanted: int = COLUMNS_FOLDED) -> int:
     """How many rows are laid side by side: a power of 2 that divides what is known of them."""
     known = 1
     for size in shape[1:-1]:
         known *= size or 1
     folds = 1
-    while folds * channels < COLUMNS_FOLDED and known % (2 * folds) == 0:
+    while folds * channels < wanted and known % (2 * folds) == 0:
         folds *= 2
     return folds
 
@@ -789,7 +835,106 @@ def _run(rows: int) -> int:
     return next((run for run in range(LONGEST_RUN, 7, -1) if rows % run == 0 and run < rows), 1)
 
 
+# TensorFlow: compiled by XLA ----------------------------------------------------------------------
+
+
+def _sum_by_halves(v: Array) -> Array:
+    """(N, P, C) -> (N, 1, C), P known: half the positions added to the other half, and so on.
+
+    Vector to vector, so that XLA makes one loop of it; and partial sums round less.
+    """
+    while (size := v.shape[1]) % 2 == 0 and size > SHORTEST_SUM:
+        v = v[:, : size // 2] + v[:, size // 2 :]
+    return ops.sum(v, axis=1, keepdims=True)
+
+
+def _compiled_batch(
+    x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
+) -> tuple[Array, Array, Array]:
+    forward, backward = _halves_of_batch(
+        tuple(x.shape[1:]),
+        functional.compute_dtype(x),
+        epsilon,
+        gamma is not None,
+        beta is not None,
+    )
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_of_batch(
+    sizes: tuple[int, ...], dtype: str, epsilon: float, scales: bool, shifts: bool
+) -> tuple[Any, Any]:
+    """Forward and backward for `custom_vjp`, a program each. `sizes` are those of an example."""
+    channels, positions = sizes[-1], math.prod(sizes[:-1])
+    folds = _folds((None, *sizes), channels, COLUMNS_COMPILED) if len(sizes) > 1 else 1
+    columns = folds * channels
+
+    def fold(v: Array) -> Array:
+        """(N, ..., C) -> (N, P / f, f C), rows side by side; (N, C) -> (1, N, C) of a known N."""
+        v = ops.cast(v, dtype)
+        rows = positions // folds if len(sizes) > 1 or v.shape[0] is None else v.shape[0]
+        return ops.reshape(v, (-1, rows, columns)) if rows else v[:, None]
+
+    def like(x: Array, z: Array) -> Array:
+        return ops.reshape(ops.cast(z, x.dtype), ops.shape(x))
+
+    def total(z: Array) -> Array:
+        """-> (C,)"""
+        return ops.sum(ops.reshape(_sum_by_halves(z), (-1, channels)), axis=0)
+
+    def spread(v: Array) -> Array:
+        return ops.tile(v, folds) if folds > 1 else v  # (C,) -> (f C,)
+
+    def elements(z: Array) -> Array:
+        """How many each channel has; 1 for none."""
+        examples, rows, _ = ops.shape(z)
+        return ops.maximum(ops.cast(examples * rows * folds, dtype), 1)
+
+    def some(z: Array) -> Array:
+        """A sixteenth, whose mean is within four standard deviations of that of all."""
+        examples, rows, _ = ops.shape(z)
+        if isinstance(rows, int) and rows > 1:
+            return z[:, : -(-rows // SAMPLED)]
+        return z[: (examples + SAMPLED - 1) // SAMPLED]
+
+    def normalized(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, ...]:
+        z = fold(x)
+        n, few = elements(z), some(z)
+        near = total(few) / elements(few)
+        z = z - spread(near)
+        rest = total(z) / n
+        variance = ops.relu(total(z * z) / n - rest * rest)  # (B2)
+        inv_std = ops.rsqrt(variance + epsilon)  # (B3)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        y = (z - spread(rest)) * spread(scale)  # (B4)
+        y = y if beta is None else y + spread(ops.cast(beta, dtype))  # (B5)
+        return like(x, y), near + rest, variance, inv_std  # (B1)
+
+    def gradients(
+        dy: Array, x: Array, gamma: Array | None, mean: Array, inv_std: Array
+    ) -> tuple[Array, Array | None, Array | None]:
+        g, z = fold(dy), fold(x) - spread(mean)
+        dbeta, dgamma = total(g), total(g * z) * inv_std  # (B6) (B7)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        n = elements(g)
+        dx = g - spread(dbeta / n) - z * spread(dgamma * inv_std / n)
+        dx = like(dy, dx * spread(scale))  # (B8) (B9) (B10)
+        return dx, dgamma if scales else None, dbeta if shifts else None
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        y, mean, variance, inv_std = autodiff.compiled(normalized)(x, gamma, beta)
+        return (y, mean, variance), (x, gamma, mean, inv_std)
+
+    def backward(residuals: Any, upstream: Any) -> Any:
+        return autodiff.compiled(gradients)(upstream[0], *residuals)
+
+    return forward, backward
+
+
 IMPLEMENTATIONS: dict[str, Any] = {
+    "compiled": _compiled_batch,
     "composed": functional.batch_normalization,
     "fused": _fused,
     "folded": _folded,
@@ -1119,8 +1264,7 @@ def layer_normalization(
 
     Args:
         x, gamma, beta, axis, epsilon, rms_scaling: as there. With `rms_scaling` always composed.
-        training: bool, whether this is a step of training, of which many will follow, so that it
-            pays to compile it (TensorFlow). The numbers are the same.
+        training: as in `batch_normalization`.
         implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
             "native" on PyTorch). Default: what `choose_within` names.
 
@@ -1186,7 +1330,7 @@ def rms_normalization(
 
     Args:
         x, gamma, axis, epsilon: as there.
-        training: as in `layer_normalization`.
+        training: as in `batch_normalization`.
         implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
             "native" on PyTorch). Default: what `choose_within` names.
 
@@ -1313,16 +1457,6 @@ def _halves_of_products(
     return forward, backward
 
 
-def _sum_by_halves(v: Array) -> Array:
-    """(N, P, C) -> (N, 1, C), P known: half the positions added to the other half, and so on.
-
-    Vector to vector, so that XLA makes one loop of it; and partial sums round less.
-    """
-    while (size := v.shape[1]) % 2 == 0 and size > SHORTEST_SUM:
-        v = v[:, : size // 2] + v[:, size // 2 :]
-    return ops.sum(v, axis=1, keepdims=True)
-
-
 @functools.lru_cache(maxsize=1024)
 def _halves_of_rows(
     rank: int,
@@ -1407,7 +1541,7 @@ def group_normalization(
 
     Args:
         x, gamma, beta, groups, axis, epsilon: as there.
-        training: as in `layer_normalization`.
+        training: as in `batch_normalization`.
         implementation: "composed", "by_channel" or, on TensorFlow, "compiled" ("composed" or
             "native" on PyTorch). Default: what `choose_within` names.
 
@@ -1448,7 +1582,7 @@ def instance_normalization(
 
     Args:
         x, gamma, beta, axis, epsilon: as there.
-        training: as in `layer_normalization`.
+        training: as in `batch_normalization`.
         implementation: "composed", "by_channel" or, on TensorFlow, "compiled" ("composed" or
             "native" on PyTorch). Default: what `choose_within` names.
 

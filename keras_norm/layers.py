@@ -394,9 +394,9 @@ class BatchNormalization(MovingStatistics):
         options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon, "weights": weights}
         ghost = self.virtual_batch_size is not None and updates
         if not ghost and use_moving is False:
-            return kernels.batch_normalization(x, gamma, beta, **options)
+            return kernels.batch_normalization(x, gamma, beta, **options, training=updates)
         if not ghost and kernels.choose_for(x, axis=self.axis, weights=weights) != "composed":
-            return self._normalize_by_kernel(x, gamma, beta, use_moving)
+            return self._normalize_by_kernel(x, gamma, beta, use_moving, updates)
         if use_moving is not False:
             options["given"] = self.moving_mean, self.moving_variance
             options["use_given"] = use_moving
@@ -406,13 +406,13 @@ class BatchNormalization(MovingStatistics):
         return functional.ghost_batch_normalization(x, gamma, beta, **options)
 
     def _normalize_by_kernel(
-        self, x: Array, gamma: Any, beta: Any, use_moving: Any
+        self, x: Array, gamma: Any, beta: Any, use_moving: Any, updates: bool
     ) -> tuple[Array, Array, Array]:
         """A kernel normalizes by the statistics it takes: the switch chooses between two paths."""
         where: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
 
         def by_batch() -> tuple[Array, Array, Array]:
-            return kernels.batch_normalization(x, gamma, beta, **where)
+            return kernels.batch_normalization(x, gamma, beta, **where, training=updates)
 
         def by_moving() -> tuple[Array, Array, Array]:
             moving = self.moving_mean, self.moving_variance

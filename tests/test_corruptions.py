@@ -44,7 +44,8 @@ def test_every_kind(kind):
     np.testing.assert_array_equal(x, before)
     np.testing.assert_array_equal(y, corrupt(x, kind, 5, seed=3))
     assert np.array_equal(y, corrupt(x, kind, 5, seed=4)) == (kind not in DRAWN)
-    np.testing.assert_array_equal(y[:4], corrupt(x[:4], kind, 5, seed=3))
+    # Of the same images among others, to rounding: vectors may begin elsewhere.
+    np.testing.assert_allclose(y[:4], corrupt(x[:4], kind, 5, seed=3), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

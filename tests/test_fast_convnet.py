@@ -94,6 +94,7 @@ def taps(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_the_fast_convolution_is_keras_own_with_the_same_gradients(options, dtype, taps):
     theirs, ours = both_convolutions(2, 4, dtype, **options)
+    exact, _ = both_convolutions(2, 4, "float32", **options)
     rng = np.random.default_rng(2)
     x, mix = rng.normal(size=(5, 6, 4, 2)), rng.normal(size=(5, 6, 4, 4))
     x, mix = x.astype("float32"), ops.convert_to_tensor(mix.astype("float32"))
@@ -101,7 +102,8 @@ def test_the_fast_convolution_is_keras_own_with_the_same_gradients(options, dtyp
     def product(layer, **how):
         return lambda x: ops.sum(ops.cast(layer(x, **how), "float32") * mix)
 
-    expected = gradients(product(theirs), [x], variables=theirs.trainable_variables)
+    # In float32: the gradient of Keras's layer in bfloat16 is off by 3% on a CPU without AVX-512.
+    expected = gradients(product(exact), [x], variables=exact.trainable_variables)
     assert not taps
     found = gradients(product(ours, training=True), [x], variables=ours.trainable_variables)
     assert len(taps) == (BACKEND == "tensorflow")

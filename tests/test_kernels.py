@@ -13,7 +13,7 @@ pytestmark = pytest.mark.core
 
 BACKEND = keras.backend.backend()
 POSSIBLE = {
-    "tensorflow": ["composed", "fused", "folded"],
+    "tensorflow": ["composed", "compiled", "fused", "folded"],
     "jax": ["composed", "folded", "staged"],
     "torch": ["composed", "native"],
 }[BACKEND]
@@ -406,7 +406,9 @@ def test_what_cannot_be_done_within_an_example_is_said():
             kernels.instance_normalization(x.astype("float16"), implementation=instance)
 
 
-NETS_WITHIN = {
+TRAINED = {
+    "batch": lambda: layers.BatchNormalization(momentum=0.9),
+    "batch, switched": lambda: layers.BatchNormalization(use_batch_statistics=True),
     "layer": layers.LayerNormalization,
     "rms": layers.RMSNormalization,
     "group": lambda: layers.GroupNormalization(groups=4),
@@ -415,25 +417,29 @@ NETS_WITHIN = {
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
-@pytest.mark.parametrize("name", NETS_WITHIN)
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_is_the_same_compiled(name, monkeypatch):
     """`fit`, whose batch size is not known when it is traced; the last batch is smaller."""
     rng = np.random.default_rng(7)
-    x, labels = rng.standard_normal((40, 8, 8, 16)).astype("float32"), rng.integers(0, 3, 40)
+    x, labels = rng.standard_normal((40, 8, 8, 8)).astype("float32"), rng.integers(0, 3, 40)
     weights, taken = [], []
 
-    def recorded(*arguments):
-        taken.append(decided(*arguments))
-        return taken[-1]
+    def recorded(function):
+        def record(*arguments):
+            taken.append(function(*arguments))
+            return taken[-1]
 
-    decided = kernels._decided_within
-    monkeypatch.setattr(kernels, "_decided_within", recorded)
+        return record
+
+    for name_of_choice in ("_choose", "_decided_within"):
+        function = getattr(kernels, name_of_choice)
+        monkeypatch.setattr(kernels, name_of_choice, recorded(function))
     for implementation in ("", "composed"):
         monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", implementation)
         keras.utils.set_random_seed(0)
-        body = [NETS_WITHIN[name](), keras.layers.ReLU(), NETS_WITHIN[name]()]
+        body = [TRAINED[name](), keras.layers.ReLU(), TRAINED[name]()]
         head = [keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(3)]
-        model = keras.Sequential([keras.Input((8, 8, 16)), *body, *head])
+        model = keras.Sequential([keras.Input((8, 8, 8)), *body, *head])
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(0.1), loss)
         model.fit(x, labels, batch_size=16, epochs=2, shuffle=False, verbose=0)
@@ -445,6 +451,44 @@ def test_training_is_the_same_compiled(name, monkeypatch):
     assert "compiled" not in taken[taken.index(None) :]  # predicting, or told otherwise
     for ours, expected in zip(*weights, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+@pytest.mark.parametrize("within", ["condition", "loop", "map"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if "," not in name])
+def test_compiled_within_control_flow(name, within):
+    import tensorflow as tf
+
+    layer = TRAINED[name]()
+    x = tf.constant(np.random.default_rng(8).standard_normal((2, 16, 8, 8, 16)), "float32")
+    layer.build(x.shape[1:])
+
+    def call(z, training):
+        return (
+            layer(z, training=training)
+            if name != "batch"
+            else kernels.batch_normalization(z, layer.gamma, layer.beta, training=training)[0]
+        )
+
+    def gradient(training):
+        @tf.function
+        def of(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                if within == "condition":
+                    y = tf.cond(tf.size(x) > 0, lambda: call(x[0], training), lambda: x[0])
+                elif within == "loop":
+                    y = x[0]
+                    for _ in tf.range(2):
+                        y = call(2 * y, training)
+                else:
+                    y = tf.vectorized_map(lambda z: call(z, training), x)
+                total = tf.reduce_sum(y**3)
+            return tape.gradient(total, x)
+
+        return array(of(x))
+
+    np.testing.assert_allclose(gradient(True), gradient(False), atol=1e-3)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
