@@ -94,13 +94,16 @@ test-implementations: .venv/installed
 			.venv/bin/python $(PYTEST) $(LAYER_TESTS) $(ARGS) || exit 1; \
 	done
 
+# As TensorFlow is by itself: whether with oneDNN is its own choice there.
+BENCH := env -u TF_ENABLE_ONEDNN_OPTS KERAS_BACKEND=tensorflow .venv/bin/python
+
 bench: .venv/installed
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/layers.py --layers batch layer rms group $(ARGS)
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/training.py
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/memory.py --layers batch layer rms group
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/activation.py
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/convolution.py
-	@KERAS_BACKEND=tensorflow .venv/bin/python benchmarks/imports.py
+	@$(BENCH) benchmarks/layers.py --layers batch layer rms group $(ARGS)
+	@$(BENCH) benchmarks/training.py
+	@$(BENCH) benchmarks/memory.py --layers batch layer rms group
+	@$(BENCH) benchmarks/activation.py
+	@$(BENCH) benchmarks/convolution.py
+	@$(BENCH) benchmarks/imports.py
 
 results: .venv/installed
 	@.venv/bin/python docs/report.py

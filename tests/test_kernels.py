@@ -191,6 +191,28 @@ def test_the_table(monkeypatch):
     assert kernels.choose(shape, "float32", axis=(1, 3)) == "composed"
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+@pytest.mark.parametrize("library", ["oneDNN", "oneDNN without AVX-512", "Eigen"])
+def test_the_table_in_training(library, monkeypatch):
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+    monkeypatch.setattr(kernels, "_fused_by", lambda: library)
+
+    def taken(*shape, dtype="float32"):
+        return kernels.choose(shape, dtype, training=True)
+
+    fused = "fused" if library == "oneDNN" else "compiled"
+    assert taken(256, 32, 32, 64) == taken(None, 8, 8, 256) == taken(1024, 1024) == fused
+    assert taken(256, 24, 24, 6) == taken(None, 24, 24, 6) == taken(256, 84) == "compiled"
+    assert taken(256, 32, 32, 64, dtype="bfloat16") == fused
+    assert taken(256, 32, 32, 64, dtype="float64") == "compiled"
+    assert taken(None, None, None, 64) == "fused"
+    assert taken(None, None, None, 6) == taken(None, 100) == "folded"
+
+
+def test_whose_the_fused_kernel_is():
+    assert kernels._fused_by() in ("oneDNN", "oneDNN without AVX-512", "Eigen")
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="bfloat16 is composed there")
 def test_the_table_for_bfloat16(monkeypatch):
     """The fused kernel takes multiples of 16 channels quickly, and no others."""
