@@ -21,8 +21,6 @@ unexport PYTHONDONTWRITEBYTECODE
 # As many processes as there are cores; `make test WORKERS=0` for one, to debug in.
 WORKERS ?= auto
 PYTEST := -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
-# Processes side by side need not share out what each of them does: a fifth of the time.
-ONE_THREAD := TF_NUM_INTRAOP_THREADS=1
 # As TensorFlow is by itself: with oneDNN or not is its own choice there.
 BENCH := env -u TF_ENABLE_ONEDNN_OPTS KERAS_BACKEND=tensorflow .venv/bin/python
 
@@ -66,7 +64,7 @@ lint: .venv/installed
 	@echo "lint, format and types: no findings"
 
 test: lint
-	@KERAS_BACKEND=tensorflow $(ONE_THREAD) .venv/bin/python $(PYTEST) $(ARGS)
+	@KERAS_BACKEND=tensorflow .venv/bin/python $(PYTEST) $(ARGS)
 
 test-backends:
 	@$(MAKE) --no-print-directory -j2 .venv-jax/installed .venv-torch/installed
@@ -94,7 +92,7 @@ LAYER_TESTS := tests/test_kernels.py tests/test_batch_normalization.py \
 test-implementations: .venv/installed
 	@for name in composed folded fused products compiled by_channel; do \
 		echo "KERAS_NORM_IMPLEMENTATION=$$name"; \
-		KERAS_NORM_IMPLEMENTATION=$$name KERAS_BACKEND=tensorflow $(ONE_THREAD) \
+		KERAS_NORM_IMPLEMENTATION=$$name KERAS_BACKEND=tensorflow \
 			.venv/bin/python $(PYTEST) $(LAYER_TESTS) $(ARGS) || exit 1; \
 	done
 

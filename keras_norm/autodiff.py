@@ -80,10 +80,9 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays as one program, which XLA compiles; on TensorFlow only.
 
-    It is compiled when it first runs with arguments of these shapes (a tenth to a half of a
-    second), inside of another compiled function, too, and differentiable like any other. Those
-    who pass the same function share what was compiled: hand over one that is kept, not one that
-    is made for each call.
+    It is compiled when it first runs with arguments of these shapes, inside of another compiled
+    function, too, and differentiable like any other. Those who pass the same function share what
+    was compiled: hand over one that is kept, not one that is made for each call.
 
     Args:
         function: of arrays or None, returning a nest of them; Keras's operations, no variables.

@@ -1092,8 +1092,8 @@ def are_finite(*arrays: Array) -> Any:
 
 # Within each example ------------------------------------------------------------------------------
 
-# Of fewer elements a step gains less than the compiler takes for it in thousands of steps. A batch
-# of unknown size counts as Keras's default for it.
+# Of fewer elements a step has too little to gain to wait for the compiler. A batch of unknown size
+# counts as Keras's default for it.
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
 
@@ -1244,6 +1244,7 @@ def _chosen(
             f"implementation={implementation!r} needs "
             + _NEEDS["fused" if fast == "fused" else function]
             + (", and float32 or float64" if fast == "native" else "")
+            + (", known sizes of an example" if implementation == "compiled" else "")
             + f". Received: shape={shape}, axis={axis!r}, dtype={dtype!r}. Leave it to None."
         )
     return implementation
@@ -1469,9 +1470,8 @@ def _halves_of_rows(
 ) -> tuple[Any, Any]:
     """As `_halves_of_products`, for XLA: two programs.
 
-    XLA fuses all that is done to single elements, is slow at the sum over a row, which it adds
-    up in order, and quick at that over the rows, where it adds rows to rows. A product over the
-    rows would read the columns of an array whose rows may lie a multiple of 4096 bytes apart.
+    XLA fuses all that is done to single elements. The sum over a row is quicker as a product, that
+    over the rows as a sum: as a product it is slow for rows of 1024 elements.
     """
     rows = _Rows(rank, sizes, dtype)
 
