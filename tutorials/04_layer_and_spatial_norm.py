@@ -274,7 +274,7 @@ data = datasets.load_or_digits(
 print(data)
 PIXELS = (255 * data.std).astype("float32")  # standardized -> 0 to 255 less the mean image
 VALIDATION = 250 if data.fallback else 1000
-seeds = arguments.seed_range(fast=2, default=3, full=5)
+seeds = arguments.seed_range(fast=1, default=3, full=5)
 context = {"data": data.title, "images": len(data.train), "validation": VALIDATION}
 run = functools.partial(
     experiments.run,

@@ -200,7 +200,7 @@ to the base, each keeping those before.
 EPOCHS = arguments.choose(fast=5, default=6, full=6)
 IMAGES = arguments.choose(fast=900, default=3000, full=6400)
 IMAGES = min(IMAGES, len(data.train) * 9 // 10)
-seeds = arguments.seed_range(fast=2, default=3, full=3)
+seeds = arguments.seed_range(fast=1, default=3, full=3)
 
 BASE = {
     "recipe": "base",
