@@ -1,7 +1,9 @@
 """What every test and doctest needs, on every backend."""
 
+import gc
 import os
 import sys
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # the gradient checks are in float64
@@ -31,6 +33,37 @@ def pytest_collection_modifyitems(items):
         of_package = isinstance(item, pytest.DoctestItem) and item.path.suffix == ".py"
         if of_package and item.path.stem not in NOT_CORE:
             item.add_marker("core")
+
+
+def pytest_collection_finish(session):
+    spread = getattr(session.config.option, "loadgroup", False)
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if spread and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError("pytest-xdist does not keep groups together with this pytest")
+    gc.collect()
+    gc.freeze()  # what has been imported need not be looked through again
+
+
+SECONDS_BETWEEN_COLLECTIONS = 20
+
+
+@pytest.fixture(autouse=True, scope="session")
+def collected():
+    """When garbage was last collected."""
+    return [time.monotonic()]
+
+
+@pytest.fixture(autouse=True)
+def little_garbage(collected):
+    """Models are full of reference cycles; with one goes the iterator over its data.
+
+    TensorFlow can wait for an iterator as long as it has lived, up to a minute: its thread may
+    miss the call to end. So none grows old.
+    """
+    yield
+    if time.monotonic() - collected[0] > SECONDS_BETWEEN_COLLECTIONS:
+        gc.collect()
+        collected[0] = time.monotonic()
 
 
 @pytest.fixture(autouse=True)

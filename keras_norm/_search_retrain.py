@@ -181,6 +181,7 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
     import keras
 
     from keras_norm import _search_trial as trial
+    from keras_norm import models
 
     settings, folder = Settings.of(spec["settings"]), Path(spec["folder"])
     seed = trial.trial_seed(settings, 10_000 * (spec["seed"] + 1) + spec["number"])
@@ -205,7 +206,7 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
     batches = data.train.batches(candidate.batch_size, seed=seed, augment=candidate.augment)
     batches.epoch = len(history)
     if len(history) < settings.epochs:
-        trial.make_variables(model, data)
+        models.make_variables(model, data.train.x, data.train.y)
         model.fit(
             batches,
             initial_epoch=len(history),

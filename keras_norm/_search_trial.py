@@ -24,7 +24,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_norm import datasets, statistics
+from keras_norm import datasets, models, statistics
 from keras_norm._kinds import has_statistics
 from keras_norm._search_process import Channel, can_fork
 from keras_norm._search_settings import (
@@ -54,7 +54,6 @@ __all__ = [
     "load",
     "load_state",
     "make_candidate",
-    "make_variables",
     "measure",
     "preload",
     "reestimated",
@@ -225,21 +224,6 @@ def _variables(model: keras.Model) -> list[Any]:
     return [*own, *model.optimizer.variables]
 
 
-def make_variables(model: keras.Model, data: datasets.Data) -> None:
-    """Makes the variables of the optimizer and the metrics, which `fit` would make while it traces.
-
-    TensorFlow traces a step a second time when the first trace has made variables, and to trace
-    is half of what a short training costs. Nothing else changes, least of all a random state.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return
-    model.optimizer.build(model.trainable_variables)
-    outputs = model.compute_output_spec(keras.KerasTensor((None, *data.input_shape)))
-    zeros = keras.tree.map_structure(lambda o: np.zeros((1, *o.shape[1:]), o.dtype), outputs)
-    model.compute_metrics(data.train.x[:1], data.train.y[:1], zeros)
-    model.reset_metrics()
-
-
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process works on this trial, such as one that is being killed."""
@@ -319,7 +303,7 @@ class Trial:
         held_out = data.validation
         if held_out is None:
             raise TrialError("there are no validation images")
-        make_variables(self.model, data)
+        models.make_variables(self.model, data.train.x, data.train.y)
         self.model.fit(
             batches,
             initial_epoch=done,

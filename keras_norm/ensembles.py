@@ -97,6 +97,7 @@ def train_together(
     stacked.require_same(models, order[0][0])
     losses = _LossOfEach(len(models))
     stacked.net.compile(optimizer, _SumOfMeans(), metrics=[losses], jit_compile="auto")
+    optimizer.build(stacked.net.trainable_variables)  # see `models.make_variables`
     history = stacked.net.fit(
         order, epochs=epochs, callbacks=list(callbacks), shuffle=False, verbose=0
     ).history

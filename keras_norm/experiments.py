@@ -1801,6 +1801,10 @@ def train_on_arrays(
             "The model must be compiled: its loss and optimizer train it. "
             f"Received: {getattr(model, 'name', model)!r}. Call model.compile(optimizer, loss)."
         )
+    if not model.optimizer.built:
+        from keras_norm import models
+
+        models.make_variables(model, x, y)
     rng = np.random.default_rng(seed)
     history: dict[str, list[float]] = {}
     losses: list[float] = []  # of each example in its step

@@ -399,6 +399,7 @@ def train(
         metrics=["accuracy"],
     )
     x, y = data.train.x, np.eye(data.classes, dtype="float32")[data.train.y]
+    models.make_variables(model, x, y)
     if _batches_on_device():
         x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
     batches = datasets.Batches(

@@ -1075,6 +1075,8 @@ def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
     class Recorder:
         compiled = True
 
+        optimizer = types.SimpleNamespace(built=True)
+
         def __init__(self):
             self.seen = []
 

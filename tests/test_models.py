@@ -8,8 +8,8 @@ import pytest
 from arrays import array
 from keras import ops
 
+from keras_norm import datasets, optimizers, research
 from keras_norm import layers as ours
-from keras_norm import optimizers, research
 from keras_norm.models import (
     CNN,
     MLP,
@@ -19,6 +19,7 @@ from keras_norm.models import (
     TwoLayerNet,
     WideMLP,
     make_normalization,
+    make_variables,
     restart,
     swap_normalization,
 )
@@ -319,9 +320,12 @@ def test_restarted_model_trains_like_a_new_one():
     assert int(net.optimizer.iterations) == 8
 
 
-def test_restart_needs_an_optimizer():
-    with pytest.raises(ValueError, match="without an optimizer"):
-        restart(MLP([4], None, input_shape=(4,)), seed=0)
+def test_an_optimizer_is_needed():
+    net = MLP([4], None, input_shape=(4,))
+    with pytest.raises(ValueError, match=r"`restart`.*without an optimizer"):
+        restart(net, seed=0)
+    with pytest.raises(ValueError, match=r"`make_variables`.*without an optimizer"):
+        make_variables(net, np.ones((1, 4)), np.ones(1))
 
 
 def test_restart_refuses_a_new_rate_where_a_schedule_sets_it():
@@ -334,3 +338,36 @@ def test_restart_refuses_a_new_rate_where_a_schedule_sets_it():
         np.testing.assert_array_equal(array(a), b)
     restart(net, seed=123)
     assert any((array(a) != b).any() for a, b in zip(net.weights, before, strict=True))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="makes them itself")
+def test_a_training_step_is_traced_once():
+    """Keras would make the variables of optimizer and metrics in a first trace of two."""
+    traces = []
+
+    class Traced(keras.layers.Layer):
+        def call(self, x):
+            traces.append(x.shape)
+            return x
+
+    data = datasets.load("digits", subset={"train": 64}, validation=0.1)
+    model = keras.Sequential(
+        [
+            keras.Input(data.input_shape),
+            Traced(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5, seed=1),
+            keras.layers.Dense(data.classes),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(), loss, metrics=["accuracy"], jit_compile=False)
+    before = [np.array(v) for layer in model.layers for v in layer.variables]
+    make_variables(model, data.train.x, data.train.y)
+    after = [np.array(v) for layer in model.layers for v in layer.variables]
+    for old, new in zip(before, after, strict=True):  # weights, and the state of the dropout
+        np.testing.assert_array_equal(old, new)
+    assert all(float(value) == 0 for value in model.get_metrics_result().values())
+    traces.clear()
+    model.fit(data.train.batches(32), epochs=2, shuffle=False, verbose=0)
+    assert len(traces) == 1

@@ -8,9 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_norm import _search_run, datasets, tuning
+from keras_norm import _search_run, tuning
 from keras_norm import _search_space as spaces
-from keras_norm import _search_trial as trials
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
@@ -394,38 +393,6 @@ def test_space_of_the_documentation_builds(tmp_path):
     assert names == ["width", "momentum", "learning_rate", "batch_size"]
     model = spaces.space_of(settings.space)(sample(space, 0), TASKS["digits"]).build()
     assert model.output_shape == (None, 10)
-
-
-def test_a_training_step_is_traced_once():
-    """Keras would make the variables of optimizer and metrics in a first trace of two."""
-    traces = []
-
-    class Traced(keras.layers.Layer):
-        def call(self, x):
-            traces.append(x.shape)
-            return x
-
-    data = datasets.load("digits", subset={"train": 64}, validation=0.1)
-    model = keras.Sequential(
-        [
-            keras.Input(data.input_shape),
-            Traced(),
-            keras.layers.Flatten(),
-            keras.layers.Dropout(0.5, seed=1),
-            keras.layers.Dense(data.classes),
-        ]
-    )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(), loss, metrics=["accuracy"], jit_compile=False)
-    before = [np.array(v) for layer in model.layers for v in layer.variables]
-    trials.make_variables(model, data)
-    after = [np.array(v) for layer in model.layers for v in layer.variables]
-    for old, new in zip(before, after, strict=True):  # weights, and the state of the dropout
-        np.testing.assert_array_equal(old, new)
-    assert all(float(value) == 0 for value in model.get_metrics_result().values())
-    traces.clear()
-    model.fit(data.train.batches(32), epochs=2, shuffle=False, verbose=0)
-    assert len(traces) == 1
 
 
 def test_space_has_no_mirrored_digits(explored):

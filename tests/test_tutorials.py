@@ -19,7 +19,13 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]*_*.py"))
 def run(name, out, *flags, **environment):
     return subprocess.run(
         [sys.executable, ROOT / "tutorials" / name, "--out", out, *flags],
-        env={**os.environ, "KERAS_BACKEND": "tensorflow", **environment},
+        # One thread: another test runs beside it.
+        env={
+            **os.environ,
+            "KERAS_BACKEND": "tensorflow",
+            "TF_NUM_INTRAOP_THREADS": "1",
+            **environment,
+        },
         cwd=out,
         capture_output=True,
         text=True,
@@ -101,7 +107,7 @@ def test_tutorial_1(tmp_path, no_data):
     assert ("digits" in process.stderr) == (not real)
     assert ("NOT of Fashion-MNIST" in process.stdout) == (not real)
     with_norm = results.values("batch norm, rate 1", "reestimated_accuracy")
-    assert len(with_norm) == 2
+    assert len(with_norm) == 1
     assert with_norm.mean() > (FLOOR_FASHION_MNIST if real else FLOOR_DIGITS)
     assert results.values("norm alone", "val_accuracy").mean() > FLOOR_EXERCISES
     assert 0.4 < results.values("norm alone", "zeros_conv1").mean() < 0.6
@@ -264,7 +270,7 @@ def test_tutorial_5_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
 
 @pytest.mark.slow
 def test_tutorial_7_without_data_or_network_runs_loudly_on_digits(tmp_path, no_data):
-    plots = ["ladder", "normalizations", "ideas", "afterwards", "confusion", "mistakes"]
+    plots = ["ladder", "normalizations", "afterwards", "confusion", "mistakes"]
     answers, results = on_digits(
         "07_cifar10_challenge.py",
         tmp_path,

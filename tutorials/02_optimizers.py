@@ -312,6 +312,7 @@ def compiled(rule, normalization):
         metrics=["accuracy"],
         jit_compile=False,
     )
+    models.make_variables(model, data.train.x, data.train.y)  # saves a second trace of the step
     return model
 
 
@@ -641,6 +642,7 @@ def cyclical_model(settings):
         metrics=["accuracy"],
         jit_compile=False,
     )
+    models.make_variables(model, data.train.x, data.train.y)  # saves a second trace of the step
     return model
 
 

@@ -727,6 +727,7 @@ def falling(rate, steps):
 def compiled_wide(rule, steps):
     net = models.WideMLP(input_shape=data.input_shape, classes=data.classes)
     net.compile(RULES[rule](steps), cross_entropy(), metrics=["accuracy"], jit_compile=False)
+    models.make_variables(net, data.train.x, data.train.y)  # saves a second trace of the step
     return net
 
 

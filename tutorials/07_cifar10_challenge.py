@@ -504,6 +504,8 @@ if IDEA_TESTS:
         title=f"Difference from the base\n{SETTING}",
         path=out / "ideas.png",
     )
+else:
+    print(f"n = {len(seeds)}: a difference is tested over at least two seeds")
 
 # %% [markdown]
 """
