@@ -76,6 +76,16 @@ class LiveNumbers:
             return dict(self._values)
         return dict(zip(self._values, ops.unstack(self._vector.value), strict=True))
 
+    @property
+    def vector(self) -> Array:
+        """What `read` takes apart, in the order of the names; not on PyTorch."""
+        return self._vector.value
+
+    @property
+    def counter(self) -> Any:
+        """The variable that `count` adds to."""
+        return self._count
+
     def count(self, increment: Array) -> None:
         self._count.assign(self._count.value + ops.cast(increment, self._count.dtype))
 

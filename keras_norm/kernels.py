@@ -60,6 +60,7 @@ __all__ = [
     "normalize",
     "on_gpu",
     "rms_normalization",
+    "training_step",
 ]
 
 Array = Any
@@ -862,11 +863,10 @@ def _compiled_batch(
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
 
 
-@functools.lru_cache(maxsize=1024)
-def _halves_of_batch(
+def _programs_of_batch(
     sizes: tuple[int, ...], dtype: str, epsilon: float, scales: bool, shifts: bool
 ) -> tuple[Any, Any]:
-    """Forward and backward for `custom_vjp`, a program each. `sizes` are those of an example."""
+    """Forward and backward, for XLA. `sizes` are those of an example."""
     channels, positions = sizes[-1], math.prod(sizes[:-1])
     folds = _folds((None, *sizes), channels, COLUMNS_COMPILED) if len(sizes) > 1 else 1
     columns = folds * channels
@@ -923,12 +923,113 @@ def _halves_of_batch(
         dx = like(dy, dx * spread(scale))  # (B8) (B9) (B10)
         return dx, dgamma if scales else None, dbeta if shifts else None
 
+    return normalized, gradients
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_of_batch(*case: Any) -> tuple[Any, Any]:
+    """Forward and backward for `custom_vjp`, a program each."""
+    normalized, gradients = _programs_of_batch(*case)
+
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         y, mean, variance, inv_std = autodiff.compiled(normalized)(x, gamma, beta)
         return (y, mean, variance), (x, gamma, mean, inv_std)
 
     def backward(residuals: Any, upstream: Any) -> Any:
         return autodiff.compiled(gradients)(upstream[0], *residuals)
+
+    return forward, backward
+
+
+def training_step(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    moving: tuple[Array, Array, Array],
+    switches: Array,
+    *,
+    epsilon: float = 1e-3,
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """A step of batch normalization with its moving statistics, as two programs in all.
+
+    Where arrays are small, a step takes as long as its calls: composed, the moving statistics and
+    their switches are some thirty more. Only where `choose` says "compiled".
+
+    Args:
+        x: (N, ..., C).
+        gamma, beta: (C,), or None.
+        moving: moving mean and moving variance, (C,), and the number of batches that were skipped.
+        switches: (>= 4,), the weights of old and new in the moving statistics, and whether gamma
+            and beta are trained, and the statistics move: 1 or 0.
+        epsilon: as in `batch_normalization`.
+
+    Returns:
+        (y, moving): y, and `moving` after this step, by (B11) and (B12). As it was, but for the
+        count, where the statistics of the batch are not finite or the batch is empty.
+
+    Example:
+        >>> x, moving = np.array([[1.0], [3.0]], "float32"), (np.zeros(1), np.ones(1), np.zeros(()))
+        >>> switches = np.array([0.75, 0.25, 1.0, 1.0])
+        >>> if autodiff.can_compile():
+        ...     y, (mean, variance, skipped) = training_step(x, None, None, moving, switches)
+        ...     assert float(mean[0]) == 0.5 and float(variance[0]) == 1 and float(skipped) == 0
+    """
+    halves = _halves_with_moving(
+        tuple(x.shape[1:]),
+        functional.compute_dtype(x),
+        epsilon,
+        gamma is not None,
+        beta is not None,
+    )
+    y, *moved = custom_vjp(*halves, x, gamma, beta, *moving, switches)
+    mean, variance, skipped = (ops.stop_gradient(v) for v in moved)
+    return y, (mean, variance, skipped)
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_with_moving(*case: Any) -> tuple[Any, Any]:
+    """As `_halves_of_batch`, with the step of the moving statistics in the first program."""
+    normalized, gradients = _programs_of_batch(*case)
+
+    def normalized_and_moved(
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        moving_mean: Array,
+        moving_variance: Array,
+        skipped: Array,
+        switches: Array,
+    ) -> tuple[Any, ...]:
+        y, mean, variance, inv_std = normalized(x, gamma, beta)
+        keep, rest, _, update = ops.unstack(switches[:4])
+        moves = ops.logical_and(are_finite(mean, variance), ops.shape(x)[0] > 0)
+
+        def moved(old: Array, value: Array) -> Array:
+            return ops.where(moves, old * keep + ops.cast(value, old.dtype) * rest, old)
+
+        skipped = skipped + ops.where(moves, ops.zeros_like(update), update)
+        statistics = moved(moving_mean, mean), moved(moving_variance, variance), skipped
+        return y, *statistics, mean, inv_std
+
+    def gated(
+        dy: Array,
+        x: Array,
+        gamma: Array | None,
+        mean: Array,
+        inv_std: Array,
+        switches: Array,
+    ) -> tuple[Array, Array | None, Array | None]:
+        dx, *slopes = gradients(dy, x, gamma, mean, inv_std)
+        trained = switches[2] > 0.5
+        return dx, *(None if d is None else ops.where(trained, d, 0.0) for d in slopes)
+
+    def forward(x: Array, gamma: Any, beta: Any, *others: Array) -> tuple[Any, Any]:
+        program = autodiff.compiled(normalized_and_moved)
+        y, *statistics, mean, inv_std = program(x, gamma, beta, *others)
+        return (y, *statistics), (x, gamma, mean, inv_std, others[-1])
+
+    def backward(residuals: Any, upstream: Any) -> Any:
+        return *autodiff.compiled(gated)(upstream[0], *residuals), *[None] * 4
 
     return forward, backward
 

@@ -243,7 +243,7 @@ class BatchNormalization(MovingStatistics):
         self._warned = False
         self._traced = False  # whether a compiled function holds this layer
         self._chooses = False  # whether functions look up `use_batch_statistics` when they run
-        self._live = LiveNumbers(
+        self._live = LiveNumbers(  # the first four in the order of `kernels.training_step`
             momentum=0.0, rest=1.0, train=1.0, update=1.0, moving_in_training=0.0, moving=1.0
         )
         self.momentum = momentum
@@ -360,8 +360,10 @@ class BatchNormalization(MovingStatistics):
             self._traced = True
         if not (updates or self._chooses):
             return self._infer(x)
-        now = self._live.read()
         weights = weights_of(mask, sample_weight, x)
+        if updates and self._is_plain(x, weights):
+            return self._normalize_and_move(x)
+        now = self._live.read()
         use_moving: Any = False
         if self._chooses:
             use_moving = _decided(now["moving_in_training" if updates else "moving"])
@@ -372,6 +374,32 @@ class BatchNormalization(MovingStatistics):
             y, *statistics = self._normalize_at_once(x, weights, gamma, beta, use_moving, updates)
         if updates:
             self._update(_Batch(x, weights, *statistics), now)
+        return y
+
+    def _is_plain(self, x: Array, weights: Any) -> bool:
+        """Whether a step is nothing but (B1) to (B12), and its kernel a compiled one."""
+        special = self._chooses or self.renorm or self.unbiased or self.moving_count is not None
+        return (
+            not special
+            and weights is None
+            and self.virtual_batch_size is None
+            and kernels.choose_for(x, axis=self.axis, training=True) == "compiled"
+            and distributed.replicas() == 1
+        )
+
+    def _normalize_and_move(self, x: Array) -> Array:
+        """(B1) to (B12); what `_gated`, `_normalize_at_once` and `_update` do elsewhere."""
+        state = self.moving_mean, self.moving_variance, self._live.counter
+        y, moved = kernels.training_step(
+            x,
+            self.gamma,
+            self.beta,
+            tuple(v.value for v in state),
+            self._live.vector,
+            epsilon=self.epsilon,
+        )
+        for variable, value in zip(state, moved, strict=True):
+            variable.assign(value)
         return y
 
     def _infer(self, x: Array) -> Array:

@@ -492,6 +492,64 @@ def test_training_is_the_same_compiled(name, monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
+def test_a_step_in_two_programs_does_what_the_layer_does(dtype, monkeypatch):
+    """The moving statistics, their switches and guards, all changed after it was traced."""
+    import tensorflow as tf
+
+    half = dtype.startswith("mixed")
+    rng = np.random.default_rng(9)
+    batches = [(3 * rng.standard_normal((n, 4, 6)) + 1).astype("float32") for n in (5, 2, 5, 1, 4)]
+    batches[1][0, 0, 2] = np.nan
+    batches.append(batches[0][:0])
+    steps, training_step = [], kernels.training_step
+    monkeypatch.setattr(
+        kernels, "training_step", lambda *a, **k: (steps.append(a), training_step(*a, **k))[1]
+    )
+
+    def trained(implementation):
+        monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", implementation)
+        layer = layers.BatchNormalization(momentum=0.5, dtype=dtype)
+        layer.build((None, 4, 6))
+        kind = tf.TensorSpec((None, 4, 6), layer.compute_dtype)
+
+        @tf.function(input_signature=[kind])
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+                total = tf.reduce_sum(tf.cast(y, "float64") ** 3)
+            return y, *tape.gradient(total, [x, layer.gamma.value, layer.beta.value])
+
+        found = []
+
+        def run(x):
+            found.extend(array(v) for v in step(tf.cast(x, layer.compute_dtype)))
+            found.extend(array(v).copy() for v in layer.weights)
+            found.append(layer.skipped_batches)
+
+        for x in batches:
+            run(x)
+        layer.momentum = 0.9
+        run(batches[0])
+        layer.update_statistics = False
+        layer.train_parameters = False
+        run(batches[2])
+        run(batches[1])  # is not counted: nothing would have moved
+        return found
+
+    expected = trained("composed")
+    assert not steps
+    found = trained("compiled")
+    assert len(steps) == 1  # traced once
+    for ours, composed in zip(found, expected, strict=True):
+        of_step, of_layer = (np.asarray(v, "float64") for v in (ours, composed))
+        tolerance = 5e-2 if half else 1e-4
+        np.testing.assert_allclose(of_step, of_layer, rtol=tolerance, atol=tolerance)
+    assert found[-1] == 2  # the batch with NaN and the empty one
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 @pytest.mark.parametrize("within", ["condition", "loop", "map"])
 @pytest.mark.parametrize("name", ["batch", "layer"])
 def test_compiled_within_control_flow(name, within, monkeypatch):
