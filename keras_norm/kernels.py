@@ -19,7 +19,8 @@
                      first sixteenth; backward, the sums over an example and over the examples as
                      products of matrices with gamma and with ones; x is kept
     compiled         TensorFlow without a GPU, in training: forward and backward as one program
-                     each, which XLA compiles when it first meets arrays of these shapes
+                     each, which XLA compiles when it first meets arrays of these shapes; by
+                     `training_step` with the step of batch normalization's moving statistics
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
