@@ -953,8 +953,8 @@ def training_step(
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """A step of batch normalization with its moving statistics, as two programs in all.
 
-    Where arrays are small, a step takes as long as its calls: composed, the moving statistics and
-    their switches are some thirty more. Only where `choose` says "compiled".
+    Where arrays are small every operation counts, and here the moving statistics and their
+    switches are none of their own. Only where `choose` says "compiled".
 
     Args:
         x: (N, ..., C).

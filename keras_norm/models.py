@@ -654,10 +654,9 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
 def make_variables(model: keras.Model, x: Any, y: Any) -> None:
     """Makes the variables of the optimizer and of the metrics, which `fit` makes while it traces.
 
-    TensorFlow traces a step of training a second time when the first trace has made variables,
-    and to trace is half of what a short training costs. Called after `compile`, this saves that
-    time, on TensorFlow; elsewhere it does nothing. Nothing else changes, least of all a random
-    state: the training gives the same numbers.
+    TensorFlow traces a step of training a second time when the first trace has made variables.
+    Called after `compile`, this saves the second; on other backends it does nothing. Nothing else
+    changes, least of all a random state: the training gives the same numbers.
 
     Args:
         model: functional or Sequential, compiled.
