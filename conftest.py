@@ -65,6 +65,7 @@ def little_garbage(collected):
         return
     if time.monotonic() - collected[0] > SECONDS_BETWEEN_COLLECTIONS:
         gc.collect()
+        gc.freeze()  # what is left, caches and modules, mostly stays: not looked through again
         collected[0] = time.monotonic()
 
 

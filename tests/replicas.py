@@ -211,7 +211,9 @@ def torch():
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(torch_process, (folder,), nprocs=2)
+        # Nothing has been computed here, so there are no threads that a fork would lack.
+        how = "fork" if sys.platform == "linux" else "spawn"
+        torch.multiprocessing.start_processes(torch_process, (folder,), nprocs=2, start_method=how)
         parts = [dict(np.load(f"{folder}/{rank}.npz")) for rank in (0, 1)]
     results = {}
     for name in parts[0]:

@@ -1,11 +1,9 @@
 """The BatchNormalization layer: against Keras and NumPy, its state, switches, masks and saving."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 
+import forked
 import keras
 import numpy as np
 import pytest
@@ -785,8 +783,9 @@ def test_saved_model_goes_on_training_in_a_fresh_process(tmp_path):
     layers[1].momentum = 0.8
     model.save(tmp_path / "model.keras")
     np.savez(tmp_path / "data.npz", x=x, y=y)
-    command = [sys.executable, "-c", CONTINUE, tmp_path / "model.keras", tmp_path / "data.npz"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    (tmp_path / "script.py").write_text(CONTINUE)
+    files = [tmp_path / name for name in ("script.py", "model.keras", "data.npz")]
+    done = forked.run(*files)
     assert done.returncode == 0, done.stderr
     resumed = json.loads(done.stdout.splitlines()[-1])
     model.fit(x, y, epochs=2, **options)

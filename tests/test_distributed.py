@@ -1,10 +1,8 @@
 """Two replicas with a part of the batch each against one device with the whole batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import keras
 import numpy as np
 import pytest
@@ -28,9 +26,7 @@ MOVING = "moving_mean", "moving_variance", "skipped"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("replicas") / "results.npz"
-    command = [sys.executable, Path(__file__).with_name("replicas.py"), path]
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(Path(__file__).with_name("replicas.py"), path)
     assert done.returncode == 0, done.stderr[-4000:]
     cases = {}
     for name, value in np.load(path).items():

@@ -1,9 +1,8 @@
 """Moments: against NumPy in float64, exact merging, standard errors against their own spread."""
 
 import json
-import subprocess
-import sys
 
+import forked
 import keras
 import numpy as np
 import pytest
@@ -142,8 +141,9 @@ def test_two_processes_make_one(tmp_path):
     )
     x = np.random.default_rng(9).normal(1000, 1, (201, 3, 4))
     np.save(tmp_path / "x.npy", x)
-    command = [sys.executable, "-c", program, str(tmp_path / "x.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tmp_path / "script.py").write_text(program)
+    done = forked.run(tmp_path / "script.py", tmp_path / "x.npy")
+    assert done.returncode == 0, done.stderr
     other = Moments.from_dict(json.loads(done.stdout))
     assert_same(Moments().update(x[::2]) + other, Moments().update(x), rtol=1e-10)
 

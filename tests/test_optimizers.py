@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 import textwrap
 
+import forked
 import keras
 import numpy as np
 import pytest
@@ -797,11 +795,9 @@ def test_resumed_in_a_fresh_process_to_the_same_numbers(tmp_path):
             if i == 15:
                 model.save(tmp_path / f"{name}.keras")
         expected[name] = [*model.get_weights(), *[v.numpy() for v in rule.variables]]
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(RESUME), str(tmp_path), *rules],
-        check=True,
-        env=os.environ,
-    )
+    (tmp_path / "script.py").write_text(textwrap.dedent(RESUME))
+    done = forked.run(tmp_path / "script.py", tmp_path, *rules)
+    assert done.returncode == 0, done.stderr
     for name, values in expected.items():
         resumed = list(np.load(tmp_path / f"{name}.npz").values())
         assert len(resumed) == len(values)
@@ -838,8 +834,10 @@ MIRRORED = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-def test_two_replicas_as_keras():
-    subprocess.run([sys.executable, "-c", textwrap.dedent(MIRRORED)], check=True, env=os.environ)
+def test_two_replicas_as_keras(tmp_path):
+    (tmp_path / "script.py").write_text(textwrap.dedent(MIRRORED))
+    done = forked.run(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
 
 
 # Errors

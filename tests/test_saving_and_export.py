@@ -1,11 +1,9 @@
 """Files: `.keras` and weights in a fresh process, weights of keras.layers, and exported models."""
 
 import functools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import keras
 import numpy as np
 import pytest
@@ -79,9 +77,7 @@ def test_training_goes_on_in_a_fresh_process(tmp_path):
     models = {"keras": trained(network(0.3), 2), "weights": trained(network(), 2)}
     models["keras"].save(files["keras"])
     models["weights"].save_weights(files["weights"])
-    command = [sys.executable, Path(__file__), tmp_path / "results.npz", *files.values()]
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(__file__, tmp_path / "results.npz", *files.values())
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = np.load(tmp_path / "results.npz")

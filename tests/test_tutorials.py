@@ -1,4 +1,4 @@
-"""The tutorials as their readers run them: as scripts, in a fresh process, with `--fast`."""
+"""The tutorials as their readers run them: as scripts, with `--fast`; the first in a new Python."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked
 import pytest
 
 from keras_norm.experiments import Results
@@ -16,16 +17,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]*_*.py"))
 
 
+ONE_THREAD = {"TF_NUM_INTRAOP_THREADS": "1"}  # another test runs beside it
+
+
 def run(name, out, *flags, **environment):
+    script = ROOT / "tutorials" / name
+    return forked.run(script, "--out", out, *flags, cwd=out, **ONE_THREAD, **environment)
+
+
+def run_as_its_readers_do(name, out, *flags, **environment):
     return subprocess.run(
         [sys.executable, ROOT / "tutorials" / name, "--out", out, *flags],
-        # One thread: another test runs beside it.
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "tensorflow",
-            "TF_NUM_INTRAOP_THREADS": "1",
-            **environment,
-        },
+        env={**os.environ, **ONE_THREAD, **environment},
         cwd=out,
         capture_output=True,
         text=True,
@@ -102,7 +105,8 @@ def check_tutorial_1(process, out):
 def test_tutorial_1(tmp_path, no_data):
     """On Fashion-MNIST where TFDS_DATA_DIR holds it; elsewhere loudly on the digits."""
     real = has("fashion_mnist")
-    process = run("01_batchnorm.py", tmp_path, "--fast", **({} if real else no_data))
+    environment = {} if real else no_data
+    process = run_as_its_readers_do("01_batchnorm.py", tmp_path, "--fast", **environment)
     results = check_tutorial_1(process, tmp_path)
     assert ("digits" in process.stderr) == (not real)
     assert ("NOT of Fashion-MNIST" in process.stdout) == (not real)
