@@ -2045,7 +2045,7 @@ class TutorialArguments:
         Args:
             answers: To the exercises, in their order.
             *data: `datasets.Data` that the tutorial ran on; their sources are printed.
-            seeds: How many there were, such as "5 seeds, 2 in the exercises".
+            seeds: How many there were, such as "5, 2 in the exercises".
             instead_of: Data for which the embedded digits may have had to stand in.
             **measured: What else is saved beside the answers, as JSON values.
 
@@ -2060,7 +2060,7 @@ class TutorialArguments:
         print()
         for found in data:
             print(f"{found.title}: {found.source}")
-        print(f"n = {seeds}. Written to {self.out}:")
+        print(f"Seeds: {seeds}. Written to {self.out}:")
         for path in sorted(self.out.glob("*.*")):
             print(f"  {path}")
         if any(found.fallback for found in data):

@@ -351,7 +351,9 @@ def learning_curves(
             )
             for n in names
         ]
-        _legend(figure, handles, _published_lines(panels, published, looks, labels), _BAND)
+        banded = max(Counter(run.name for run in results if run.name in names).values()) > 1
+        dashed = _published_lines(panels, published, looks, labels)
+        _legend(figure, handles, dashed, _BAND if banded else "one seed")
         return _finish(figure, path, title)
 
 
@@ -449,6 +451,8 @@ def sweep(
         fewest, most = min(counts, default=0), max(counts, default=0)
         n = f"{most}" if fewest == most else f"{fewest} to {most}"
         note = f"{_BAND.replace('n seeds', f'n = {n} seeds')}; faint points: single seeds"
+        if most == 1:
+            note = "one seed"
         _legend(figure, handles, dashed, note)
         return _finish(figure, path, title)
 

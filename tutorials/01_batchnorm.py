@@ -1131,7 +1131,7 @@ ANSWERS = [
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds, fewer in the exercises",
+    seeds=f"{len(seeds)}, fewer in the exercises",
     instead_of="Fashion-MNIST",
     best_rate=BEST,
     usable_rates=USABLE,

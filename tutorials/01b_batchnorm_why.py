@@ -1009,7 +1009,7 @@ arguments.finish(
     ANSWERS,
     mnist,
     cifar,
-    seeds=f"{len(seeds)} seeds, {len(more_seeds)} of the deep nets",
+    seeds=f"{len(seeds)}, {len(more_seeds)} of the deep nets",
     instead_of="MNIST or CIFAR-10",
     best_rate=BEST,
     usable_rates=USABLE,

@@ -989,7 +989,7 @@ ANSWERS = [answer_best(), answer_adagrad(), answer_turned(), answer_cycles(), an
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds",
+    seeds=str(len(seeds)),
     instead_of="CIFAR-10",
     best_rate={rule: rate_of(name) for rule, name in BEST.items()},
     largest_stable_rate=STABLE,

@@ -921,7 +921,7 @@ ANSWERS = [answer_regularizer(), answer_division(), answer_width(), answer_order
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds, {len(fewer_seeds)} in the later sections",
+    seeds=f"{len(seeds)}, {len(fewer_seeds)} in the later sections",
     instead_of="CIFAR-10",
     check=CHECK,
     largest_difference_from_the_layer=max(DIFFERENCES),

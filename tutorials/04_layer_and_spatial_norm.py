@@ -982,7 +982,7 @@ ANSWERS = [
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds",
+    seeds=str(len(seeds)),
     instead_of="CIFAR-10",
     check=CHECK,
     differences_from_numpy=DIFFERENCES,

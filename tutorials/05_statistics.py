@@ -891,7 +891,7 @@ ANSWERS = [answer_nets(), answer_statistics(), answer_corruptions(), answer_size
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds, {len(fewer_seeds)} of the corruptions",
+    seeds=f"{len(seeds)}, {len(fewer_seeds)} of the corruptions",
     instead_of="CIFAR-10",
     largest_difference_from_numpy=DIFFERENCE,
     mean_of_batch_variances=AVERAGED,

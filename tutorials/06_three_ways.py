@@ -1178,7 +1178,7 @@ ANSWERS = [answer_same(), answer_accuracy(), answer_cost(), answer_normalization
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds",
+    seeds=str(len(seeds)),
     instead_of="CIFAR-10",
     same_weights=SAME,
     after_steps=TRAINED,

@@ -891,7 +891,7 @@ ANSWERS = [
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)} seeds",
+    seeds=str(len(seeds)),
     instead_of="CIFAR-10",
     differences_from_numpy=DIFFERENCE,
     correlation={"patches": CORRELATED, "whitened": WHITENED},
