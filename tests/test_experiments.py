@@ -1282,11 +1282,11 @@ def test_the_end_of_a_tutorial(tmp_path, capsys):
     arguments = flags(tmp_path=tmp_path)
     real = types.SimpleNamespace(title="Photographs", source="a folder", fallback=False)
     digits = types.SimpleNamespace(title="Digits", source="embedded", fallback=True)
-    arguments.finish(["1. One.", "2. Two."], real, seeds="5 seeds", instead_of="X", slope=[1.5])
+    arguments.finish(["1. One.", "2. Two."], real, seeds="5", instead_of="X", slope=[1.5])
     shown = capsys.readouterr().out
     assert "1. One.\n\n2. Two." in shown
     assert "Photographs: a folder" in shown
-    assert "n = 5 seeds." in shown
+    assert "Seeds: 5." in shown
     assert "answers.json" in shown
     assert "NOT" not in shown
     saved = json.loads((arguments.out / "answers.json").read_text())

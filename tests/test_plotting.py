@@ -153,7 +153,7 @@ def test_all_diverged_and_single_seed_and_ragged_epochs():
     figure = plotting.learning_curves(study(seeds=1), "loss")
     assert figure.axes[0].collections[:] == []  # one run has no band
     assert figure.legends[0].get_title().get_text() == "one seed"
-    figure = plotting.sweep(rates(seeds=1), "rate", "accuracy", group="group")
+    figure = plotting.sweep(rates(seeds=1), "rate", "accuracy", group="norm")
     assert figure.legends[0].get_title().get_text() == "one seed"
     runs = [
         Run("a", {}, 0, history={"loss": [3.0, 2.0, 1.0], "val_loss": [None, 1.0, None]}),
