@@ -450,10 +450,8 @@ def sweep(
         counts = [len(p.values) for points in groups.values() for p in points if len(p.values)]
         fewest, most = min(counts, default=0), max(counts, default=0)
         n = f"{most}" if fewest == most else f"{fewest} to {most}"
-        note = f"{_BAND.replace('n seeds', f'n = {n} seeds')}; faint points: single seeds"
-        if most == 1:
-            note = "one seed"
-        _legend(figure, handles, dashed, note)
+        several = f"{_BAND.replace('n seeds', f'n = {n} seeds')}; faint points: single seeds"
+        _legend(figure, handles, dashed, "one seed" if most == 1 else several)
         return _finish(figure, path, title)
 
 

@@ -1,8 +1,9 @@
 """Scripts in processes of their own, which need not import TensorFlow anew.
 
-The import takes 6 s of CPU, most of what a short script costs. The fork server of `multiprocessing`
+The import takes seconds, most of what a short script costs. The fork server of `multiprocessing`
 has imported it and computed nothing. Each script is a fork of that, with arguments, environment,
-folder and `__main__` of its own, as if Python had just been started.
+folder and `__main__` of its own, as if Python had just been started; but the backend is that of
+the tests.
 """
 
 import multiprocessing.forkserver
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from keras_norm import quiet
 
-# Nothing that reads, when it is imported, what the environment of a script may say otherwise.
+# Nothing that reads, when it is imported, what the environment of a script may say otherwise, as
+# tensorflow-datasets does.
 IMPORTED = [
     "keras",
     "matplotlib.pyplot",

@@ -26,7 +26,7 @@ MOVING = "moving_mean", "moving_variance", "skipped"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("replicas") / "results.npz"
-    done = forked.run(Path(__file__).with_name("replicas.py"), path)
+    done = forked.run(Path(__file__).with_name("replicas.py"), path, KERAS_BACKEND=BACKEND)
     assert done.returncode == 0, done.stderr[-4000:]
     cases = {}
     for name, value in np.load(path).items():

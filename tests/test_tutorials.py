@@ -16,7 +16,6 @@ jupytext = pytest.importorskip("jupytext", reason="a development tool, not in th
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9][0-9]*_*.py"))
 
-
 ONE_THREAD = {"TF_NUM_INTRAOP_THREADS": "1"}  # another test runs beside it
 
 
