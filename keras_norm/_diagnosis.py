@@ -28,10 +28,10 @@ import numpy.typing as npt
 from keras import ops, tree
 
 from keras_norm import statistics
+from keras_norm._files import replace_file
 from keras_norm._kinds import copy_of, kind_by_names
 from keras_norm._layerwise import _intercepted, _mask_of, movement, rms
 from keras_norm._sample import as_numpy, describe, is_structure
-from keras_norm.experiments import replace_file
 from keras_norm.moments import Moments
 
 __all__ = ["Cause", "Diagnosis", "diagnose"]

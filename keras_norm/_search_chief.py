@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from keras_norm._files import replace_file
 from keras_norm._search_bayesian import Bayesian, curve
 from keras_norm._search_process import Channel, Nursery
 from keras_norm._search_settings import Settings, record_of
-from keras_norm.experiments import replace_file
 
 __all__ = ["make_oracle", "run"]
 

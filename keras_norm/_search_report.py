@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_norm._files import replace_file
 from keras_norm._search_run import describe
 from keras_norm._search_settings import SearchError, TrialRecord, read_search
-from keras_norm.experiments import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

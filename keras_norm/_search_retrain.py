@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_norm._files import replace_file
+from keras_norm._machine import describe_machine
 from keras_norm._search_process import Channel, Nursery
 from keras_norm._search_run import describe
 from keras_norm._search_settings import (
@@ -28,7 +30,6 @@ from keras_norm._search_settings import (
     locked,
     read_search,
 )
-from keras_norm.experiments import describe_machine, replace_file
 
 if TYPE_CHECKING:
     from keras_norm.tuning import Search

@@ -405,12 +405,12 @@ def _cores() -> list[int]:
 
 def _gpus() -> list[int]:
     """Numbers of the GPUs that this process may use."""
-    from keras_norm.experiments import _gpu_names
+    from keras_norm._machine import gpu_names
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [int(n) for n in visible.split(",") if n.strip().isdecimal()]
-    return list(range(len(_gpu_names())))
+    return list(range(len(gpu_names())))
 
 
 # The table ----------------------------------------------------------------------------------

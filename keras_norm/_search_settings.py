@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keras_norm.experiments import describe_machine, replace_file
+from keras_norm._files import replace_file
+from keras_norm._machine import describe_machine
 
 __all__ = [
     "OBJECTIVES",

@@ -25,6 +25,7 @@ import keras
 import numpy as np
 
 from keras_norm import datasets, models, statistics
+from keras_norm._files import replace_file
 from keras_norm._kinds import has_statistics
 from keras_norm._search_process import Channel, can_fork
 from keras_norm._search_settings import (
@@ -43,7 +44,6 @@ from keras_norm._search_space import (
     space_of,
 )
 from keras_norm.callbacks import ReestimateStatistics
-from keras_norm.experiments import replace_file
 
 __all__ = [
     "EVALUATION_BATCH",

@@ -335,7 +335,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         Raises:
             ValueError: if no batch has been trained.
         """
-        from keras_norm.experiments import replace_file
+        from keras_norm._files import replace_file
         from keras_norm.plotting import style
 
         if not self._losses:
@@ -954,7 +954,7 @@ class AverageWeights(_Exchange):
             self._bring_in_for_good()
 
     def _save(self, epoch: int) -> None:
-        from keras_norm.experiments import replace_file
+        from keras_norm._files import replace_file
 
         arrays: Any = {f"a{i}": value for i, value in enumerate(self._averages)}
         with replace_file(Path(self.backup or "")) as temporary, temporary.open("wb") as file:
@@ -1213,7 +1213,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
 
     def _write(self, new: Sequence[Mapping[str, Any]], epoch: int) -> None:
         if self.csv is not None:
-            from keras_norm.experiments import replace_file
+            from keras_norm._files import replace_file
 
             with replace_file(self.csv) as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(self.records[0]))
@@ -1251,7 +1251,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
         Raises:
             ValueError: if nothing has been recorded.
         """
-        from keras_norm.experiments import replace_file
+        from keras_norm._files import replace_file
         from keras_norm.plotting import style
 
         if not self.records:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm.experiments import classification_metrics
+from keras_norm._experiment_short import classification_metrics
 from keras_norm.layers import BatchNormalization, LayerNormalization
 
 __all__ = ["EvaluateTogether", "train_together"]

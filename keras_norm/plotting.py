@@ -33,16 +33,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_norm.experiments import (
-    Floats,
+from keras_norm._experiment_comparison import Floats
+from keras_norm._experiment_results import (
     Published,
+    PublishedFigure,
     Results,
-    Run,
-    _Figure,
-    _published,
-    replace_file,
+    published_figures,
+    setting_text,
 )
-from keras_norm.experiments import _text as _plain_text
+from keras_norm._experiment_run import Run
+from keras_norm._files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,7 +173,7 @@ def _label(key: Any, labels: Labels | None) -> str:
 
 def _words(key: Any, labels: Labels | None) -> str:
     """The text to show for a metric, a key or a value of a setting."""
-    text = _plain_text(key)
+    text = setting_text(key)
     return (labels or {}).get(text, text.replace("_", " "))
 
 
@@ -235,7 +235,7 @@ def _published_lines(
     vertical: bool = False,
 ) -> list[Any]:
     """A dashed line per published figure in the panel of its metric; their legend entries."""
-    figures = [f for f in _published(published) if f.metric in panels]
+    figures = [f for f in published_figures(published) if f.metric in panels]
     handles, drawn = [], Counter[str]()
     for figure in figures:
         known = figure.name in looks
@@ -250,7 +250,7 @@ def _published_lines(
     return handles
 
 
-def _published_text(figure: _Figure, metric: str, labels: Labels | None) -> str:
+def _published_text(figure: PublishedFigure, metric: str, labels: Labels | None) -> str:
     source = f" ({figure.source})" if figure.source else ""
     return f"published: {_name(figure.name, labels)}{metric} {figure.value:g}{source}"
 
@@ -486,7 +486,7 @@ def _sweep_points(
                 f"A sweep needs settings with a number under {x!r}. Received: {value!r} in "
                 f"setting {name!r}. Choose the settings with names=…."
             )
-        key = metric if group is None else _plain_text(runs[0].setting(group))
+        key = metric if group is None else setting_text(runs[0].setting(group))
         if (other := places.setdefault((key, value), name)) != name:
             raise ValueError(
                 "A point of a sweep must be one setting. Received: "
@@ -677,7 +677,7 @@ def _published_marks(
     labels: Labels | None,
 ) -> list[Any]:
     """Published figures of drawn settings as marks beside them, others as lines."""
-    figures = [f for f in _published(published) if f.metric == metric]
+    figures = [f for f in published_figures(published) if f.metric == metric]
     handles = []
     for figure in (f for f in figures if f.name in names):
         y = names.index(figure.name)
@@ -802,7 +802,7 @@ def heatmap(
     values: dict[str, dict[str, Any]] = {x: {}, y: {}}  # key -> text -> value
     for name in names:
         first = next(run for run in results if run.name == name)
-        place = tuple(_plain_text(first.setting(key)) for key in (x, y))
+        place = tuple(setting_text(first.setting(key)) for key in (x, y))
         for key, text in zip((x, y), place, strict=True):
             values[key][text] = first.setting(key)
         if (other := cells.setdefault((place[0], place[1]), name)) != name:

@@ -33,7 +33,9 @@ import numpy as np
 from keras import ops
 
 from keras_norm import callbacks, datasets, kernels, models, optimizers, statistics
-from keras_norm.experiments import classification_metrics, describe_machine, replace_file
+from keras_norm._experiment_short import classification_metrics
+from keras_norm._files import replace_file
+from keras_norm._machine import describe_machine
 
 __all__ = [
     "RECIPES",

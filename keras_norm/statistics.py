@@ -39,6 +39,7 @@ import keras  # noqa: F401 (in an example)
 import numpy as np
 import numpy.typing as npt
 
+from keras_norm._files import replace_file
 from keras_norm._kinds import Values, has_statistics, kind_by_names, kind_of
 from keras_norm._layerwise import (
     Found,
@@ -50,7 +51,6 @@ from keras_norm._layerwise import (
     rms,
 )
 from keras_norm._sample import Sample, Store, as_numpy, describe, is_array
-from keras_norm.experiments import replace_file
 from keras_norm.moments import Moments, Quantiles
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 import keras_norm
-from keras_norm import experiments
+from keras_norm import _machine, experiments
 from keras_norm.experiments import Results, Run, holm, replace_file, run, tutorial_arguments
 from keras_norm.layers import BatchNormalization, Dropout
 
@@ -311,7 +311,7 @@ def test_changed_settings_never_mix_and_old_runs_are_kept(tmp_path, monkeypatch,
     elif changed == "context":
         other_context = {"data": "mnist"}
     else:
-        monkeypatch.setattr(experiments, "_backend", lambda: "another")
+        monkeypatch.setattr(_machine, "keras_backend", lambda: "another")
     function = Counting()
     quiet(function, other, [0], out=tmp_path, context=other_context)
     assert function.calls == [("a", 0)]  # seed 1 of the old setting is no run of the new one
@@ -377,8 +377,8 @@ def test_resuming_after_a_change_of_code_warns(tmp_path):
 
 def test_resuming_with_other_versions_warns(tmp_path, monkeypatch):
     quiet(train, SETTINGS, [0], out=tmp_path)
-    now = experiments._versions()
-    monkeypatch.setattr(experiments, "_versions", lambda: now | {"keras": "99.0"})
+    now = _machine.installed_versions()
+    monkeypatch.setattr(_machine, "installed_versions", lambda: now | {"keras": "99.0"})
     message = rf"with keras {re.escape(keras.__version__)} \(now 99.0\)"
     with pytest.warns(UserWarning, match=message):
         quiet(train, SETTINGS, [0], out=tmp_path)
@@ -1177,7 +1177,7 @@ def test_gpus_are_named_if_the_driver_answers(tmp_path, monkeypatch, script, nam
 
 def test_backend_is_known_without_importing_keras(tmp_path):
     (tmp_path / "keras.json").write_text('{"backend": "torch"}')
-    code = "from keras_norm import experiments; print(experiments._backend())"
+    code = "from keras_norm import _machine; print(_machine.keras_backend())"
     environment = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
     for extra, expected in (
         ({"KERAS_HOME": str(tmp_path)}, "torch"),
