@@ -1,0 +1,140 @@
+"""What the implementations of `kernels` share."""
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+Array = Any
+Axis = int | Sequence[int]
+
+# Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
+FEWEST_CHANNELS_FUSED = 12
+# The fused kernels add up a channel one element after the other and lose a mean that is far from 0
+# (see tests/test_kernels.py). A batch whose mean is farther from 0 than this, in standard
+# deviations, is computed anew by the composed one, or in pieces.
+FARTHEST_MEAN = 30.0
+# So many columns are enough for a row to fill the vector unit and the matrix kernel.
+COLUMNS_FOLDED = 96
+# One row (of an example, one element) of so many is looked at for a number that is not far from
+# the mean.
+SAMPLED = 16
+
+
+def tensor(x: Any, dtype: Any = None) -> Array:
+    """As `ops.convert_to_tensor`, and quicker on PyTorch, where x stays on its device.
+
+    Args:
+        x: array, tensor or variable.
+        dtype: of the result, as the backend names it (`x.dtype` of a tensor); None for x's own.
+
+    Returns:
+        A tensor, x itself where it is one of that dtype.
+
+    Example:
+        >>> half = tensor(np.ones(3, "float16"))
+        >>> np.asarray(tensor([1.0, 2.0], half.dtype))
+        array([1., 2.], dtype=float16)
+    """
+    if keras.backend.backend() != "torch":
+        return ops.convert_to_tensor(x, dtype)
+    import torch
+
+    x = x.value if isinstance(x, keras.Variable) else x
+    if not isinstance(x, torch.Tensor):  # `ops.convert_to_tensor` takes long to see one
+        x = ops.convert_to_tensor(x)
+    return x if dtype in (None, x.dtype) else x.to(dtype)
+
+
+def dtype_name(dtype: Any) -> str:
+    """As `keras.backend.standardize_dtype`, which takes longer on PyTorch.
+
+    Args:
+        dtype: of a tensor.
+
+    Returns:
+        Keras's name of it.
+
+    Example:
+        >>> dtype_name(tensor(np.ones(3, "float16")).dtype)
+        'float16'
+    """
+    if dtype not in _DTYPE_NAMES:
+        _DTYPE_NAMES[dtype] = str(keras.backend.standardize_dtype(dtype))
+    return _DTYPE_NAMES[dtype]
+
+
+_DTYPE_NAMES: dict[Any, str] = {}
+
+
+def on_gpu(x: Array | None = None) -> bool:
+    """Whether an array lies on an accelerator, where the composed implementation is taken.
+
+    (The others were measured on CPUs only.)
+
+    Args:
+        x: an array. Default: one that would be made now.
+
+    Returns:
+        True or False.
+
+    Example:
+        >>> on_gpu(np.zeros(3)) == on_gpu()
+        True
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_logical_devices("GPU"))
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    import torch
+
+    if isinstance(x, torch.Tensor):
+        return x.device.type != "cpu"
+    return torch.cuda.is_available() or torch.get_default_device().type != "cpu"
+
+
+def are_finite(*arrays: Array) -> Any:
+    """Whether all numbers are finite: True where that is known at once, else a boolean tensor.
+
+    On PyTorch the arrays are there while Python runs. On a CPU looking at them costs less than the
+    operations that a choice between two tensors takes; elsewhere it would wait for the device.
+
+    Args:
+        *arrays: of one shape.
+
+    Example:
+        >>> bool(are_finite(ops.ones(3), ops.zeros(3)))
+        True
+    """
+    total = functools.reduce(operator.add, arrays)
+    on_cpu = keras.backend.backend() == "torch" and total.device.type == "cpu"
+    if on_cpu and can_be_looked_at(total) and math.isfinite(float(total.sum())):
+        return True  # a sum that is not finite may have overflowed: then each is looked at
+    return ops.all(ops.isfinite(total))
+
+
+def can_be_looked_at(x: Array) -> bool:
+    """Whether x has values now, and what they decide is not recorded for other values to come."""
+    import torch
+
+    return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def folds_of(shape: Sequence[int | None], channels: int, wanted: int = COLUMNS_FOLDED) -> int:
+    """How many rows are laid side by side: a power of 2 that divides what is known of them."""
+    known = 1
+    for size in shape[1:-1]:
+        known *= size or 1
+    folds = 1
+    while folds * channels < wanted and known % (2 * folds) == 0:
+        folds *= 2
+    return folds

@@ -1,0 +1,291 @@
+"""Sums that suit a CPU: as products of matrices, in stages, channel by channel; in keras.ops."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_norm import functional
+from keras_norm._kernels_common import SAMPLED, folds_of
+from keras_norm.autodiff import custom_vjp
+
+Array = Any
+Axis = int | Sequence[int]
+
+# So many numbers are added up one after the other before their sum is added to other sums.
+LONGEST_RUN = 64
+
+
+def folded(
+    x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """(y, mean, variance) of batch normalization, the channels on the last axis."""
+    # Where arrays are small every operation counts: vectors stay (1, C), and the means are
+    # products with one row of 1 / N, so that there is nothing to reshape nor to divide.
+    channels = x.shape[-1]
+    folds = folds_of(x.shape, channels)
+    columns = folds * channels
+    dtype = functional.compute_dtype(x)
+
+    as_it_is = len(x.shape) == 2 and folds == 1
+
+    def fold(x: Array) -> Array:
+        x = ops.cast(x, dtype)
+        return x if as_it_is else ops.reshape(x, (-1, columns))  # (N, ..., C) -> (M / f, f C)
+
+    def unfold(z: Array, x: Array) -> Array:
+        return z if as_it_is else ops.reshape(z, ops.shape(x))
+
+    def mean_of(z: Array, shares: Array) -> Array:
+        means = ops.matmul(shares, z)  # (1, f C)
+        if folds == 1:
+            return means
+        return ops.sum(ops.reshape(means, (folds, channels)), axis=0, keepdims=True)  # (1, C)
+
+    def spread(v: Array) -> Array:
+        return ops.tile(v, (1, folds)) if folds > 1 else v  # (1, C) -> (1, f C)
+
+    def elements(rows: Any) -> Array:
+        """How many each channel has; 1 for none."""
+        if isinstance(rows, int):
+            return ops.convert_to_tensor(max(rows * folds, 1), dtype=dtype)
+        return ops.maximum(ops.cast(rows * folds, dtype), 1)
+
+    def row(v: Array) -> Array:
+        return ops.cast(v, dtype)  # (C,) broadcasts as (1, C)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        z = fold(x)
+        rows = ops.shape(z)[0]
+        n = elements(rows)
+        shares = ops.broadcast_to(1 / n, (1, rows))
+        first = mean_of(z, shares)
+        centered = z - spread(first)
+        rest = mean_of(centered, shares)  # what rounding lost of the mean
+        mean = first + rest  # (B1)
+        variance = ops.maximum(mean_of(centered * centered, shares) - rest * rest, 0)  # (B2)
+        inv_std = ops.rsqrt(variance + epsilon)  # (B3)
+        scale = inv_std if gamma is None else inv_std * row(gamma)
+        offset = -rest * scale if beta is None else row(beta) - rest * scale
+        y = centered * spread(scale) + spread(offset)  # (B4) (B5)
+        y = ops.cast(unfold(y, x), x.dtype)
+        statistics = (ops.reshape(v, (channels,)) for v in (mean, variance))
+        return (y, *statistics), (x, mean, inv_std, scale, n, shares)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, mean, inv_std, scale, n, shares = residuals
+        dy, centered = fold(upstream[0]), fold(x) - spread(mean)
+        of_dy = mean_of(dy, shares)
+        of_dy_x_hat = mean_of(dy * centered, shares) * inv_std
+        dbeta = ops.reshape(of_dy * n, (channels,))  # (B6)
+        dgamma = ops.reshape(of_dy_x_hat * n, (channels,))  # (B7)
+        along = spread(of_dy_x_hat * inv_std)
+        dx = (dy - spread(of_dy) - centered * along) * spread(scale)  # (B8) (B9) (B10)
+        return unfold(dx, x), dgamma, dbeta
+
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+def staged(
+    x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """As `folded`."""
+    channels = x.shape[-1]
+    n = max(math.prod(x.shape[:-1]), 1)
+    dtype = functional.compute_dtype(x)
+
+    def total(v: Array) -> Array:
+        v = ops.reshape(v, (-1, channels))
+        while (run := _run(v.shape[0])) > 1:
+            v = ops.sum(ops.reshape(v, (-1, run, channels)), axis=1)
+        return ops.sum(v, axis=0)  # -> (C,)
+
+    def near(x: Array) -> Array:
+        """The mean of every sixteenth row: within four standard deviations of the mean of all."""
+        sample = ops.reshape(x, (-1, channels))[:: SAMPLED if n >= SAMPLED else 1]
+        return ops.sum(sample, axis=0) / max(sample.shape[0], 1)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        first = near(x)
+        centered = x - first
+        rest = total(centered) / n
+        mean = first + rest  # (B1)
+        # rest is at most four standard deviations, so the difference loses one digit at most.
+        variance = ops.maximum(total(centered * centered) / n - rest * rest, 0)  # (B2)
+        inv_std = ops.rsqrt(variance + epsilon)  # (B3)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        y = (centered - rest) * scale  # (B4)
+        y = y if beta is None else y + ops.cast(beta, dtype)  # (B5)
+        return (y, mean, variance), (x, first, rest, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, first, rest, inv_std, gamma = residuals
+        dy, centered = upstream[0], x - first  # as forward, so that XLA does not do it again
+        dbeta = total(dy)  # (B6)
+        dgamma = (total(dy * centered) - rest * dbeta) * inv_std  # (B7)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        along = inv_std * dgamma / n
+        dx = (dy - dbeta / n - (centered - rest) * along) * scale  # (B8) (B9) (B10)
+        return dx, dgamma, dbeta
+
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+def _run(rows: int) -> int:
+    """How many rows are added up in one stage: the largest of these that divides them."""
+    return next((run for run in range(LONGEST_RUN, 7, -1) if rows % run == 0 and run < rows), 1)
+
+
+def products(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axes: int,
+    epsilon: float,
+    centers: bool,
+) -> Array:
+    """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns."""
+    functional.check_epsilon(epsilon)
+    sizes = tuple(x.shape[len(x.shape) - axes :])
+    dtype = functional.compute_dtype(x)
+    forward, backward = _halves_of_products(len(x.shape), sizes, dtype, epsilon, centers)
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y
+
+
+class Rows:
+    """Arrays (..., D) or (..., H, W, C) as rows (N, D) of the dtype to compute in, and back."""
+
+    def __init__(self, rank: int, sizes: tuple[int, ...], dtype: str) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        self.d = math.prod(sizes)
+        self.as_it_is = len(sizes) == 1 and rank == 2
+
+    def of(self, v: Array) -> Array:
+        v = ops.cast(v, self.dtype)
+        return v if self.as_it_is else ops.reshape(v, (-1, self.d))
+
+    def like(self, x: Array, rows: Array) -> Array:
+        rows = ops.cast(rows, x.dtype)
+        return rows if self.as_it_is else ops.reshape(rows, ops.shape(x))
+
+    def parameter(self, v: Array) -> Array:
+        v = ops.cast(v, self.dtype)
+        return v if len(self.sizes) == 1 else ops.reshape(v, (self.d,))  # broadcasts as (1, D)
+
+    def share(self, gamma: Array | None) -> Array:
+        """gamma / D, or 1 / D, as a column (D, 1)."""
+        g = ops.ones((1, self.d), dtype=self.dtype) if gamma is None else self.parameter(gamma)
+        return ops.reshape(g / max(self.d, 1), (self.d, 1))
+
+    def near(self, z: Array) -> Array:
+        """The elements whose mean is within four standard deviations of that of all."""
+        return z[:, : -(-self.d // SAMPLED)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_of_products(
+    rank: int, sizes: tuple[int, ...], dtype: str, epsilon: float, centers: bool
+) -> tuple[Any, Any]:
+    """Forward and backward, for `custom_vjp`."""
+    rows = Rows(rank, sizes, dtype)
+
+    def mean(z: Array) -> Array:
+        # Where arrays are small every operation counts. (Keras's mean of float64 is of float32 on
+        # JAX and PyTorch.)
+        if rows.d > 0 and dtype == "float32":
+            return ops.mean(z, axis=1, keepdims=True)
+        return ops.sum(z, axis=1, keepdims=True) / max(rows.d, 1)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        z, first = rows.of(x), None
+        if centers:
+            near = mean(rows.near(z))
+            z = z - near
+            rest = mean(z)
+            # As rest is no larger, the difference loses one digit at most.
+            variance = ops.relu(mean(z * z) - rest * rest)  # (L2)
+            z, first = z - rest, near + rest  # (L1)
+        else:
+            variance = mean(z * z)  # (R1)
+        inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
+        y = z * inv_std  # (L4) (R3)
+        y = y if gamma is None else y * rows.parameter(gamma)  # (R4)
+        y = y if beta is None else y + rows.parameter(beta)  # (L5)
+        return (rows.like(x, y),), (x, inv_std, gamma, first)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, inv_std, gamma, first = residuals
+        dy, z = rows.of(upstream[0]), rows.of(x)
+        z = z if first is None else z - first  # x_hat / inv_std
+        # `@`, for `ops.matmul` rounds float64 to float32 on PyTorch.
+        dy_z = dy * z
+        dbeta = ops.reshape(ops.ones_like(ops.transpose(inv_std)) @ dy, sizes)  # (L6)
+        dgamma = ops.reshape(ops.transpose(inv_std) @ dy_z, sizes)  # (L7) (R5)
+        share = rows.share(gamma)
+        along = inv_std * inv_std * (dy_z @ share)  # mean of g dy x_hat over each example
+        dx = (dy if gamma is None else dy * rows.parameter(gamma)) - z * along
+        if centers:
+            dx = dx - dy @ share
+        return rows.like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)
+
+    return forward, backward
+
+
+def by_channel(
+    x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
+) -> Array:
+    """Group normalization, the channels on the last axis."""
+    functional.check_epsilon(epsilon)
+    dtype, channels = functional.compute_dtype(x), x.shape[-1]
+    positions = tuple(range(1, len(x.shape) - 1))
+    per_group = channels // groups
+
+    def elements(x: Array) -> Any:
+        sizes = ops.shape(x)
+        d = math.prod(sizes[a] for a in positions) * per_group
+        return max(d, 1) if isinstance(d, int) else ops.cast(d, dtype)
+
+    def mean(sums: Array, d: Any) -> Array:
+        """Sums of each channel (N, 1, 1, C) -> the mean over its group, of the same shape."""
+        if per_group > 1:
+            of_group = ops.sum(ops.reshape(sums, (-1, groups, per_group)), axis=2, keepdims=True)
+            spread = of_group * ops.ones((1, 1, per_group), dtype=dtype)
+            sums = ops.reshape(spread, (-1, *[1] * len(positions), channels))
+        return sums / d
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        d, z = elements(x), ops.cast(x, dtype)
+        first = mean(functional.sum_in_stages(z, positions), d)
+        centered = z - first
+        rest = mean(functional.sum_in_stages(centered, positions), d)  # what rounding lost
+        squares = functional.sum_in_stages(centered * centered, positions)
+        variance = mean(squares, d) - rest * rest
+        variance = ops.where(variance < 0, ops.zeros_like(variance), variance)
+        inv_std = ops.rsqrt(variance + epsilon)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        offset = -rest * scale if beta is None else ops.cast(beta, dtype) - rest * scale
+        y = centered * scale + offset  # (GN2) (GN3)
+        return (ops.cast(y, x.dtype),), (x, first, rest, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, first, rest, inv_std, gamma = residuals
+        dy, centered = ops.cast(upstream[0], dtype), ops.cast(x, dtype) - first
+        d = elements(dy)
+        s = functional.sum_in_stages(dy, positions)  # of each example and channel, (N, 1, 1, C)
+        t = (functional.sum_in_stages(dy * centered, positions) - rest * s) * inv_std
+        over = tuple(range(len(dy.shape) - 1))
+        dbeta, dgamma = ops.sum(s, axis=over), ops.sum(t, axis=over)  # (GN4)
+        if gamma is not None:
+            s, t = s * ops.cast(gamma, dtype), t * ops.cast(gamma, dtype)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        a = -inv_std * inv_std * mean(t, d)
+        b = -inv_std * mean(s, d) - rest * a
+        return dy * scale + (centered * a + b), dgamma, dbeta  # (GN5)
+
+    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    return y

@@ -1,0 +1,330 @@
+"""PyTorch's kernels; and where they round, its operations on pieces that stay in the cache."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from keras_norm import functional
+from keras_norm._kernels_common import (
+    FARTHEST_MEAN,
+    FEWEST_CHANNELS_FUSED,
+    can_be_looked_at,
+    folds_of,
+    tensor,
+)
+from keras_norm.autodiff import custom_vjp
+
+Array = Any
+Axis = int | Sequence[int]
+
+# Elements of a piece that PyTorch sums in two passes: 4 MB in float32. Less costs more calls.
+ELEMENTS_OF_PIECE = 2**20
+# PyTorch's kernel, too, adds up one after the other: of more rows than this, the statistics of
+# parts are merged. (Of 262,144 rows at once, the variance is off by 7e-5; of 16,384 by 4e-6, and a
+# mean that is 25 standard deviations from 0 by 1e-4 of them.)
+ROWS_AT_ONCE = 2**14
+
+
+class _Pieces:
+    """x as rows with the channels on axis 1, and cut along the rows into pieces.
+
+    Channels on the last axis: (N, ..., C) -> (M / f, f C), f rows side by side where there are
+    few channels; else the channels are moved to axis 1.
+    """
+
+    def __init__(self, x: Array, channel: int) -> None:
+        self.channels = x.shape[channel]
+        self.last = channel == x.ndim - 1
+        few = self.last and x.ndim > 2 and self.channels < FEWEST_CHANNELS_FUSED
+        self.folds = folds_of(x.shape, self.channels) if few else 1
+        self.channel = channel
+        self.trailing = x.ndim - 2
+        self.as_it_is = channel == 1
+        self.elements = x.numel() // self.channels
+
+    def rows(self, x: Array) -> Array:
+        if self.as_it_is:
+            return x
+        if self.last:
+            return x.reshape(-1, self.folds * self.channels)
+        return x.movedim(self.channel, 1)
+
+    def undo(self, z: Array, x: Array) -> Array:
+        if self.as_it_is:
+            return z
+        return z.reshape(x.shape) if self.last else z.movedim(1, self.channel)
+
+    def cut(self, *arrays: Array) -> Any:
+        if arrays[0].numel() <= ELEMENTS_OF_PIECE:
+            return [arrays]
+        size = max(1, arrays[0][:1].numel())
+        return zip(*(z.split(max(1, ELEMENTS_OF_PIECE // size)) for z in arrays), strict=True)
+
+    def row(self, v: Array) -> Array:
+        """(C,) -> what broadcasts against the rows."""
+        v = v.repeat(self.folds) if self.folds > 1 else v
+        return v if self.last else v.reshape(-1, *[1] * self.trailing)
+
+    def sum(self, z: Array) -> Array:
+        """Of one piece, (C,)."""
+        sums = z.sum(dim=(0, *range(2, z.ndim)))
+        return sums if self.folds == 1 else sums.view(self.folds, self.channels).sum(0)
+
+
+def batch(
+    x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """(y, mean, variance) of batch normalization, the channels on any one axis."""
+    (channel,) = functional.canonical_axes(axis, x.ndim)
+    gamma, beta = (None if v is None else tensor(v, x.dtype) for v in (gamma, beta))
+    if x.numel() == 0 or not can_be_looked_at(x):
+        y, *statistics = functional.batch_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
+        mean, variance = (v.detach() for v in statistics)
+        return y, mean, variance
+    pieces = _Pieces(x, channel)
+    if pieces.folds == 1 and 1 < pieces.elements <= ROWS_AT_ONCE:
+        y, mean, variance, inv_std = _native_at_once(pieces.rows(x), gamma, beta, epsilon)
+        if _is_near(mean, inv_std):
+            return pieces.undo(y, x), mean, variance * (1 - 1 / pieces.elements)
+    return _native_in_pieces(x, gamma, beta, axis, epsilon, pieces)
+
+
+def _native_at_once(
+    z: Array, gamma: Array | None, beta: Array | None, epsilon: float
+) -> tuple[Array, Array, Array, Array]:
+    """(y, mean, unbiased variance, inv_std); channels on axis 1. The gradient is the kernel's."""
+    import torch
+
+    mean, variance = z.new_zeros((2, z.shape[1])).unbind()
+    momentum = 1.0  # PyTorch's, of the new value: the moving statistics become those of the batch
+    y, _, inv_std = torch.native_batch_norm(z, gamma, beta, mean, variance, True, momentum, epsilon)
+    return y, mean, variance, inv_std
+
+
+def _is_near(mean: Array, inv_std: Array) -> bool:
+    import torch
+
+    if not mean.numel():
+        return True
+    farthest = torch.linalg.vector_norm(mean * inv_std, math.inf)
+    return farthest.item() <= FARTHEST_MEAN  # no for NaN
+
+
+def _native_in_pieces(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: Axis,
+    epsilon: float,
+    pieces: _Pieces,
+) -> tuple[Array, Array, Array]:
+    import torch
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        if torch.is_grad_enabled():  # for a second derivative
+            outputs, residuals = functional.batch_normalization_forward(
+                x, gamma, beta, axis=axis, epsilon=epsilon
+            )
+            return outputs, residuals[:4]
+        z = pieces.rows(x)
+        y, mean, variance, inv_std = _forward_in_pieces(z, gamma, beta, epsilon, pieces)
+        return (pieces.undo(y, x), mean, variance), (x, mean, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, mean, inv_std, gamma = residuals
+        dy = upstream[0]
+        if torch.is_grad_enabled():
+            zeros = torch.zeros_like(mean)
+            return functional.batch_normalization_backward(
+                dy, zeros, zeros, x, mean, inv_std, gamma, axis=axis
+            )
+        z, dz = pieces.rows(x), pieces.rows(dy)
+        if pieces.folds > 1:
+            dx, dgamma, dbeta = _backward_in_pieces(z, dz, mean, inv_std, gamma, pieces)
+        else:
+            dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                dz, z, gamma, None, None, mean, inv_std, True, epsilon, [True, True, True]
+            )
+        return pieces.undo(dx, x), dgamma, dbeta
+
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, mean.detach(), variance.detach()
+
+
+def _forward_in_pieces(
+    z: Array, gamma: Array | None, beta: Array | None, epsilon: float, pieces: _Pieces
+) -> tuple[Array, Array, Array, Array]:
+    """(y, mean, variance, inv_std)."""
+    import torch
+
+    if pieces.folds == 1:
+        mean, variance = _moments_by_kernel(z, pieces)
+        inv_std = torch.rsqrt(variance + epsilon)  # (B3)
+        if _is_near(mean, inv_std):
+            y, *_ = torch.native_batch_norm(z, gamma, beta, mean, variance, False, 0.0, epsilon)
+            return y, mean, variance, inv_std
+    mean, variance = _moments_in_pieces(z, pieces)
+    inv_std = torch.rsqrt(variance + epsilon)
+    return _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces), mean, variance, inv_std
+
+
+def _moments_by_kernel(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
+    """(B1) and (B2), (C,), of means that are not far from 0: those of parts, merged."""
+    import torch
+
+    rows = pieces.elements // len(z)  # of an entry of z: the positions of one image, or 1
+    parts = z.split(max(1, min(ROWS_AT_ONCE, ELEMENTS_OF_PIECE // pieces.channels) // rows))
+    moments = [torch.stack(torch.batch_norm_update_stats(p, None, None, 0.0)) for p in parts]
+    means, variances = torch.stack(moments, dim=1)  # (parts, C)
+    share = z.new_tensor([len(p) / len(z) for p in parts])
+    mean = share @ means  # (B14)
+    return mean, share @ (variances + (means - mean) ** 2)  # (B15)
+
+
+def _moments_in_pieces(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
+    """(B1) and (B2), (C,); the second pass over a piece finds it in the cache."""
+    n = pieces.elements
+    first = pieces.sum(z) / n
+    row = pieces.row(first)
+    rest = squares = 0
+    for (piece,) in pieces.cut(z):
+        centered = piece - row
+        rest = rest + pieces.sum(centered)  # what rounding lost of the mean
+        squares = squares + pieces.sum(centered.square_())
+    rest = rest / n
+    return first + rest, (squares / n - rest * rest).relu()
+
+
+def _normalize_in_pieces(
+    z: Array,
+    mean: Array,
+    inv_std: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    pieces: _Pieces,
+) -> Array:
+    """(B4) and (B5); x - mean first: x scale - mean scale would lose what is far from 0."""
+    import torch
+
+    mean, scale = pieces.row(mean), pieces.row(inv_std if gamma is None else inv_std * gamma)
+    offset = None if beta is None else pieces.row(beta)
+    if z.numel() <= ELEMENTS_OF_PIECE:
+        y = z - mean
+        return y.mul_(scale) if offset is None else torch.addcmul(offset, y, scale, out=y)
+    y = torch.empty_like(z)
+    for piece, target in pieces.cut(z, y):
+        torch.sub(piece, mean, out=target)
+        if offset is None:
+            target.mul_(scale)
+        else:
+            torch.addcmul(offset, target, scale, out=target)
+    return y
+
+
+def _backward_in_pieces(
+    z: Array, dz: Array, mean: Array, inv_std: Array, gamma: Array | None, pieces: _Pieces
+) -> tuple[Array, Array, Array]:
+    """(B6) to (B10) for folded rows."""
+    import torch
+
+    row, n = pieces.row(mean), pieces.elements
+    dbeta = dgamma = 0
+    for piece, dpiece in pieces.cut(z, dz):
+        dbeta = dbeta + pieces.sum(dpiece)  # (B6)
+        dgamma = dgamma + pieces.sum((piece - row).mul_(dpiece))
+    dgamma = dgamma * inv_std  # (B7)
+    scale = inv_std if gamma is None else inv_std * gamma
+    a, b = pieces.row(-scale * dbeta / n), pieces.row(-scale * inv_std * dgamma / n)  # (B8) (B9)
+    scale = pieces.row(scale)
+    dx = torch.empty_like(z)
+    for piece, dpiece, target in pieces.cut(z, dz, dx):
+        torch.sub(piece, row, out=target)
+        torch.addcmul(a, target, b, out=target).addcmul_(dpiece, scale)  # (B10)
+    return dx, dgamma, dbeta
+
+
+def records() -> bool:
+    """Whether PyTorch keeps what gradients will need."""
+    import torch
+
+    return torch.is_grad_enabled()
+
+
+def inference(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: Axis,
+    epsilon: float,
+) -> Array:
+    """y by given statistics, the channels on any one axis."""
+    import torch
+
+    if torch.is_grad_enabled():  # for a second derivative
+        return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
+    (channel,) = functional.canonical_axes(axis, x.ndim)
+    if x.numel() == 0:
+        return x.clone()
+    pieces = _Pieces(x, channel)
+    inv_std, z = torch.rsqrt(variance + epsilon), pieces.rows(x)
+    large = pieces.folds == 1 and x.numel() > ELEMENTS_OF_PIECE
+    if large and can_be_looked_at(x) and _is_near(mean, inv_std):
+        # One sweep, x scale + (beta - mean scale).
+        y, *_ = torch.native_batch_norm(z, gamma, beta, mean, variance, False, 0.0, epsilon)
+    else:
+        y = _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces)
+    return pieces.undo(y, x)
+
+
+def layer(
+    x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float, centers: bool
+) -> Array | None:
+    """Layer normalization (RMS without `centers`) of the last axes; None where it would round."""
+    import torch
+
+    functional.check_epsilon(epsilon)
+    sizes = x.shape[-axes:]
+    gamma, beta = (_native_parameter(v, x, sizes) for v in (gamma, beta))
+    if not centers:
+        return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
+    if not can_be_looked_at(x):
+        return None
+    y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
+    return y if _is_near(mean, inv_std) else None
+
+
+def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array | None:
+    if v is None:
+        return None
+    v = tensor(v, x.dtype)
+    return v if v.shape == sizes else v.expand(sizes)
+
+
+def group(
+    x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
+) -> Array | None:
+    """Group normalization of the last axis' channels; None where it would round."""
+    import torch
+
+    functional.check_epsilon(epsilon)
+    if not can_be_looked_at(x) or not x.numel():
+        return None
+    z = x.movedim(-1, 1)  # (N, C, ...); of images it is the layout "channels last", no copy
+    count, channels = z.shape[:2]
+    gamma, beta = (_native_parameter(v, x, (channels,)) for v in (gamma, beta))
+    if gamma is None:
+        gamma = z.new_ones(channels)  # with beta alone, derivatives fail in PyTorch 2.13
+    z = z.contiguous(memory_format=_layout(z))
+    y, mean, inv_std = torch.native_group_norm(
+        z, gamma, beta, count, channels, z[0, 0].numel(), groups, epsilon
+    )
+    return y.movedim(1, -1) if _is_near(mean, inv_std) else None
+
+
+def _layout(z: Array) -> Any:
+    """The memory format in which PyTorch's kernels take (N, C, ...) with the channels last."""
+    import torch
+
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(z.ndim, torch.contiguous_format)
