@@ -9,6 +9,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_norm.autodiff import in_transform
+
 Array = Any
 Axis = int | Sequence[int]
 
@@ -126,7 +128,8 @@ def can_be_looked_at(x: Array) -> bool:
     """Whether x has values now, and what they decide is not recorded for other values to come."""
     import torch
 
-    return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()
+    return not (x.is_meta or recorded)
 
 
 def folds_of(shape: Sequence[int | None], channels: int, wanted: int = COLUMNS_FOLDED) -> int:

@@ -12,7 +12,7 @@ from keras_norm._kernels_common import (
     folds_of,
     tensor,
 )
-from keras_norm.autodiff import custom_vjp
+from keras_norm.autodiff import custom_vjp, in_transform
 
 Array = Any
 Axis = int | Sequence[int]
@@ -262,7 +262,7 @@ def inference(
     """y by given statistics, the channels on any one axis."""
     import torch
 
-    if torch.is_grad_enabled():  # for a second derivative
+    if torch.is_grad_enabled() or in_transform():  # for a second derivative; nothing in place
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     (channel,) = functional.canonical_axes(axis, x.ndim)
     if x.numel() == 0:

@@ -84,6 +84,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     function, too, and differentiable like any other. Those who pass the same function share what
     was compiled: hand over one that is kept, not one that is made for each call.
 
+    Compiling takes a hundred times as long as running. Where the first size of the first array is
+    not known while the function around it is traced, the batches of a graph's nodes or of what a
+    detector found may all be of different sizes: only those that `is_usual` says yes to are
+    compiled, and the others run as TensorFlow runs any function.
+
     Args:
         function: of arrays or None, returning a nest of them; Keras's operations, no variables.
 
@@ -99,16 +104,48 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     import tensorflow as tf
 
-    options = {"jit_compile": True, "autograph": False, "reduce_retracing": True}
-    program = tf.function(function, **options)
+    program, uncompiled = (
+        tf.function(function, jit_compile=compiles, autograph=False, reduce_retracing=True)
+        for compiles in (True, None)
+    )
+    # Many shapes are many programs here, on purpose: TensorFlow need not warn of them.
+    program._omit_frequent_tracing_warning = uncompiled._omit_frequent_tracing_warning = True
 
     @functools.wraps(function)
     def call(*arrays: Array | None) -> Any:
         # Within the gradient of `tf.cond`, an operation can take what the branch has computed, and
         # the call of a function cannot.
-        return program(*(None if x is None else tf.identity(x) for x in arrays))
+        given = [None if x is None else tf.identity(x) for x in arrays]
+        if given[0].shape[:1] != [None]:
+            return program(*given)
+        usual = is_usual(tf.shape(given[0])[0])
+        return tf.cond(usual, lambda: program(*given), lambda: uncompiled(*given))
 
     return call
+
+
+# The sizes of batches that people choose: few in each octave, whatever comes of the others.
+_USUAL = sorted(
+    {k * 2**j for k in range(1, 8) for j in range(22)}
+    | {k * 10**j for k in (*range(1, 10), 15, 25) for j in range(7)}
+)
+
+
+def is_usual(size: Any) -> Any:
+    """Whether a batch of this size will come again: k 2^j with k < 8, or one such as 90 or 250.
+
+    Args:
+        size: an integer, or a tensor of TensorFlow.
+
+    Example:
+        >>> is_usual(96), is_usual(250), is_usual(997)
+        (True, True, False)
+    """
+    if isinstance(size, int):
+        return size in _USUAL
+    import tensorflow as tf
+
+    return tf.reduce_any(tf.equal(size, tf.constant(_USUAL, size.dtype)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -150,7 +187,8 @@ def is_traced(x: Array) -> bool:
     if backend == "jax":
         import jax
 
-        return isinstance(x, jax.core.Tracer)
+        # A derivative taken without `jit` passes tracers, too, which know their values.
+        return isinstance(x, jax.core.Tracer) and not jax.core.is_concrete(x)
     return False
 
 
@@ -254,10 +292,25 @@ def _jax_zero(x: Array) -> Array:
 def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
     import torch
 
+    if in_transform():  # of `vmap` and `grad` a function like this one would need rules of its own
+        return tuple(forward(*inputs)[0])
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         with torch.no_grad():
             return tuple(forward(*inputs)[0])
     return tuple(_TORCH_FUNCTION.apply(forward, backward, *inputs))
+
+
+def in_transform() -> bool:
+    """Whether this runs inside one of PyTorch's function transforms, such as `torch.func.vmap`.
+
+    There arrays have no values to look at, and the backward pass is PyTorch's own.
+    """
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    peek_at_stack = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return peek_at_stack is not None and peek_at_stack() is not None
 
 
 def _make_torch_function() -> Any:
@@ -276,7 +329,8 @@ def _make_torch_function() -> Any:
         @staticmethod
         def backward(ctx: Any, *upstream: Array) -> tuple[Array | None, ...]:
             forward, backward = ctx.halves
-            arrays, residuals = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+            saved = ctx.saved_tensors  # once: what a checkpoint holds can be asked for once only
+            arrays, residuals = saved[: ctx.inputs], saved[ctx.inputs :]
             if torch.is_grad_enabled():
                 # The gradient will itself be differentiated: saved residuals are constants
                 # for autograd, recomputed ones are functions of the inputs.

@@ -398,6 +398,8 @@ def normalize(
 # counts as Keras's default for it.
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
+# Outside of graphs, so many shapes are compiled for each number of channels.
+SHAPES_COMPILED = 6
 
 _FAST_WITHIN = {
     "normalize": "fused",
@@ -496,7 +498,22 @@ def _pays_to_compile(shape: Sequence[int | None]) -> bool:
     if None in shape[1:]:
         return False
     sizes = (UNKNOWN_SIZE if size is None else size for size in shape)
-    return math.prod(sizes) >= FEWEST_ELEMENTS_COMPILED
+    return math.prod(sizes) >= FEWEST_ELEMENTS_COMPILED and _comes_again(tuple(shape))
+
+
+def _comes_again(shape: tuple[int | None, ...]) -> bool:
+    """Whether to believe that: without a graph, every size is known, and may never be met again."""
+    import tensorflow as tf
+
+    if not tf.executing_eagerly():
+        return True
+    met = _MET.setdefault((len(shape), shape[-1]), set())
+    if len(met) < SHAPES_COMPILED:
+        met.add(shape)
+    return shape in met
+
+
+_MET: dict[tuple[int, int | None], set[tuple[int | None, ...]]] = {}
 
 
 _decided_within = functools.lru_cache(maxsize=1024)(_decide_within)
