@@ -6,7 +6,7 @@ import pytest
 from arrays import ROUNDING
 from keras import ops
 
-from keras_norm import _kernels_common, functional, kernels, layers
+from keras_norm import _kernels_common, autodiff, functional, kernels, layers
 from keras_norm._gradients import gradients
 
 pytestmark = pytest.mark.core
@@ -601,12 +601,70 @@ def test_layers_share_what_is_compiled():
         layer = layers.LayerNormalization()
         layer.build((None, 64, 512))
         graph = tf.function(lambda x, f=layer: f(x, training=True)).get_concrete_function(
-            tf.TensorSpec([None, 64, 512])
+            tf.TensorSpec([32, 64, 512])
         )
         calls = [op for op in graph.graph.get_operations() if "PartitionedCall" in op.type]
         programs.append([op.get_attr("f").name for op in calls])
     assert len(programs[0]) == 1
     assert programs[0] == programs[1]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+@pytest.mark.parametrize("within", ["", "condition"])
+@pytest.mark.parametrize("name", ["batch", "layer", "group"])
+def test_batches_of_many_sizes_are_not_all_compiled(name, within, monkeypatch):
+    """Compiling takes a second: of unknown sizes, those that are chosen in training alone do."""
+    import tensorflow as tf
+
+    monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", "compiled")
+    called = []
+    usual = autodiff.is_usual
+    monkeypatch.setattr(autodiff, "is_usual", lambda n: called.append(n) or usual(n))
+    layer = COMPILED[name]()
+    layer.build((None, 3, 4))
+
+    def of(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            if within == "condition":
+                y = tf.cond(tf.size(x) >= 0, lambda: layer(x, training=True), lambda: x)
+            else:
+                y = layer(x, training=True)
+            total = tf.reduce_sum(y**3)
+        return y, *tape.gradient(total, [x, layer.gamma.value, layer.beta.value])
+
+    compiled = tf.function(of, input_signature=[tf.TensorSpec((None, 3, 4))])
+    for n in (8, 11, 0):
+        x = tf.constant(np.random.default_rng(n).standard_normal((n, 3, 4)), "float32")
+        found = compiled(x)
+        monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", "composed")
+        for ours, composed in zip(found, of(x), strict=True):
+            np.testing.assert_allclose(ours, composed, rtol=1e-4, atol=1e-4)
+    assert len(called) == 2  # in one trace, once for each half
+
+
+def test_few_sizes_are_usual():
+    assert all(map(autodiff.is_usual, (1, 8, 32, 50, 64, 96, 100, 128, 200, 250, 500, 512, 1024)))
+    assert sum(map(autodiff.is_usual, range(900, 1100))) == 3  # 900, 1000, 1024
+    assert sum(map(autodiff.is_usual, range(10_000, 100_000))) < 30
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+    monkeypatch.setattr(kernels, "_fused_by", lambda: "Eigen")
+    monkeypatch.setattr(kernels, "_MET", {})
+
+    def taken(length):
+        x = tf.zeros((8, length, 77))
+        return kernels.choose_for(x, training=True)
+
+    assert [taken(length) for length in range(64, 72)] == ["compiled"] * 6 + ["fused"] * 2
+    assert taken(64) == "compiled"
+    with tf.Graph().as_default():
+        assert taken(99) == "compiled"
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
