@@ -539,7 +539,7 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
             number; -1 for all; None for the largest divisor up to 16. Default: None.
         method: "zca" (x_hat as near to the inputs as can be), "cholesky" or "newton".
             Default: "zca".
-        momentum: float in [0, 1), weight of the old value in the moving statistics; None for the
+        momentum: float in [0, 1], weight of the old value in the moving statistics; None for the
             average over all batches so far. Can be changed at any time. Default: 0.99.
         epsilon: float > 0, added to the variances. Default: 1e-3.
         shrinkage: float in [0, 1], how far the covariance is moved towards a multiple of the

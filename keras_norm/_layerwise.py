@@ -871,18 +871,18 @@ def _remembered(
 
 _OF_THE_TRAINER = frozenset(  # what `fit` and its like note down; no function of ours reads it
     ["train_function", "test_function", "predict_function"]
+    + ["optimizer", "loss", "loss_weights", "history"]
     + ["steps_per_execution", "unrolled_steps_per_execution"]
     + ["training"]  # of PyTorch's modules
 )
 
 
 def _mark(layer: Any) -> tuple[Any, ...]:
-    """What a compiled function may have taken from a layer: dtypes, and plain attributes."""
-    plain = (bool, int, float, str, tuple, type(None))
+    """What a compiled function may have taken from a layer: dtypes, and attributes."""
     public = {
-        k: v
+        k: _mark_of(v)
         for k, v in vars(layer).items()
-        if not k.startswith(("_", "stop_")) and k not in _OF_THE_TRAINER and isinstance(v, plain)
+        if not k.startswith(("_", "stop_")) and k not in _OF_THE_TRAINER
     }
     graph = _graph_of(layer) if isinstance(layer, keras.Model) else None
     compiled = bool(getattr(layer, "compiled", False))
@@ -890,6 +890,29 @@ def _mark(layer: Any) -> tuple[Any, ...]:
     model = (id(graph), getattr(layer, "run_eagerly", None), compiled, jit_compile)
     switch = getattr(layer, "use_batch_statistics", None)
     return layer.compute_dtype, layer.variable_dtype, switch, model, tuple(public.items())
+
+
+class _Same:
+    """Equal to itself alone; unlike an `id`, no other object's as long as this is kept."""
+
+    def __init__(self, it: Any) -> None:
+        self._it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._it is other._it
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _mark_of(value: Any) -> Any:
+    """Plain values as they are, containers by what they hold, functions and arrays by identity."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_mark_of(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _mark_of(v) for k, v in value.items()}
+    return _Same(value)
 
 
 @dataclass

@@ -33,10 +33,10 @@ def check_dtype(layer: keras.layers.Layer) -> None:
 
 def check_fraction(name: str, value: float) -> None:
     """Refuses what is no momentum."""
-    if not 0 <= value < 1:
+    if not 0 <= value <= 1:
         raise ValueError(
             f"`{name}` is the weight of the old value in a moving average and must lie in "
-            f"[0, 1). Received: {name}={value!r}. Keras's default is 0.99; PyTorch's 0.1 is "
+            f"[0, 1]. Received: {name}={value!r}. Keras's default is 0.99; PyTorch's 0.1 is "
             "the weight of the new value, 0.9 here."
         )
 
@@ -105,6 +105,7 @@ class MovingStatistics(keras.layers.Layer):
     @property
     def momentum(self) -> float | None:
         """Weight of the old value in the moving statistics; None for the average of all."""
+        self._refresh()
         return self._momentum
 
     @momentum.setter
@@ -117,6 +118,7 @@ class MovingStatistics(keras.layers.Layer):
                 "momentum=None for a layer that was built without. Pass momentum=None, or "
                 "debiased=True, to the constructor."
             )
+        self._refresh()
         self._set_averages(value, getattr(self, "_update_statistics", True))
         self._momentum = value
         if self.moving_count is not None and value is not None:
@@ -130,13 +132,25 @@ class MovingStatistics(keras.layers.Layer):
     @property
     def update_statistics(self) -> bool:
         """Whether the moving statistics move in training (while the layer is trainable)."""
+        self._refresh()
         return self._update_statistics
 
     @update_statistics.setter
     def update_statistics(self, value: bool) -> None:
         check_switch("update_statistics", value, (True, False))
+        self._refresh()
         self._set_averages(self._momentum, value)
         self._update_statistics = value
+
+    def _refresh(self) -> None:
+        """Follows what a restored state has made of the switches."""
+        if self._live.refresh():
+            self._take_over()
+
+    def _take_over(self) -> None:
+        self._update_statistics = self._live["update"] > 0.5
+        if self._update_statistics and self._momentum is not None:
+            self._momentum = self._live["momentum"]
 
     @property
     def skipped_batches(self) -> int:
@@ -158,6 +172,14 @@ class MovingStatistics(keras.layers.Layer):
             for variable in variables:
                 if variable._value is not None:
                     setattr(self, f"_{variable.name}", variable._value)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
+        """TensorFlow's: a SavedModel holds the switches, a checkpoint does not."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type != "checkpoint":
+            return children
+        live = {f"_{variable.name}" for variable in self._live.variables}
+        return {name: child for name, child in children.items() if name not in live}
 
     @property
     def _statistics_dtype(self) -> str:

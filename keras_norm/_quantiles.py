@@ -339,7 +339,7 @@ class QuantileNormalization(NormalizationByRows):
         target: "normal", or "uniform" on [-sqrt 3, sqrt 3]; both of mean 0 and variance 1.
             Default: "normal".
         quantiles: int K >= 2, how finely the distribution is followed. Default: 16.
-        momentum: float in [0, 1), weight of the old value in the moving quantiles; None for the
+        momentum: float in [0, 1], weight of the old value in the moving quantiles; None for the
             average over all batches so far. Can be changed at any time. Default: 0.99.
         epsilon: float > 0, in the unit of x: the slope is at most 1 / epsilon, and elements
             closer to each other, equal ones above all, share one value. Default: 1e-3.

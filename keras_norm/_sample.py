@@ -52,7 +52,12 @@ def describe(data: Any) -> str:
 
 
 def is_structure(data: Any) -> bool:
-    """Whether these are arrays, or nested lists, tuples and dicts of them: no stream."""
+    """Whether these are arrays, or nested lists, tuples and dicts of them: no stream.
+
+    A list of tuples is a stream, too: of batches (x, y).
+    """
+    if isinstance(data, list) and data and all(isinstance(part, tuple) for part in data):
+        return False
     if isinstance(data, (tuple, list, dict)):
         return all(x is None or is_array(x) or np.isscalar(x) for x in tree.flatten(data))
     return is_array(data)
@@ -79,7 +84,13 @@ class Sample:
     """The examples that were drawn, in blocks, as often as they are needed."""
 
     def __init__(
-        self, data: Any, samples: int | None, batch_size: int, seed: int, store: Store | None
+        self,
+        data: Any,
+        samples: int | None,
+        batch_size: int,
+        seed: int,
+        store: Store | None,
+        inputs: int | None = None,  # how many the model has, if that is known
     ):
         self.batch_size, self.limit, self._store = batch_size, samples, store
         self._blocks: list[tuple[int, Callable[[], Any]]] = []  # rows, and how to get them
@@ -87,14 +98,22 @@ class Sample:
         self.streams = not is_structure(data)
         if not self.streams:
             self._stream: Iterator[Any] = iter(())
-            self._cut_arrays(data, seed)
+            self._cut_arrays(data, seed, inputs)
         else:
             self._stream = self._cut_stream(_batches(data, seed))
 
-    def _cut_arrays(self, data: Any, seed: int) -> None:
+    def _cut_arrays(self, data: Any, seed: int, inputs: int | None) -> None:
         x = keras.utils.unpack_x_y_sample_weight(data)[0] if isinstance(data, tuple) else data
         x = tree.map_structure(as_numpy, x[0] if isinstance(x, list) and len(x) == 1 else x)
-        lengths = {len(v) for v in tree.flatten(x)}
+        leaves = tree.flatten(x)
+        if not all(np.ndim(v) for v in leaves) or (isinstance(x, list) and inputs == 1):
+            raise ValueError(
+                "Examples must be arrays with the examples along axis 0; a list is several inputs. "
+                f"Received: {len(leaves)} of shapes {[np.shape(v) for v in leaves[:3]]} and so on, "
+                "for a model with one input. Pass one array (np.array, np.concatenate), "
+                "or an iterator over batches, iter(batches)."
+            )
+        lengths = {len(v) for v in leaves}
         if len(lengths) != 1:
             raise ValueError(
                 "All inputs must have the same number of examples. Received: arrays of lengths "

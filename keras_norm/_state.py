@@ -14,6 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_norm import autodiff
+
 __all__ = ["LiveNumbers"]
 
 Array = Any
@@ -53,6 +55,19 @@ class LiveNumbers:
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]
+
+    def refresh(self) -> bool:
+        """Takes over what others have assigned to the variable, and says whether they had.
+
+        Whoever restores the state of a model restores the switches: compiled functions follow
+        them, and so must the numbers here.
+        """
+        found = None if self._vector is None else autodiff.peek(self._vector)
+        if found is None or np.array_equal(found, self._as_array().astype(found.dtype)):
+            return False
+        # The shortest text that stands for a number of float32: .99, not .9900000095.
+        self._values = {name: float(str(v)) for name, v in zip(self._values, found, strict=True)}
+        return True
 
     def update(self, **values: float) -> None:
         """Changes some of the numbers, for every function, traced or not.

@@ -116,9 +116,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         # Within the gradient of `tf.cond`, an operation can take what the branch has computed, and
         # the call of a function cannot.
         given = [None if x is None else tf.identity(x) for x in arrays]
-        if given[0].shape[:1] != [None]:
+        first: Any = given[0]
+        if first.shape[:1] != [None]:
             return program(*given)
-        usual = is_usual(tf.shape(given[0])[0])
+        usual = is_usual(tf.shape(first)[0])
         return tf.cond(usual, lambda: program(*given), lambda: uncompiled(*given))
 
     return call
@@ -187,8 +188,11 @@ def is_traced(x: Array) -> bool:
     if backend == "jax":
         import jax
 
-        # A derivative taken without `jit` passes tracers, too, which know their values.
-        return isinstance(x, jax.core.Tracer) and not jax.core.is_concrete(x)
+        while isinstance(x, jax.core.Tracer):
+            if not hasattr(x, "primal"):
+                return True
+            x = x.primal  # of a derivative, which may be taken without `jit`
+        return False
     return False
 
 
@@ -219,7 +223,12 @@ def peek(variable: Any) -> Any:
         with tf.init_scope():
             return ops.convert_to_numpy(variable._value)
     value = variable.value
-    return None if is_traced(value) else ops.convert_to_numpy(value)
+    if backend == "jax":
+        import jax
+
+        if isinstance(value, jax.core.Tracer):
+            return None
+    return ops.convert_to_numpy(value)
 
 
 def eagerly(function: Callable[[], Any]) -> Any:

@@ -800,7 +800,9 @@ class AverageWeights(_Exchange):
         decay: number in (0, 1), of "ema". Default: 0.999.
         start: int >= 0, first epoch whose weights are averaged. Default: 0.
         steps: int >= 1, batches between two updates of the average, or None: once at the end of
-            each epoch. Default: None for "swa", 1 for "ema" (given as "auto").
+            each epoch. Default: None for "swa", 1 for "ema" (given as "auto"). Where `fit` takes
+            several batches at once (`steps_per_execution`), the weights after them count for each
+            update that was due.
         data: for the statistics, as in `ReestimateStatistics`; None to average the moving
             statistics like weights. Default: None.
         every: int >= 1, epochs. Default: 1.
@@ -856,13 +858,20 @@ class AverageWeights(_Exchange):
         self.kind, self.decay, self.start, self.steps = kind, decay, start, steps
         self.data, self.backup, self.options = data, backup, options
         self.updates = 0
-        self._averages: list[Floats] = []
+        self._averages: list[Any] = []  # one variable for each of those that are averaged
+        self._averaged: list[Any] = []
+        self._batches = 0  # of this epoch
         self._left: list[npt.NDArray[Any]] | None = None  # weights when the last epoch ended
         self._updated = -1  # the last epoch with its one update
 
     def _variables(self) -> list[Any]:
+        if self._averaged:  # whatever is trained by now
+            return self._averaged
         moving = self.model.non_trainable_variables if self.data is None else self._statistics()
+        inside = [layer for _, layer in statistics._inside(self.model, "", set())]
+        switches = {id(v) for y in inside if hasattr(y, "_live") for v in y._live.variables}
         floats = [v for v in moving if keras.backend.is_float_dtype(v.dtype)]
+        floats = [v for v in floats if id(v) not in switches]
         return [*self.model.trainable_variables, *floats]
 
     def _statistics(self) -> list[Any]:
@@ -873,24 +882,28 @@ class AverageWeights(_Exchange):
         return super()._due(epoch) and self.updates > 0
 
     def _come_in(self) -> None:
-        for variable, value in zip(self._variables(), self._averages, strict=True):
-            variable.assign(value.astype(variable.numpy().dtype))
+        for variable, average in zip(self._averaged, self._averages, strict=True):
+            # A copy: a step of JAX gives its own arrays away.
+            variable.assign(ops.cast(ops.copy(average.value), variable.dtype))
         if self.data is not None:
             data = self.data() if callable(self.data) else self.data
             statistics.reestimate(self.model, data, **self.options)
 
-    def _update(self) -> None:
-        """One update of the average by the weights of now."""
+    def _update(self, times: int = 1) -> None:
+        """As many updates of the average, by the weights of now."""
         _synchronized(self.model)
-        self.updates += 1
-        k = self.updates
-        share = 1 / k if self.kind == "swa" else 1 - min(self.decay, k / (k + 9))
-        now = [np.array(v.numpy(), np.float64) for v in self._variables()]
+        kept = 1.0
+        for _ in range(times):
+            self.updates += 1
+            k = self.updates
+            kept *= 1 - 1 / k if self.kind == "swa" else min(self.decay, k / (k + 9))
         if not self._averages:
-            self._averages = now
+            self._averaged = self._variables()
+            self._averages = [_average(ops.copy(v.value), v) for v in self._averaged]
             return
-        for average, value in zip(self._averages, now, strict=True):
-            average += share * (value - average)
+        for average, variable in zip(self._averages, self._averaged, strict=True):
+            distance = ops.cast(variable.value, average.dtype) - average.value
+            average.assign(average.value + (1 - kept) * distance)
 
     def _every_batches(self) -> int | None:
         if self.steps == "auto":
@@ -900,20 +913,24 @@ class AverageWeights(_Exchange):
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins a new average."""
         super().on_train_begin(logs)
-        self.updates, self._averages, self._left = 0, [], None
+        self.updates, self._averages, self._averaged, self._left = 0, [], [], None
         self._updated = -1
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Takes the average of a `fit` that is resumed here up again."""
         super().on_epoch_begin(epoch, logs)
+        self._batches = 0
         if self.backup is not None and epoch > 0 and not self._averages:
             self._load(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Updates the average, every so many batches."""
         number = self._every_batches()
-        if number is not None and self._epoch >= self.start and (batch + 1) % number == 0:
-            self._update()
+        if number is None or self._epoch < self.start:
+            return
+        last, self._batches = self._batches, batch + 1
+        if times := self._batches // number - last // number:
+            self._update(times)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Updates the average, once in an epoch, and brings it in."""
@@ -956,7 +973,7 @@ class AverageWeights(_Exchange):
     def _save(self, epoch: int) -> None:
         from keras_norm._files import replace_file
 
-        arrays: Any = {f"a{i}": value for i, value in enumerate(self._averages)}
+        arrays: Any = {f"a{i}": v.numpy() for i, v in enumerate(self._averages)}
         with replace_file(Path(self.backup or "")) as temporary, temporary.open("wb") as file:
             np.savez(file, epoch=epoch, updates=self.updates, **arrays)
 
@@ -979,7 +996,15 @@ class AverageWeights(_Exchange):
                 stacklevel=2,
             )
             return
-        self.updates, self._averages = updates, averages
+        self.updates, self._averaged = updates, self._variables()
+        pairs = zip(averages, self._averaged, strict=True)
+        self._averages = [_average(value, variable) for value, variable in pairs]
+
+
+def _average(value: Any, variable: Any) -> Any:
+    """A variable for the average of another; in float32 where that has less."""
+    dtype = "float64" if variable.dtype == "float64" else "float32"
+    return keras.Variable(ops.cast(value, dtype), dtype=dtype, trainable=False, name="average")
 
 
 class Lookahead(keras.callbacks.Callback):
@@ -1084,9 +1109,9 @@ def in_order(callbacks: Sequence[Any]) -> list[Any]:
 
     First one that brings such values in where there is no validation to do so, for each of them.
     Then what looks at the model at the end of an epoch (checkpoints, early stopping, and all
-    others), then `StatisticsMonitor`, then `AverageWeights`, `ReestimateStatistics` and
-    `AdaptStatistics`, whose statistics are those of averaged weights then, and last
-    `keras.callbacks.BackupAndRestore`, which is to find the weights of training.
+    others), then `AverageWeights`, `ReestimateStatistics` and `AdaptStatistics`, whose statistics
+    are those of averaged weights then. With the model's own values back, `StatisticsMonitor`, and
+    last `keras.callbacks.BackupAndRestore`, which is to find the weights of training.
 
     Args:
         callbacks: of Keras.
@@ -1104,8 +1129,8 @@ def in_order(callbacks: Sequence[Any]) -> list[Any]:
         if isinstance(callback, keras.callbacks.BackupAndRestore):
             return 4
         if isinstance(callback, _Exchange):
-            return 2 if isinstance(callback, AverageWeights) else 3
-        return 1 if isinstance(callback, StatisticsMonitor) else 0
+            return 1 if isinstance(callback, AverageWeights) else 2
+        return 3 if isinstance(callback, StatisticsMonitor) else 0
 
     ordered = sorted((c for c in callbacks if not isinstance(c, _BeforeEpochEnd)), key=rank)
     return [*(_BeforeEpochEnd(c) for c in ordered if isinstance(c, _Exchange)), *ordered]

@@ -60,6 +60,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_norm.autodiff import custom_vjp
@@ -107,6 +108,7 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         (1, 3)
     """
     axes = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
+    axes = tuple(int(a) if isinstance(a, np.integer) else a for a in axes)
     valid = all(isinstance(a, int) and -ndim <= a < ndim for a in axes)
     canonical = tuple(sorted(a % ndim for a in axes)) if valid and axes else ()
     if not canonical or len(set(canonical)) < len(canonical):

@@ -40,7 +40,7 @@ from typing import Any
 import keras
 import numpy as np
 import numpy.typing as npt
-from keras import ops
+from keras import ops, tree
 
 from keras_norm._gradients import gradients, restored_randomness
 from keras_norm._layerwise import _intercepted, rms
@@ -153,7 +153,7 @@ class _Surface:
                 f"model={getattr(model, 'name', model)!r}. Call model.compile(optimizer, loss)."
             )
         self._model = model
-        self._x, self._y = (ops.convert_to_tensor(v) for v in (x, y))
+        self._x, self._y = (tree.map_structure(ops.convert_to_tensor, v) for v in (x, y))
         self.variables = list(model.trainable_variables)
 
     def loss(self) -> Tensor:

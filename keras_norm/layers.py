@@ -72,7 +72,7 @@ class BatchNormalization(MovingStatistics):
     Args:
         axis: int, the axis of the channels: -1 for channels last, 1 for images with channels
             first; or a tuple of axes, which together keep their own statistics. Default: -1.
-        momentum: float in [0, 1), weight of the old value in the moving statistics (PyTorch's
+        momentum: float in [0, 1], weight of the old value in the moving statistics (PyTorch's
             momentum is its complement); None for the average over all batches so far, each
             with the same weight. Can be changed at any time. Default: 0.99.
         epsilon: float >= 0, added to the variance. Default: 1e-3 (PyTorch's is 1e-5).
@@ -86,7 +86,7 @@ class BatchNormalization(MovingStatistics):
             normalizes by moving statistics, up to bounds. Default: False.
         renorm_clipping: dict of bounds of that correction, with the keys "rmax", "rmin", "dmax";
             what is missing is not bounded. Default: none.
-        renorm_momentum: float in [0, 1), momentum of those moving statistics. Default: 0.99.
+        renorm_momentum: float in [0, 1], momentum of those moving statistics. Default: 0.99.
         synchronized: bool, whether the replicas of a data-parallel step normalize by the
             statistics of the whole batch, merged by counts, (B13) to (B15): under
             `tf.distribute`, and under `torch.distributed`. On JAX with `keras.distribution`
@@ -153,7 +153,7 @@ class BatchNormalization(MovingStatistics):
     reaches the inputs, and the moving variance moves towards 0.
 
     Raises:
-        ValueError: for a momentum outside [0, 1), a negative epsilon, an axis that the inputs do
+        ValueError: for a momentum outside [0, 1], a negative epsilon, an axis that the inputs do
             not have, an integer or complex dtype, inputs whose channels are unknown, a mask or
             weights that do not broadcast to the inputs, wrong bounds of renormalization, and
             for a virtual batch size together with `renorm` or `synchronized`.
@@ -256,11 +256,13 @@ class BatchNormalization(MovingStatistics):
     @property
     def train_parameters(self) -> bool:
         """Whether gamma and beta are trained (while the layer is trainable)."""
+        self._refresh()
         return self._train_parameters
 
     @train_parameters.setter
     def train_parameters(self, value: bool) -> None:
         check_switch("train_parameters", value, (True, False))
+        self._refresh()
         self._live.update(train=float(value))
         self._train_parameters = value
         self._mark_parameters()
@@ -268,11 +270,13 @@ class BatchNormalization(MovingStatistics):
     @property
     def use_batch_statistics(self) -> bool | None:
         """Whether the batch's statistics normalize; None where `training` decides."""
+        self._refresh()
         return self._use_batch_statistics
 
     @use_batch_statistics.setter
     def use_batch_statistics(self, value: bool | None) -> None:
         check_switch("use_batch_statistics", value, (True, False, None))
+        self._refresh()
         if value is not None and self._traced and not self._chooses:
             raise ValueError(
                 "A function with this layer was compiled for use_batch_statistics=None, without a "
@@ -284,6 +288,15 @@ class BatchNormalization(MovingStatistics):
         self._live.update(moving_in_training=float(value is False), moving=float(value is not True))
         self._chooses = self._chooses or value is not None
         self._use_batch_statistics = value
+
+    def _take_over(self) -> None:
+        super()._take_over()
+        self._train_parameters = self._live["train"] > 0.5
+        by_moving = self._live["moving_in_training"] > 0.5
+        by_batch = self._live["moving"] < 0.5
+        self._use_batch_statistics = True if by_batch else False if by_moving else None
+        self._chooses = self._chooses or self._use_batch_statistics is not None
+        self._mark_parameters()
 
     @property
     def trainable(self) -> bool:

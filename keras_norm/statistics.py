@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import keras  # noqa: F401 (in an example)
+import keras
 import numpy as np
 import numpy.typing as npt
 
@@ -392,10 +392,14 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LayerStatistics:
-        for layer in self.layers:
-            if name in (layer.name, layer.name.rpartition("/")[2]):
-                return layer
-        raise KeyError(name)
+        found = [y for y in self.layers if y.name == name]
+        found = found or [y for y in self.layers if y.name.rpartition("/")[2] == name]
+        if len(found) > 1:
+            names = [y.name for y in found]
+            raise KeyError(f"{name!r} is the name of several layers. Use one of {names}.")
+        if not found:
+            raise KeyError(name)
+        return found[0]
 
     @property
     def updated(self) -> tuple[LayerStatistics, ...]:
@@ -830,7 +834,9 @@ def _replace_statistics(
         bar = stack.enter_context(_progress_bar(o.method)) if o.progress else None
         stack.enter_context(_transaction(model, list(chosen.values())))
         held = store if o.method == "layerwise" else None
-        sample = Sample(data, o.samples, o.batch_size, o.seed, held)
+        inputs = getattr(model, "inputs", None)
+        known_inputs = None if inputs is None else len(keras.tree.flatten(inputs))
+        sample = Sample(data, o.samples, o.batch_size, o.seed, held, known_inputs)
         names, layers = list(chosen), list(chosen.values())
         job = Job(model, names, layers, sample, store, rule, o.method, o.tolerance, bar)
         found, came = job.run()
@@ -919,7 +925,7 @@ def _blend(sources: Mapping[int, Values], prior: float) -> Rule:
         share = np.where(moments.count > 0, share, 0.0)
         if any(v.shape != share.shape for v in source):  # positions count for all channels alike
             share = np.asarray(np.max(share, initial=0.0))
-        new = [np.nan_to_num(v) for v in kind_of(layer).of_data(moments, source)]
+        new = [np.nan_to_num(v) for v in kind_of(layer).population(layer, moments)]
         return tuple(old + share * (v - old) for old, v in zip(source, new, strict=True))
 
     return rule

@@ -666,6 +666,67 @@ def test_switches_in_fit(dtype):
     np.testing.assert_array_equal(seen[3], seen[2])
 
 
+def test_momentum_one_and_axes_of_numpy():
+    """As Keras: statistics that never move; axes from arrays."""
+    layer, x = built((5, 3, 4), momentum=1.0, axis=np.int64(1)), normal(5, 3, 4)
+    layer(x, training=True)
+    np.testing.assert_array_equal(array(layer.moving_mean), np.zeros(3))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch keeps no variable of the switches")
+def test_switches_of_a_restored_state():
+    """Compiled functions follow the variable: so do the attributes."""
+
+    def made(**arguments):
+        norm = BatchNormalization(name="bn", **arguments)
+        model = keras.Sequential([keras.Input((3,)), norm], name="same")
+        model.compile("sgd", "mse")
+        return model, model.get_layer("bn")
+
+    source, _ = made(momentum=0.9, use_batch_statistics=False)
+    target, layer = made(momentum=0.5)
+    target.set_state_tree(source.get_state_tree())
+    assert (layer.momentum, layer.train_parameters) == (0.9, True)
+    assert layer.use_batch_statistics is False
+    assert layer.update_statistics is True
+    assert layer.get_config()["momentum"] == 0.9
+    layer.update_statistics = False
+    still, _ = made(momentum=0.9)
+    target.set_state_tree(still.get_state_tree())
+    assert (layer.update_statistics, layer.use_batch_statistics) == (True, None)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's checkpoints")
+def test_checkpoints_hold_no_switches(tmp_path):
+    import tensorflow as tf
+
+    def made(**arguments):
+        return keras.Sequential([keras.Input((3,)), BatchNormalization(**arguments)])
+
+    source, target = made(momentum=0.9, update_statistics=False), made(momentum=0.5)
+    source.layers[0].moving_mean.assign(np.arange(3.0))
+    path = tf.train.Checkpoint(model=source).save(str(tmp_path / "checkpoint"))
+    tf.train.Checkpoint(model=target).restore(path).assert_consumed()
+    layer = target.layers[0]
+    np.testing.assert_array_equal(array(layer.moving_mean), np.arange(3.0))
+    assert layer.momentum == 0.5
+    layer(np.ones((2, 3), "float32"), training=True)
+    np.testing.assert_allclose(array(layer.moving_mean), [0.5, 1.0, 1.5])
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's tracers")
+def test_a_derivative_without_jit_compiles_nothing():
+    import jax
+
+    layer, x = built((5, 3)), normal(5, 3, dtype="float32")
+    state = (
+        [v.value for v in layer.trainable_variables],
+        [v.value for v in layer.non_trainable_variables],
+    )
+    jax.grad(lambda z: ops.sum(layer.stateless_call(*state, z, training=True)[0] ** 3))(x)
+    layer.use_batch_statistics = True
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="elsewhere the variables stay with the layer")
 def test_switches_in_the_middle_of_an_epoch():
     x = normal(64, 3, dtype="float32")
@@ -853,7 +914,7 @@ def test_initializers_regularizers_and_constraints_act():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"momentum": 1.0}, r"\[0, 1\). Received: momentum=1.0"),
+        ({"momentum": 1.5}, r"\[0, 1\]. Received: momentum=1.5"),
         ({"momentum": -0.1}, "Received: momentum=-0.1"),
         ({"momentum": float("nan")}, "Received: momentum=nan"),
         ({"epsilon": -1e-3}, "Received: epsilon=-0.001"),
@@ -899,6 +960,6 @@ def test_wrong_inputs_for_what_was_built():
         layer(normal(5, 3))
     with pytest.raises(ValueError, match="axis"):
         layer(normal(5, 4, 2))
-    with pytest.raises(ValueError, match="Received: momentum=1"):
-        layer.momentum = 1
+    with pytest.raises(ValueError, match="Received: momentum=2"):
+        layer.momentum = 2
     assert layer.momentum == 0.99

@@ -171,6 +171,14 @@ def test_dropout_is_the_same_at_both_ends_of_a_step():
     assert found.losses[0] == pytest.approx(found.loss * along_the_line, rel=1e-3)
 
 
+def test_inputs_by_name():
+    inputs = {"a": keras.Input((3,), name="a")}
+    model = keras.Model(inputs, keras.layers.Dense(2)(inputs["a"]))
+    model.compile("sgd", "mse")
+    found = along_gradient(model, {"a": X.astype("float32")}, Y.astype("float32"), [1e-3])
+    assert found.losses[0] < found.loss
+
+
 def test_errors():
     model, (x, y) = classifier(), INPUTS
     for lengths in ([], [0.0], [np.inf]):

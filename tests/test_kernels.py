@@ -720,3 +720,38 @@ def test_compiled_by_pytorch_in_one_graph(name):
         results.append([y.detach(), z.grad, *gradients_, *variables])
     for ours, expected in zip(*results, strict=True):
         compare(expected, ours, 1e-5, name)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's activation checkpoints and transforms")
+@pytest.mark.parametrize("implementation", ["", "composed"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_checkpoints_and_transforms_of_pytorch(name, implementation, monkeypatch):
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", implementation)
+    layer = COMPILED[name]()
+    x = torch.tensor(np.random.default_rng(9).standard_normal((4, 3, 3, 8)), dtype=torch.float32)
+    layer.build(x.shape)
+
+    def slopes(function, **arguments):
+        z = x.clone().requires_grad_()
+        function(lambda z: layer(z, **arguments), z).pow(3).sum().backward()
+        return z.grad
+
+    for training in (False, True) if name == "batch" else (False,):
+        arguments = {"training": training} if name == "batch" else {}
+        expected = slopes(lambda f, z: f(z), **arguments)
+        again = slopes(lambda f, z: checkpoint(f, z, use_reentrant=False), **arguments)
+        torch.testing.assert_close(again, expected)
+    z = x.clone().requires_grad_()
+    layer(z).pow(3).sum().backward()
+
+    def of_one(z):
+        return layer(z[None])[0]
+
+    torch.testing.assert_close(ops.vectorized_map(of_one, x), layer(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ops.vectorized_map(of_one, x), layer(x))
+    of_each = torch.func.vmap(torch.func.grad(lambda z: of_one(z).pow(3).sum()))(x)
+    torch.testing.assert_close(of_each, z.grad, rtol=1e-4, atol=1e-4)

@@ -716,6 +716,18 @@ def test_a_report(tmp_path):
         Report.from_dict({})
 
 
+def test_a_name_of_several_layers():
+    inner = [
+        keras.Sequential([keras.Input((4,)), KINDS["ours"](name="bn")], name=name) for name in "ab"
+    ]
+    report = reestimate(keras.Sequential([keras.Input((4,)), *inner]), example_data((4,), 20))
+    assert report["a/bn"] is report.layers[0]
+    with pytest.raises(KeyError, match=r"several layers\. Use one of .*'b/bn'"):
+        report["bn"]
+    with pytest.raises(KeyError, match="other"):
+        report["other"]
+
+
 def test_a_report_is_saved_with_the_model(tmp_path):
     model, path = MLP((3,), input_shape=(4,), classes=2), tmp_path / "model.keras"
     x = example_data((4,), 40)
@@ -1019,7 +1031,41 @@ def test_what_was_compiled_is_kept_as_long_as_the_model_is_the_same(method):
     assert all(program.run_eagerly for program in second.programs)
 
 
+def test_what_was_compiled_is_not_kept_when_a_function_or_an_array_has_changed():
+    x = example_data((4,), 64)
+    first, dense = layers.Normalization(), layers.Dense(3, activation="relu")
+    first.adapt(x)
+    norms = [KINDS["ours"](name=name) for name in "ab"]
+    model = keras.Sequential([keras.Input((4,)), first, norms[0], dense, norms[1]])
+    reestimate(model, x)
+    first.adapt(x + 100)
+    reestimate(model, x)
+    assert_exact(model, x, 2)
+    dense.activation = keras.activations.sigmoid
+    reestimate(model, x)
+    assert_exact(model, x, 2)
+
+
+def test_lists():
+    """Of batches (x, y) a stream; of arrays several inputs, which a model may not have."""
+    model, x = small_model(), example_data((4,), 64)
+    batches = [(x[i : i + 16], np.zeros(16)) for i in range(0, 64, 16)]
+    assert reestimate(model, batches).samples == 64
+    assert_exact(model, x, 2)
+    with pytest.raises(ValueError, match="Received: 4 of shapes"):
+        reestimate(model, [batch for batch, _ in batches])
+    with pytest.raises(ValueError, match="along axis 0"):
+        reestimate(model, x.tolist())
+
+
 # Adaptation --------------------------------------------------------------------------------------
+
+
+def test_adapt_without_prior_is_unbiased_where_the_layer_is():
+    layer = keras_norm.layers.BatchNormalization(unbiased=True)
+    model, x = keras.Sequential([keras.Input((4,)), layer]), example_data((4,), 1000)
+    adapt(model, x)
+    np.testing.assert_allclose(statistics_of(layer)[1], x.var(axis=0, ddof=1), rtol=1e-5)
 
 
 def shifted(shape, n, seed, shift=3.0, scale=2.0):

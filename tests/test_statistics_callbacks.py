@@ -183,10 +183,72 @@ def test_order():
     checkpoint = keras.callbacks.ModelCheckpoint("x.keras")
     given = [backup, average, monitor, checkpoint]
     first, *others = in_order(given)
-    assert others == [checkpoint, monitor, average, backup]
+    assert others == [checkpoint, average, monitor, backup]
     assert first._exchange is average
     again = in_order(in_order(given))
     assert again[1:] == others
+
+
+def test_the_monitor_sees_the_statistics_of_training():
+    alone, beside = StatisticsMonitor(X), StatisticsMonitor(X)
+    fit(network(), [alone], epochs=1)
+    fit(network(), in_order([beside, ReestimateStatistics(X)]), epochs=1)
+    for one, other in zip(alone.records, beside.records, strict=True):
+        assert one["shift"] > 0.01
+        assert other["shift"] == pytest.approx(one["shift"], rel=1e-5)
+
+
+class Thaw(keras.callbacks.Callback):
+    """Switches of a layer, thrown while the average is under way."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        layer = self.model.get_layer("a")
+        # JAX's training step wants the same trainable variables in every epoch.
+        layer.train_parameters = epoch < 1 or keras.backend.backend() == "jax"
+        layer.update_statistics, layer.momentum = epoch < 2, 0.5
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.get_layer("a").momentum = 0.75
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_switches_are_not_averaged(keep):
+    model, average = network(), AverageWeights("swa", keep=keep)
+    layer = model.get_layer("a")
+    try:
+        fit(model, [Thaw(), *in_order([average])])
+        values = layer.train_parameters, layer.update_statistics, layer.momentum
+        assert values == (keras.backend.backend() == "jax", False, 0.75)
+        assert average.updates == 3
+        before = np.array(layer.moving_mean.numpy())
+        fit(model, [], epochs=1)
+        np.testing.assert_array_equal(layer.moving_mean.numpy(), before)
+    finally:
+        layer.train_parameters = layer.update_statistics = True
+        layer.momentum = 0.99
+
+
+@pytest.mark.parametrize(("steps", "updates"), [(1, 8), (3, 2), (4, 2)])
+def test_several_batches_at_once(steps, updates):
+    """What is due within an execution is done after it, by the weights that are there then."""
+    model, average = network(), AverageWeights("ema", steps=steps, keep=False)
+    average.set_model(model)
+    average.on_train_begin()
+    for epoch in range(2):
+        average.on_epoch_begin(epoch)
+        for last in (1, 3):  # two batches each
+            model.trainable_variables[0].assign_add(model.trainable_variables[0] * 0 + 1)
+            average.on_train_batch_end(last)
+    assert average.updates == updates
+    first = model.trainable_variables[0].numpy() - 4  # as it was
+    expected, k = first * np.nan, 0
+    for w in range(1, 5):  # four executions
+        due = [b for b in ((1, 2), (3, 4))[(w - 1) % 2] if b % steps == 0]
+        for _ in due:
+            k += 1
+            d = min(0.999, k / (k + 9)) if k > 1 else 0.0
+            expected = first + w if k == 1 else d * expected + (1 - d) * (first + w)
+    np.testing.assert_allclose(average._averages[0].numpy(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("nested", [False, True])
