@@ -75,7 +75,7 @@ test-backends:
 JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv-jax/compiled \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
-# Keras's own tests, which take JAX a minute and a half, run on the other two; or with JAX_TESTS=core.
+# Some tests take JAX minutes, Keras's own among them: they run on the other two; or with JAX_TESTS=core.
 JAX_TESTS ?= core and not slow_on_jax
 
 test-jax: .venv-jax/installed

@@ -70,6 +70,7 @@ def test_interrupted_after_any_epoch_and_resumed_it_ends_with_the_same_weights(
     same_weights(again, outcome)
 
 
+@pytest.mark.slow_on_jax
 def test_resumed_with_muon(digits, tmp_path):
     muon = dataclasses.replace(SMALL, matrix_rate=0.1, epochs=2)
     straight = recipes.train(muon, digits, seed=1)
@@ -90,6 +91,7 @@ def test_a_backup_of_another_training(digits, tmp_path):
     assert backup.read_bytes() == before
 
 
+@pytest.mark.slow_on_jax
 def test_the_policy_is_the_faster_one_and_that_of_the_backup(digits, tmp_path, monkeypatch):
     def interrupt(epochs, metrics):
         if epochs > 1.5:

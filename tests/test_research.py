@@ -130,7 +130,10 @@ def test_equal_eigenvalues(method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow_on_jax if m == "newton" else ()) for m in METHODS],
+)
 def test_second_derivatives_of_whitening(method):
     """In general, and where the eigenvalues are equal."""
     x, gamma, _, mix = data((4, 2), -1)

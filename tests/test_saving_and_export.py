@@ -68,6 +68,7 @@ def resume(kind, path):
 
 @pytest.mark.core
 @pytest.mark.slow
+@pytest.mark.slow_on_jax
 def test_training_goes_on_in_a_fresh_process(tmp_path):
     """Outputs, then weights and the optimizer's state after one more epoch, as without the break.
 

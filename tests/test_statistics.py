@@ -266,7 +266,13 @@ def build_mixed(build, first):
 # Exactness ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", MODELS, ids=lambda f: f.__name__)
+LONG_ON_JAX = dict.fromkeys([mlp9, residual], pytest.mark.slow_on_jax)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(f, marks=LONG_ON_JAX[mlp9] if f is mlp9 else (), id=f.__name__) for f in MODELS],
+)
 def test_layerwise_is_exact(build):
     shape, number = MODELS[build]
     model = mixed_model(build)
@@ -332,8 +338,10 @@ def test_layerwise_against_pytorch():
 
 @pytest.mark.parametrize(
     ("build", "sizes"),
-    [(mlp9, (1, 7, 64)), (convnet, (1, 7, 64)), (residual, (1, 7, 64)), (subclassed, (20,))],
-    ids=lambda v: getattr(v, "__name__", "sizes"),
+    [
+        pytest.param(f, (20,) if f is subclassed else (1, 7, 64), marks=marks, id=f.__name__)
+        for f, marks in {**LONG_ON_JAX, convnet: (), subclassed: ()}.items()
+    ],
 )
 def test_batch_size_and_order_do_not_matter(build, sizes):
     shape, _ = MODELS[build]
