@@ -102,6 +102,7 @@ bench: .venv/installed
 	@$(BENCH) benchmarks/memory.py --layers batch layer rms group
 	@$(BENCH) benchmarks/activation.py
 	@$(BENCH) benchmarks/convolution.py
+	@$(BENCH) benchmarks/backward.py
 	@$(BENCH) benchmarks/imports.py
 
 results: .venv/installed

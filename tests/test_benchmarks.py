@@ -67,6 +67,15 @@ def test_reestimation(run, tmp_path):
     assert "layerwise/predict" in printed
 
 
+def test_backward(run, tmp_path):
+    printed = run("backward.py", "--shape", "8,5", "--turns", "3", "--out", tmp_path)
+    with (tmp_path / "backward.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["largest difference of dx"]) < 1e-14
+    assert float(row["step by step over simplified"]) > 0
+    assert "median of 3 turns" in printed
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_memory(run):
     printed = run("memory.py", "--shape", "64,32,32,16", "--repeats", "1")
