@@ -9,6 +9,7 @@ and `answers.json`, and from nowhere else.
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAVED = Path("docs/results")  # of ROOT
 MISSING = "not run yet"
 FEWEST = 5  # seeds, below which there is no verdict
+WIDE = 0.1  # half of an interval, above which a figure inside of it is not called reproduced
 MARKS = ("<!-- {}, written by make results -->", "<!-- end of {} -->")  # around a table of a page
 README = "results"  # the name of the table there
 
@@ -107,7 +109,8 @@ def judge(values: np.ndarray, published: Sequence[Decimal], better: str = "more"
     margin = half_width(values) + rounding
     away = [values.mean() - float(figure) for figure in published]
     if min(map(abs, away)) <= margin or min(away) < 0 < max(away):
-        return "reproduced"
+        low, high = (short(f(values), 3) for f in (np.min, np.max))
+        return f"compatible: ours are {low} to {high}" if margin > WIDE else "reproduced"
     ours = "more" if away[0] > 0 else "less"
     if better == "neither":
         return f"not reproduced: ours is {ours}"
@@ -264,6 +267,8 @@ def claims(rows: Iterable[Mapping[str, Any]], saved: Saved) -> Lines:
                 str(test.n),
             )
             verdict = judge_claim(test, p, row["expected"])
+            if "not_comparable" in row:
+                verdict = f"not comparable: {row['not_comparable']}"
         verdicts.append(verdict)
         notes += reasons(row, row["claim"], verdict)
         said, run = row.get("said", "–"), anchor(row["study"])
@@ -283,6 +288,28 @@ def exercises(rows: Iterable[Mapping[str, Any]], saved: Saved) -> tuple[str, lis
         verdicts.append("answered" if found else MISSING)
         texts.append(f"**{row['question']}** ({anchor(row['study'])}) {answer}")
     return "\n\n".join(texts), verdicts
+
+
+def checks(rows: Iterable[Mapping[str, Any]], folder: Path) -> str:
+    """What the tests of the check vectors assert."""
+    cells = []
+    for row in rows:
+        asserted = row["asserted"]
+        if "ratio" in row:
+            asserted = asserted.format(ratio=benchmark_ratio(folder, *row["ratio"]))
+        tests = ", ".join(f"`{test}`" for test in row["tests"])
+        cells.append((row["check"], row["published"], asserted, tests))
+    return Table(("check", "published", "asserted", "in `tests/`"), tuple(cells)).markdown
+
+
+def benchmark_ratio(folder: Path, name: str, column: str) -> str:
+    """A column of the only line of a benchmark's table."""
+    path = folder / name
+    if not path.exists():
+        return MISSING
+    with path.open(encoding="utf-8") as file:
+        (line,) = csv.DictReader(file)
+    return short(float(line[column]), 1)
 
 
 def commands(studies: Mapping[str, Mapping[str, Any]], saved: Saved) -> str:
@@ -310,13 +337,31 @@ Command and time are those of the runs behind a row: the wall times of single ru
 
 **Figures.** *Reproduced*: the published figure lies in the 95% prediction interval of one more run
 of ours (mean ± t √(1 + 1/n) standard deviations, and half a unit of its last digit): it could be a
-run of ours. *Surpassed*: it lies outside, and ours are better. *Not reproduced*: it lies outside,
-and ours are worse. *Open*: fewer than {fewest} seeds.
+run of ours. *Compatible*: it lies in the interval, but that reaches more than {wide} to either side,
+and says little. *Surpassed*: it lies outside, and ours are better. *Not reproduced*: it lies
+outside, and ours are worse. *Not comparable*: ours is another setting, or theirs is not stated;
+both figures stand there without a verdict. *Open*: fewer than {fewest} seeds.
 
 **Claims.** Paired t-tests over the seeds that both settings have, p adjusted by Holm's method for
 all tests of the part, Cohen's d_z as the size of the effect. *Reproduced*: the difference has the
 claimed sign, and p is at most .05. Where no difference is claimed, *reproduced* only says that none
-was seen."""
+was seen.
+
+A paired t-test asks whether the mean difference of two settings, seed by seed, may be chance. Holm's
+method raises the p-values of several tests made together, so that one of them comes out below .05 by
+luck in at most 5% of such sets. d_z is the mean difference over the standard deviation of the
+differences. A Wilcoxon test, where there is one, uses only their signs and ranks.
+
+*JPEG copy*: CIFAR-10 whose images have been through JPEG compression; pixels are slightly off, and
+accuracies a little different from those of the original images. *A reader*: someone who posted
+figures of a run in the forum of the book. *Bonus report*: a student's report on the voluntary part of
+an assignment."""
+
+CHECKS = """## A. Check vectors
+
+Exact numbers without a data set: arrays drawn from `numpy.random.seed(231)`, and what others computed
+from them. Nothing here is a run over seeds, hence no mean and no verdict. Each row is a test, which
+fails if the numbers differ by more than is stated."""
 
 
 def data_of(part: Mapping[str, Any], saved: Saved) -> str:
@@ -361,7 +406,8 @@ def report(rows: Mapping[str, Any], folder: Path) -> str:
             )
         )
     overview = Table(("part", "figures", "claims", "exercises"), tuple(summary)).markdown
-    texts = [HEAD.format(fewest=FEWEST), overview, *sections]
+    texts = [HEAD.format(fewest=FEWEST, wide=short(WIDE)), overview]
+    texts += [CHECKS, checks(rows["checks"], folder), *sections]
     texts += ["## Commands", commands(rows["studies"], saved)]
     return "\n\n".join(texts) + "\n"
 

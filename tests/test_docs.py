@@ -103,6 +103,19 @@ def test_every_row_says_what_it_needs():
             assert all(row["study"] in ROWS["studies"] for row in part.get(kind, []))
 
 
+@pytest.mark.parametrize("row", ROWS["checks"], ids=lambda row: row["check"])
+def test_a_check_names_tests_that_are_there(row):
+    for test in row["tests"]:
+        file, _, function = test.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text("utf-8")
+
+
+def test_a_claim_may_not_be_comparable():
+    (row,) = (r for r in ROWS["parts"]["C"]["claims"] if "not_comparable" in r)
+    lines = report.claims([row], report.Saved(SAVED))
+    assert lines.verdicts == (f"not comparable: {row['not_comparable']}",)
+
+
 FIVE = np.array([0.51, 0.52, 0.53, 0.54, 0.55])  # half of the interval: 2.776 sqrt(1.2) .0158
 
 
@@ -125,6 +138,12 @@ FIVE = np.array([0.51, 0.52, 0.53, 0.54, 0.55])  # half of the interval: 2.776 s
 )
 def test_verdicts_on_figures(published, better, expected):
     assert report.judge(FIVE, [Decimal(x) for x in published], better) == expected
+
+
+def test_a_wide_interval_reproduces_nothing():
+    values = np.array([0.45, 0.47, 0.50, 0.53, 0.55])  # half of the interval: .126
+    assert report.judge(values, [Decimal("0.588")]) == "compatible: ours are .450 to .550"
+    assert report.judge(values, [Decimal("0.70")]) == "not reproduced"
 
 
 def test_few_seeds_and_diverged_runs_leave_a_row_open():
