@@ -472,7 +472,7 @@ def _mask_of(value: Array) -> Array | None:
     return found[0] if found else None
 
 
-# Solving (S1) and (S2) -------------------------------------------------------------------------
+# Solving (J1) and (J2) -------------------------------------------------------------------------
 
 
 @dataclass

@@ -3,24 +3,24 @@
 Let L(w) be the loss of the weights w on some examples, in training mode, g its gradient, and
 t > 0 a step length. Along the step of gradient descent:
 
-    (K1)  loss                 L(w - t g)
-    (K2)  change               || grad L(w - t g) - g ||
-    (K3)  smoothness(t)        || grad L(w - t g) - g || / (t ||g||)
+    (X1)  loss                 L(w - t g)
+    (X2)  change               || grad L(w - t g) - g ||
+    (X3)  smoothness(t)        || grad L(w - t g) - g || / (t ||g||)
 
-The largest (K3) over t bounds the Lipschitz constant of the gradient from below: the smaller it is,
+The largest (X3) over t bounds the Lipschitz constant of the gradient from below: the smaller it is,
 the further the gradient can be trusted, and the larger the steps may be.
 
 How much of what a layer should learn is changed by the step of the layers below it, its internal
 covariate shift, in terms of its gradient g_i:
 
-    (K4)  g_i'        = gradient for layer i at (w_1 - t g_1, ..., w_(i-1) - t g_(i-1), w_i, ...)
-    (K5)  shift       = ||g_i' - g_i|| / ||g_i||,   cosine = g_i . g_i' / (||g_i|| ||g_i'||)
+    (X4)  g_i'        = gradient for layer i at (w_1 - t g_1, ..., w_(i-1) - t g_(i-1), w_i, ...)
+    (X5)  shift       = ||g_i' - g_i|| / ||g_i||,   cosine = g_i . g_i' / (||g_i|| ||g_i'||)
 
 Of the outputs a of a layer, with the channels c last, the distribution itself, and how far it has
 gone since an earlier look at the same examples:
 
-    (K6)  drift       = root mean square over c of (mean_c - earlier mean_c) / earlier std_c
-    (K7)  scale       = geometric mean over c of std_c / earlier std_c
+    (X6)  drift       = root mean square over c of (mean_c - earlier mean_c) / earlier std_c
+    (X7)  scale       = geometric mean over c of std_c / earlier std_c
 
 Everything is measured on the model as it is and leaves it as it is: weights, moving statistics and
 the states of seed generators are put back, bit by bit.
@@ -75,8 +75,8 @@ class AlongGradient:
         loss: L(w).
         gradient_norm: ||g||.
         lengths: (T,), the step lengths t.
-        losses: (T,), (K1).
-        changes: (T,), (K2).
+        losses: (T,), (X1).
+        changes: (T,), (X2).
     """
 
     loss: float
@@ -87,7 +87,7 @@ class AlongGradient:
 
     @property
     def smoothness(self) -> float:
-        """The largest (K3), in 1 / (unit of t)."""
+        """The largest (X3), in 1 / (unit of t)."""
         return float(np.max(self.changes / self.lengths) / self.gradient_norm)
 
 
@@ -134,8 +134,8 @@ def along_gradient(model: Any, x: Any, y: Any, lengths: Sequence[float]) -> Alon
     for length in t:
         with surface.moved(start, length, surface.variables):
             there, gradient = surface.evaluate(surface.variables)
-        losses.append(there)  # (K1)
-        changes.append(_norm([a - b for a, b in zip(gradient, start, strict=True)]))  # (K2)
+        losses.append(there)  # (X1)
+        changes.append(_norm([a - b for a, b in zip(gradient, start, strict=True)]))  # (X2)
     return AlongGradient(loss, norm, t, np.array(losses), np.array(changes))
 
 
@@ -187,7 +187,7 @@ class _Surface:
 
 @dataclass(frozen=True)
 class CovariateShift:
-    """How the step of the layers below changes the gradient of a layer, (K5).
+    """How the step of the layers below changes the gradient of a layer, (X5).
 
     Args:
         shift: length of the change over that of the gradient; 0 for the lowest layer.
@@ -247,14 +247,14 @@ def covariate_shift(
         if name in chosen:
             before = [by_variable[id(v)] for v in own]
             with surface.moved([by_variable[id(v)] for v in below], length, below):
-                _, after = surface.evaluate(own)  # (K4)
+                _, after = surface.evaluate(own)  # (X4)
             found[name] = _shift_of(before, after)
         below += own
     return found
 
 
 def _shift_of(before: Sequence[Floats], after: Sequence[Floats]) -> CovariateShift:
-    """(K5)"""
+    """(X5)"""
     norms = _norm(before), _norm(after)
     change = _norm([a - b for a, b in zip(after, before, strict=True)])
     product = sum(float(np.sum(a * b)) for a, b in zip(after, before, strict=True))
@@ -304,7 +304,7 @@ class Distribution:
         )
 
     def since(self, earlier: Distribution) -> tuple[float, float]:
-        """Drift (K6) and scale (K7) since an earlier look, over the channels that varied at both.
+        """Drift (X6) and scale (X7) since an earlier look, over the channels that varied at both.
 
         NaN if there are none.
         """

@@ -5,11 +5,11 @@ Those are a decaying average over batches, of activations of weights that no lon
 `reestimate` replaces them by the mean and the biased variance of data under the final weights
 (precise batch normalization):
 
-    (S1)  mean_l     = sum over the data of the inputs of layer l / count_l
-    (S2)  variance_l = sum over the data of (input - mean_l)^2 / count_l
+    (J1)  mean_l     = sum over the data of the inputs of layer l / count_l
+    (J2)  variance_l = sum over the data of (input - mean_l)^2 / count_l
 
 where the inputs of layer l are those that it receives in inference, with the new statistics in
-all layers. A layer's inputs depend on the statistics of the layers below, so that (S1) and (S2)
+all layers. A layer's inputs depend on the statistics of the layers below, so that (J1) and (J2)
 are solved from below: exactly, layer by layer (`method="layerwise"`), or approximately in one
 sweep in which every layer normalizes by the batch (`method="one_pass"`).
 
@@ -640,7 +640,7 @@ def _beyond_variance(statistics: Mapping[str, npt.NDArray[Any]]) -> dict[str, Fl
 
 
 def _population(layer: Layer, moments: Moments) -> Values:
-    """(S1) and (S2), and their like; a channel without any element keeps its statistics.
+    """(J1) and (J2), and their like; a channel without any element keeps its statistics.
 
     A layer whose moving variance is the unbiased one, of N - 1, gets that.
     """
@@ -716,7 +716,7 @@ def reestimate(
 ) -> Report:
     """Replaces the moving statistics of every batch normalization layer by those of data.
 
-    Equations (S1) and (S2) of this module, in inference mode throughout: dropout and augmentation
+    Equations (J1) and (J2) of this module, in inference mode throughout: dropout and augmentation
     layers are off. Nothing of the model but the statistics changes, and on any failure (of the
     data, of the disk, Ctrl-C) not even these.
 
@@ -914,7 +914,7 @@ def _layer_reports(
 
 
 def _blend(sources: Mapping[int, Values], prior: float) -> Rule:
-    """(S3) and (S4), from the statistics of the source, by the id of the layer."""
+    """(J3) and (J4), from the statistics of the source, by the id of the layer."""
 
     def rule(layer: Layer, moments: Moments) -> Values:
         source = sources[id(layer)]
@@ -961,8 +961,8 @@ def adapt(
     Weights, gamma and beta stay; the moving statistics, those of the source domain, are blended
     with those of n target examples. No labels are needed. With N = `prior` pseudo-examples:
 
-        (S3)  mean     = N / (N + n) mean_source     + n / (N + n) mean_target
-        (S4)  variance = N / (N + n) variance_source + n / (N + n) variance_target
+        (J3)  mean     = N / (N + n) mean_source     + n / (N + n) mean_target
+        (J4)  variance = N / (N + n) variance_source + n / (N + n) variance_target
 
     Covariances are blended as variances are, and quantiles one by one, which blends the two
     distributions half-way in transport cost. All are applied layer by layer: a layer's target
@@ -974,7 +974,7 @@ def adapt(
         target: data of the target domain, as `data` in `reestimate`. With labels (x, y), a sample
             that holds much less than all classes is warned of.
         prior: N, the number of examples that the source statistics are worth, >= 0. 0 replaces
-            them (Li et al.); with few target examples take more. Default: 0.
+            them (Li et al.); with few target examples and a small shift take more. Default: 0.
         samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress:
             as in `reestimate`.
 
@@ -1023,8 +1023,8 @@ def _warn_of_sample(report: Report, prior: float) -> None:
     if n and error > _TINY:
         warnings.warn(
             f"{n} target examples are few: they leave a standard error of {error:.2g} sigma in "
-            "the outputs of a layer. Take more of them, or give the source more weight: "
-            f"prior={max(16, 2 * n)}, for example.",
+            "the outputs of a layer. Take more of them; if the shift is small, giving the source "
+            f"more weight helps, too: prior={max(16, 2 * n)}, for example.",
             stacklevel=3,
         )
 
@@ -1042,10 +1042,12 @@ def _warn_of_classes(model: Any, target: Any) -> None:
     share = np.unique(y, return_counts=True)[1] / len(y)
     effective = float(np.exp(-np.sum(share * np.log(share))))
     if effective < min(classes, len(y)) / 2:
+        number = f"{effective:.1f}".removesuffix(".0")
         warnings.warn(
-            f"The target sample is skewed: by their shares, {effective:.1f} of the model's "
-            f"{classes} classes. Its statistics take the missing classes for a shift of the "
-            "domain. Draw it from all classes, or give the source more weight by `prior`.",
+            f"The target sample is skewed: by their shares, {number} of the model's {classes} "
+            "classes. Its statistics take the missing classes for a shift of the domain. Draw it "
+            "from all classes. A `prior` gives the source more weight, which helps only where the "
+            "statistics of the source are nearer to the target's than those of the sample.",
             stacklevel=3,
         )
 
@@ -1053,13 +1055,13 @@ def _warn_of_classes(model: Any, target: Any) -> None:
 class RunningAdaptation:
     """Adapts a model to a stream, batch after batch, and forgets what is long past.
 
-    Every layer's statistics are (S3) and (S4) with the moments of all batches so far, each
+    Every layer's statistics are (J3) and (J4) with the moments of all batches so far, each
     example's weight halved with every `half_life` examples that come after it. The source is
     never forgotten: its weight is always that of `prior` examples.
 
     Args:
         model: as in `reestimate`, with the statistics of the source domain.
-        prior: N in (S3), > 0. Default: 64.
+        prior: N in (J3), > 0. Default: 64.
         half_life: number of examples, > 0; infinite to forget nothing. Default: 1024.
         layers: as in `reestimate`. Default: all.
 

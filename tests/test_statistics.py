@@ -1126,9 +1126,9 @@ def test_adapt_warns_of_small_and_skewed_samples():
     adapt(model, target[:5], prior=1000)  # no warning
     labels = np.zeros(200, int)
     classes = MLP((6,), KINDS["ours"], input_shape=(4,), classes=10)
-    with pytest.warns(UserWarning, match="1.0 of the model's 10 classes"):
+    with pytest.warns(UserWarning, match="shares, 1 of the model's 10 classes"):
         adapt(classes, (target, labels))
-    with pytest.warns(UserWarning, match="2.0 of the model's 10 classes"):
+    with pytest.warns(UserWarning, match="shares, 2 of the model's 10 classes"):
         adapt(classes, (target, np.eye(10)[np.arange(200) % 2]))
     adapt(classes, (target, np.arange(200) % 10))
     adapt(classes, target)
