@@ -17,6 +17,8 @@ and from which size on; whether layer normalization fails with few features, in 
 strong regularization, as a course asks; which preprocessing of data each of them resembles; and
 how far a multilayer perceptron with layer normalization and dropout gets.
 
+**You need** lesson 1, the equations of batch normalization; lesson 3, dropout, for the last net.
+
 **Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, found in
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
@@ -846,6 +848,18 @@ look worse.
    pixels to 0 or 1 by a threshold?
 4. And on images: does batch normalization suffer in batches of 2, and group normalization not?
 5. How far does the best perceptron get?
+
+## References
+
+Ba, Kiros and Hinton, 2016, Layer Normalization. Wu and He, 2018, Group Normalization. Ulyanov,
+Vedaldi and Lempitsky, 2016, Instance Normalization: The Missing Ingredient for Fast Stylization.
+Ioffe and Szegedy, 2015, Batch Normalization. Zhang and Sennrich, 2019, Root Mean Square Layer
+Normalization (layer normalization without the mean, `RMSNormalization`). Kingma and Ba, 2015, Adam:
+A Method for Stochastic Optimization. Srivastava and others, 2014, Dropout.
+
+## Next
+
+Lesson 5, `tutorials/05_statistics.py`: re-estimated and adapted statistics, and corrupted images.
 
 ## Answers, from the runs above
 """

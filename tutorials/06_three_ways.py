@@ -17,6 +17,8 @@ that all three compute the same outputs, gradients and trained weights; what acc
 after one epoch; what each way costs in lines and in seconds; and what each way must take care of
 when batch normalization comes in: the training flag, and statistics that move.
 
+**You need** lesson 1; lesson 2 for Nesterov's momentum.
+
 **Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, found in
 `--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
@@ -1086,8 +1088,9 @@ print(f"A call of a model on ones moves its moving mean by: {FLAG}")
 Two small nets and one epoch: after a dozen epochs the rules would stand in another order. The
 published accuracies are of single runs, and whether on validation or test images is not said; here
 both are given. Seconds are those of one machine and of steps without augmentation; on a GPU the
-time between the steps counts for more. Lines are those of this script, in which the tensors use the
-functions of `keras.ops`.
+time between the steps counts for more. The plot of seconds shows means over the turns, the text
+medians. The saved runs shared the machine with other work. Lines are those of this script, in which
+the tensors use the functions of `keras.ops`.
 
 ## Exercises
 
@@ -1095,6 +1098,16 @@ functions of `keras.ops`.
 2. What accuracy does each way reach after one epoch, and does the way matter?
 3. What does each way cost?
 4. What must each way take care of when batch normalization comes in, and what if it does not?
+
+## References
+
+He, Zhang, Ren and Sun, 2015, Delving Deep into Rectifiers (He's rule). Ioffe and Szegedy, 2015,
+Batch Normalization. Nesterov, 1983, A Method for Solving the Convex Programming Problem with
+Convergence Rate O(1/k^2).
+
+## Next
+
+Lesson 7, `tutorials/07_cifar10_challenge.py`: a fast net for CIFAR-10, idea by idea.
 
 ## Answers, from the runs above
 """
