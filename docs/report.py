@@ -337,8 +337,8 @@ Command and time are those of the runs behind a row: the wall times of single ru
 
 **Figures.** *Reproduced*: the published figure lies in the 95% prediction interval of one more run
 of ours (mean ± t √(1 + 1/n) standard deviations, and half a unit of its last digit): it could be a
-run of ours. *Compatible*: it lies in the interval, but that reaches more than {wide} to either side,
-and says little. *Surpassed*: it lies outside, and ours are better. *Not reproduced*: it lies
+run of ours. *Compatible*: it lies in the interval, but that reaches more than {wide} to either
+side, and says little. *Surpassed*: it lies outside, and ours are better. *Not reproduced*: it lies
 outside, and ours are worse. *Not comparable*: ours is another setting, or theirs is not stated;
 both figures stand there without a verdict. *Open*: fewer than {fewest} seeds.
 
@@ -347,21 +347,21 @@ all tests of the part, Cohen's d_z as the size of the effect. *Reproduced*: the 
 claimed sign, and p is at most .05. Where no difference is claimed, *reproduced* only says that none
 was seen.
 
-A paired t-test asks whether the mean difference of two settings, seed by seed, may be chance. Holm's
-method raises the p-values of several tests made together, so that one of them comes out below .05 by
-luck in at most 5% of such sets. d_z is the mean difference over the standard deviation of the
-differences. A Wilcoxon test, where there is one, uses only their signs and ranks.
+A paired t-test asks whether the mean difference of two settings, seed by seed, may be chance.
+Holm's method raises the p-values of several tests made together, so that chance alone takes one of
+them below .05 in at most 5% of such sets. d_z is the mean difference over the standard deviation of
+the differences. A Wilcoxon test, where there is one, uses only signs and ranks of the differences.
 
 *JPEG copy*: CIFAR-10 whose images have been through JPEG compression; pixels are slightly off, and
 accuracies a little different from those of the original images. *A reader*: someone who posted
-figures of a run in the forum of the book. *Bonus report*: a student's report on the voluntary part of
-an assignment."""
+figures of a run in the forum of the book. *Bonus report*: a student's report on the voluntary part
+of an assignment."""
 
 CHECKS = """## A. Check vectors
 
-Exact numbers without a data set: arrays drawn from `numpy.random.seed(231)`, and what others computed
-from them. Nothing here is a run over seeds, hence no mean and no verdict. Each row is a test, which
-fails if the numbers differ by more than is stated."""
+Exact numbers without a data set: arrays drawn from `numpy.random.seed(231)`, and what others
+computed from them. Nothing here is a run over seeds, hence no mean and no verdict. Each row is a
+test, which fails if the numbers differ by more than is stated."""
 
 
 def data_of(part: Mapping[str, Any], saved: Saved) -> str:
