@@ -992,8 +992,8 @@ that it makes smoother.
 A paired t-test asks whether the mean difference of two settings, seed by seed, may be chance; p is
 how often chance alone would make one so large. A Wilcoxon test asks the same, but looks only at
 signs and ranks of the differences. Cohen's d_z is the mean difference over the standard deviation
-of the differences. Of several tests made together one comes out at p < .05 by luck; Holm's method
-raises their p-values to make up for that.
+of the differences. Of several tests made together one may come out at p < .05 by luck; Holm's
+method raises their p-values to make up for that.
 
 ## Answers, from the runs above
 """
