@@ -36,6 +36,7 @@ from keras_norm._search_settings import (
     clear,
     environment,
     locked,
+    new_identity,
     prepare,
     read_search,
     read_trials,
@@ -199,6 +200,7 @@ class _Owner:
         self._preload(spec)
         answer = self._answer("keras_norm._search_trial:describe_space", {**spec, "resume": resume})
         self.space, whole = answer["space"], answer["whole"]
+        self.identity = new_identity()
         if resume:
             saved = read_search(self.out)
             if saved["whole_space"] != whole:
@@ -206,10 +208,10 @@ class _Owner:
                     "A search cannot be resumed with another space: the hyperparameters of "
                     f"{self.settings.space!r} are not those it began with."
                 )
-            self.space = saved["space"]
+            self.space, self.identity = saved["space"], saved["identity"]
         if overwrite:
             clear(self.out)
-        write_search(self.out, self.settings, self.space, whole)
+        write_search(self.out, self.settings, self.space, whole, self.identity)
 
     def _preload(self, spec: dict[str, Any]) -> None:
         self.display.note("Importing TensorFlow and reading the data ...")
@@ -249,6 +251,7 @@ class _Owner:
         spec = {
             "settings": self.settings.to_dict(),
             "space": self.space,
+            "identity": self.identity,
             "folder": str(self.out),
             "host": host,
             "port": port,
@@ -262,7 +265,7 @@ class _Owner:
         self.chief = _Process("chief", target, spec, self.out / "processes.txt")
         self._start(self.chief)
         reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        self._add_workers(names, reachable, int(spec["port"]), 600)
+        self._add_workers(names, reachable, int(spec["port"]), 600, self.out)
         if not self.count or not _is_loopback(host):
             self.display.note(f"Others may join: keras-norm tune --join {host}:{spec['port']}")
 
@@ -285,17 +288,23 @@ class _Owner:
             )
         merged = {**theirs.to_dict(), "data_dir": None, **options, "space": own_space}
         self.settings, self.space = Settings.of(merged), about["space"]
+        self.identity = about.get("identity", "")
         self._preload({"settings": self.settings.to_dict()})
         me = f"{socket.gethostname()}-{os.getpid()}"
-        self._add_workers([f"{me}-{k}" for k in range(self.count)], host, port, patience)
+        folder = self.out / f"search_{self.identity}" if self.identity else self.out
+        names = [f"{me}-{k}" for k in range(self.count)]
+        self._add_workers(names, host, port, patience, folder)
 
-    def _add_workers(self, names: list[str], host: str, port: int, patience: float) -> None:
+    def _add_workers(
+        self, names: list[str], host: str, port: int, patience: float, folder: Path
+    ) -> None:
         gpus = _gpus()
         for k, name in enumerate(names):
             spec = {
                 "settings": self.settings.to_dict(),
                 "space": self.space,
-                "folder": str(self.out),
+                "identity": self.identity,
+                "folder": str(folder),
                 "host": host,
                 "port": port,
                 "patience": patience,

@@ -2,7 +2,7 @@
 
 Nothing here needs Keras: a command line that is wrong, or a report, costs no import of TensorFlow.
 
-    search.json             settings, space, versions
+    search.json             settings, space, versions, and a number of its own
     oracle.json             KerasTuner's oracle
     trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
     trial_07/checkpoint.npz model, optimizer and history after the last finished epoch
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ __all__ = [
     "clear",
     "environment",
     "locked",
+    "new_identity",
     "prepare",
     "ranked",
     "read_search",
@@ -288,11 +290,21 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def new_identity() -> str:
+    """What tells one search from all others, in search.json and in its checkpoints."""
+    return secrets.token_hex(6)
+
+
 def write_search(
-    out: Path, settings: Settings, space: Mapping[str, Any], whole: Mapping[str, Any]
+    out: Path,
+    settings: Settings,
+    space: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    identity: str = "",
 ) -> None:
     """Writes search.json: the space as it is searched, and the whole one that it is a part of."""
     content = {
+        "identity": identity,
         "settings": settings.to_dict(),
         "space": space,
         "whole_space": whole,
@@ -303,9 +315,10 @@ def write_search(
 
 
 def read_search(out: Path) -> dict[str, Any]:
-    """What `write_search` wrote."""
+    """What `write_search` wrote. The identity of a search that was made without one is ""."""
     try:
-        return dict(json.loads((out / "search.json").read_text(encoding="utf-8")))
+        content = dict(json.loads((out / "search.json").read_text(encoding="utf-8")))
+        return {"identity": "", **content}
     except FileNotFoundError:
         raise SearchError(f"There is no search in {str(out)!r}.") from None
     except (OSError, ValueError) as error:

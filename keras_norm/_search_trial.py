@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -201,12 +202,21 @@ def trial_seed(settings: Settings, number: int) -> int:
 # State on disk ------------------------------------------------------------------------------
 
 
-def save_state(path: Path, model: keras.Model, history: list[dict[str, float]]) -> None:
+def origin_of(identity: str, values: Mapping[str, Any], seed: int) -> str:
+    """Of a checkpoint: search, hyperparameters and seed, which Hyperband's later trials share."""
+    own = {k: v for k, v in values.items() if not k.startswith("tuner/")}
+    text = json.dumps([identity, own, seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_state(
+    path: Path, model: keras.Model, history: list[dict[str, float]], origin: str = ""
+) -> None:
     """Model, optimizer, seed generators and history in one file, whole or not at all."""
     variables = enumerate(_variables(model))
     arrays = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in variables}
     with replace_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, history=np.array(json.dumps(history)), **arrays)
+        np.savez(file, history=np.array(json.dumps(history)), origin=np.array(origin), **arrays)
 
 
 def load_state(path: Path, model: keras.Model) -> list[dict[str, float]]:
@@ -215,6 +225,14 @@ def load_state(path: Path, model: keras.Model) -> list[dict[str, float]]:
         for i, variable in enumerate(_variables(model)):
             variable.assign(file[f"v{i}"])
         return list(json.loads(str(file["history"])))
+
+
+def is_from(path: Path, origin: str, is_new: bool) -> bool:
+    """Whether a checkpoint is there, and of that origin; searches once wrote none into theirs."""
+    if not path.exists():
+        return False
+    with np.load(path) as file:
+        return str(file["origin"]) == origin if "origin" in file else not is_new
 
 
 def _variables(model: keras.Model) -> list[Any]:
@@ -276,6 +294,8 @@ class Trial:
         self.space, self.values = spec["space"], spec["values"]
         self.folder, self.number = Path(spec["folder"]), int(spec["number"])
         self.root = int(spec["root"])  # the trial of Hyperband that this one goes on from
+        self.identity = spec["identity"]
+        self.origin = origin_of(self.identity, self.values, trial_seed(self.settings, self.root))
         self.ancestor = spec["ancestor"]  # its folder
         self.history: list[dict[str, float]] = []
         self.stopped = False
@@ -318,7 +338,9 @@ class Trial:
     def _restore(self, data: datasets.Data) -> None:
         own = self.folder / "checkpoint.npz"
         ancestors = Path(self.ancestor, "checkpoint.npz") if self.ancestor else None
-        source = next((p for p in (own, ancestors) if p is not None and p.exists()), None)
+        present = [p for p in (own, ancestors) if p is not None]
+        is_new = bool(self.identity)
+        source = next((p for p in present if is_from(p, self.origin, is_new)), None)
         if source is not None:
             self.history = load_state(source, self.model)
         elif self.candidate.begin is not None:
@@ -353,7 +375,7 @@ class Trial:
         if self.settings.objective == "val_accuracy_reestimated":
             metrics["val_accuracy_reestimated"] = metrics["val_accuracy"]
         self.history.append(metrics)
-        save_state(self.folder / "checkpoint.npz", self.model, self.history)
+        save_state(self.folder / "checkpoint.npz", self.model, self.history, self.origin)
         if self.settings.tensorboard:
             from keras_norm._search_tensorboard import write
 

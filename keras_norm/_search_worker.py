@@ -28,7 +28,9 @@ _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # gRPC's, when the chief cannot be
 class Chief:
     """The chief, as a worker sees it: KerasTuner's client, and the service beside it."""
 
-    def __init__(self, host: str, port: int, worker: str, patience: float) -> None:
+    def __init__(
+        self, host: str, port: int, worker: str, patience: float, identity: str | None = None
+    ) -> None:
         import grpc  # type: ignore[import-untyped]
         from keras_tuner.src.distribute.oracle_client import OracleClient
 
@@ -36,6 +38,7 @@ class Chief:
         os.environ["KERASTUNER_ORACLE_PORT"] = str(port)
         os.environ["KERASTUNER_TUNER_ID"] = worker
         self.worker, self.patience = worker, patience
+        self.identity = identity  # of the search, None for any
         self.oracle = OracleClient(None)
         self._channel = grpc.insecure_channel(
             f"{host}:{port}", options=[("grpc.max_reconnect_backoff_ms", 1000)]
@@ -62,9 +65,17 @@ class Chief:
         return bool(self.ask("Beat", {"worker": self.worker, "trial": trial_id})["yours"])
 
     def ask(self, method: str, message: dict[str, Any]) -> dict[str, Any]:
+        return self._until_there(lambda: self._ask_once(method, message))
+
+    def _ask_once(self, method: str, message: dict[str, Any]) -> dict[str, Any]:
         call = self._channel.unary_unary(f"/{SERVICE}/{method}")
-        payload = json.dumps(message).encode()
-        return dict(json.loads(self._until_there(lambda: call(payload, timeout=60))))
+        return dict(json.loads(call(json.dumps(message).encode(), timeout=60)))
+
+    def _check_identity(self) -> None:
+        """Whoever answers after a while may be the chief of another search."""
+        theirs = self._ask_once("About", {}).get("identity", "")
+        if theirs != self.identity:
+            raise ConnectionError("another search is there now: join that one anew")
 
     def _until_there(self, call: Callable[[], Any]) -> Any:
         """Calls, and again while the chief is away, for as long as there is patience."""
@@ -73,6 +84,8 @@ class Chief:
         attempts = 0
         while True:
             try:
+                if attempts and self.identity is not None:
+                    self._check_identity()
                 return call()
             except grpc.RpcError as error:
                 attempts += 1
@@ -94,7 +107,8 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of a worker. Sends {"over": true}, or {"error": reason}."""
     _assign(spec.get("cores"), spec.get("gpu"))
     nursery = Nursery.forked(channel)  # before gRPC starts threads
-    chief = Chief(spec["host"], spec["port"], spec["worker"], spec["patience"])
+    place = spec["host"], spec["port"]
+    chief = Chief(*place, spec["worker"], spec["patience"], spec["identity"])
     try:
         while True:
             trial = chief.create_trial()
@@ -132,7 +146,7 @@ class Attempt:
         self.chief, self.nursery, self.trial = chief, nursery, trial
         self.settings = Settings.of(spec["settings"])
         self.folder = Path(spec["folder"])
-        self.space = spec["space"]
+        self.space, self.identity = spec["space"], spec["identity"]
         self.end: tuple[str, str] | None = None
 
     def run(self) -> tuple[str, str]:
@@ -166,6 +180,7 @@ class Attempt:
         return {
             "settings": self.settings.to_dict(),
             "space": self.space,
+            "identity": self.identity,
             "values": values,
             "folder": str(self._folder(self.trial.trial_id)),
             "number": self.trial.trial_id,

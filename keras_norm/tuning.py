@@ -167,7 +167,8 @@ def search(
             GPUs, any.
         chief: "HOST:PORT" to listen on for workers of other machines (`workers` may be 0 then).
             Default: a free port of this machine, for this machine alone.
-        join: "HOST:PORT" of a chief whose trials to run; `out` then holds logs and checkpoints.
+        join: "HOST:PORT" of a chief whose trials to run; `out` then holds logs and checkpoints, in
+            a folder of its own for each search.
         time_limit: minutes after which no new trial begins. Default: none.
         worker_timeout: seconds of silence after which the trial of a worker is given to another.
         progress: whether to print a table with a progress bar. Default: True.

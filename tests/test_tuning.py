@@ -387,8 +387,12 @@ def test_report(undisturbed, tmp_path):
 def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    identity = json.loads((folder / "undisturbed/search.json").read_text())["identity"]
+    (own,) = (folder / "elsewhere").glob("search_*")  # of this search alone
+    assert own.name == f"search_{identity}"
+    assert len(list(own.glob("trial_*/checkpoint.npz"))) == TRIALS
     for trial in undisturbed.trials[:2]:
-        events = EventAccumulator(str(folder / f"elsewhere/tensorboard/trial_{trial.number:04d}"))
+        events = EventAccumulator(str(own / f"tensorboard/trial_{trial.number:04d}"))
         events.Reload()
         logged = {e.step: e.value for e in events.Scalars("val_accuracy")}
         assert logged == pytest.approx(trial.history["val_accuracy"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import keras
@@ -14,6 +15,8 @@ from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
 from keras_norm._search_settings import hyperband, prepare, record_of, write_search
+from keras_norm._search_trial import Trial, save_state
+from keras_norm._search_worker import Chief
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
 
 keras_tuner = pytest.importorskip("keras_tuner", reason="not in the environments of the core tests")
@@ -330,6 +333,89 @@ def test_attendance():
     assert there.tick() == ["a"]
     there.dismissed.add("b")
     assert there.over()
+
+
+@pytest.fixture
+def trial(tmp_path):
+    """A trial that has finished one epoch; called with what differs, another one there."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+
+    def made(**changes):
+        values = changes.pop("values", {"x": 0.5})
+        spec = {
+            "settings": Settings(data="digits", **changes.pop("settings", {})).to_dict(),
+            "space": line(),
+            "values": values,
+            "folder": str(tmp_path / "trial_0"),
+            "number": "0",
+            "root": "0",
+            "ancestor": None,
+            "identity": "one",
+        }
+        found = Trial(None, {**spec, **changes})
+        found.model, found.candidate = model, tuning.Candidate(model, 1)
+        return found
+
+    history = [{"epoch": 1, "val_accuracy": 0.5}]
+    first = made()
+    save_state(first.folder / "checkpoint.npz", model, history, first.origin)
+    return made
+
+
+def test_trial_goes_on_only_from_a_checkpoint_of_its_own(trial, tmp_path):
+    def epochs(**changes):
+        found = trial(**changes)
+        found._restore(None)
+        return len(found.history)
+
+    assert epochs() == 1
+    assert epochs(identity="another") == epochs(identity="") == 0
+    assert epochs(values={"x": 0.25}) == epochs(settings={"seed": 1}) == epochs(root="3") == 0
+    promoted = {"x": 0.5, "tuner/epochs": 4, "tuner/trial_id": "0"}
+    onward = {"folder": str(tmp_path / "trial_7"), "number": "7", "values": promoted}
+    assert epochs(**onward) == 0
+    assert epochs(**onward, ancestor=str(tmp_path / "trial_0")) == 1
+    assert epochs(**onward, ancestor=str(tmp_path / "trial_0"), identity="another") == 0
+
+
+def test_old_checkpoint_is_for_an_old_search(trial, tmp_path):
+    path = tmp_path / "trial_0/checkpoint.npz"
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file if name != "origin"}
+    np.savez(path, **arrays)
+    for identity, epochs in (("", 1), ("one", 0)):
+        found = trial(identity=identity)
+        found._restore(None)
+        assert len(found.history) == epochs
+
+
+def test_worker_does_not_work_for_the_chief_of_another_search(monkeypatch):
+    """The first was stopped, and the next began at the same address, while the worker waited."""
+    grpc = pytest.importorskip("grpc")
+
+    class Away(grpc.RpcError):
+        def code(self):
+            return grpc.StatusCode.UNAVAILABLE
+
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) < 2:
+            raise Away
+        return "answered"
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    chief = object.__new__(Chief)
+    chief.patience, chief.identity = 5, "one"
+    chief._ask_once = lambda method, message: {"identity": "one"}
+    assert chief._until_there(call) == "answered"
+    calls.clear()
+    chief._ask_once = lambda method, message: {"identity": "another"}
+    with pytest.raises(ConnectionError, match="another search is there now"):
+        chief._until_there(call)
+    assert len(calls) == 1
 
 
 # Spaces -------------------------------------------------------------------------------------
