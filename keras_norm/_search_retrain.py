@@ -238,7 +238,7 @@ def _tested(
     return {
         "seed": spec["seed"],
         "test_accuracy": float(test["accuracy"]),
-        "test_loss": float(test["loss"]),
+        "test_loss": trial.comparable_loss(test),
         "history": history,
         "parameters": model.count_params(),
         "flops": trial.count_flops(model),

@@ -92,11 +92,15 @@ class Settings:
     trial_memory: float | None = None
     data_dir: str | None = None
     tensorboard: bool = False
+    scoring: str = "last"
+    # Not an option: "best" is that of searches which were begun before there was another. They
+    # count by the best epoch, take val_loss as it was compiled, and seconds with compilation.
 
     def __post_init__(self) -> None:
         _one_of("data", self.data, DATA)
         _one_of("tuner", self.tuner, TUNERS)
         _one_of("objective", self.objective, OBJECTIVES)
+        _one_of("scoring", self.scoring, ("last", "best"))
         if not self.families:
             raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}.")
         for family in self.families:
@@ -315,9 +319,13 @@ def write_search(
 
 
 def read_search(out: Path) -> dict[str, Any]:
-    """What `write_search` wrote. The identity of a search that was made without one is ""."""
+    """What `write_search` wrote; of an earlier search, with what it went by.
+
+    The identity of a search that was made without one is "".
+    """
     try:
         content = dict(json.loads((out / "search.json").read_text(encoding="utf-8")))
+        content["settings"] = {"scoring": "best", **content["settings"]}
         return {"identity": "", **content}
     except FileNotFoundError:
         raise SearchError(f"There is no search in {str(out)!r}.") from None

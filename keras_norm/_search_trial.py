@@ -35,6 +35,7 @@ from keras_norm._search_settings import (
     refined_from,
 )
 from keras_norm._search_space import (
+    CROSSENTROPY,
     Candidate,
     Task,
     count_flops,
@@ -49,6 +50,7 @@ from keras_norm.callbacks import ReestimateStatistics
 __all__ = [
     "EVALUATION_BATCH",
     "brief",
+    "comparable_loss",
     "count_flops",
     "describe_space",
     "has_moving_statistics",
@@ -364,6 +366,8 @@ class Trial:
             raise TrialError(f"the model reports no {missing.pop()}: compile it with 'accuracy'")
         before = self.history[-1]["seconds"] if self.history else 0.0
         metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
+        if self.settings.scoring == "last":
+            metrics["val_loss"] = comparable_loss(metrics, "val_")
         metrics |= {
             "epoch": epoch,
             "seconds": before + seconds,
@@ -385,6 +389,11 @@ class Trial:
     def _report(self, metrics: dict[str, float]) -> None:
         answer = self.channel.ask({"report": metrics})
         self.stopped = self.stopped or not answer["go"]
+
+
+def comparable_loss(metrics: Mapping[str, float], prefix: str = "") -> float:
+    """The plain cross entropy, where the model reports it; else the loss as it was compiled."""
+    return float(metrics.get(f"{prefix}{CROSSENTROPY}", metrics[f"{prefix}loss"]))
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:

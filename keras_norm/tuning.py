@@ -186,7 +186,8 @@ def search(
                 `refine_top` trials (default 5).
             tuner: "random", "bayesian" or "hyperband". Default: "random".
             objective: "val_accuracy"; "val_accuracy_reestimated", with the statistics of batch
-                normalization re-estimated before each validation; "val_loss"; or
+                normalization re-estimated before each validation; "val_loss", the plain cross
+                entropy, without penalties and label smoothing; or
                 "accuracy_per_second", validation accuracy above chance per second of training.
                 A trial counts by its best epoch.
             trials: number of trials (default 20); that of Hyperband follows from its epochs.

@@ -14,8 +14,8 @@ from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
-from keras_norm._search_settings import hyperband, prepare, record_of, write_search
-from keras_norm._search_trial import Trial, save_state
+from keras_norm._search_settings import hyperband, prepare, read_search, record_of, write_search
+from keras_norm._search_trial import Trial, comparable_loss, save_state
 from keras_norm._search_worker import Chief
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
 
@@ -355,6 +355,7 @@ def trial(tmp_path):
         }
         found = Trial(None, {**spec, **changes})
         found.model, found.candidate = model, tuning.Candidate(model, 1)
+        found.flops, found.classes, found._report = 1, 10, lambda metrics: None
         return found
 
     history = [{"epoch": 1, "val_accuracy": 0.5}]
@@ -388,6 +389,42 @@ def test_old_checkpoint_is_for_an_old_search(trial, tmp_path):
         found = trial(identity=identity)
         found._restore(None)
         assert len(found.history) == epochs
+
+
+def test_losses_of_trials_can_be_compared(trial, explored, tmp_path):
+    """Neither smoothing nor penalties, which differ from trial to trial, are in the score."""
+    logs = {"loss": 1.0, "val_loss": 1.4, "val_accuracy": 0.5}
+    for own, scoring, expected in (
+        ({"val_crossentropy": 0.7}, "last", 0.7),
+        ({}, "last", 1.4),  # a space of one's own that has no such metric
+        ({"val_crossentropy": 0.7}, "best", 1.4),  # a search that began before
+    ):
+        found = trial(settings={"scoring": scoring})
+        found.epoch_ended(1, logs | own, 1.0)
+        assert found.history[-1]["val_loss"] == expected
+
+    hp = sample(explored["digits"], 0)
+    hp.values |= {"label_smoothing": 0.1, "l2": 1e-3}
+    model = spaces.images(hp, TASKS["digits"]).build()
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 20)
+    measured = model.evaluate(x, y, return_dict=True, verbose=0)
+    logits = keras.ops.convert_to_numpy(model(x, training=False)).astype("float64")
+    plain = (np.log(np.exp(logits).sum(1)) - logits[np.arange(20), y]).mean()
+    assert comparable_loss(measured) == pytest.approx(plain, rel=1e-5)
+    assert abs(measured["loss"] - plain) > 0.01
+
+
+def test_old_search_is_read_with_what_it_went_by(tmp_path):
+    write_search(tmp_path, Settings(data="digits"), line(), line(), "one")
+    assert Settings.of(read_search(tmp_path)["settings"]).scoring == "last"
+    content = json.loads((tmp_path / "search.json").read_text())
+    del content["identity"], content["settings"]["scoring"]
+    (tmp_path / "search.json").write_text(json.dumps(content))
+    assert read_search(tmp_path)["identity"] == ""
+    resumed = prepare(tmp_path, {"trials": 30}, resume=True, overwrite=False)
+    assert (resumed.scoring, resumed.trials) == ("best", 30)
+    assert prepare(tmp_path, {}, resume=False, overwrite=True).scoring == "last"
 
 
 def test_worker_does_not_work_for_the_chief_of_another_search(monkeypatch):
