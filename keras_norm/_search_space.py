@@ -7,6 +7,7 @@ out which hyperparameters there are; so it should leave the building of the mode
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -38,7 +39,11 @@ __all__ = [
     "narrow",
     "pin",
     "space_of",
+    "strangers",
 ]
+
+_MOST_CALLS = 2000  # of a space, before no more is begun to find what it hides
+_FEW = 6  # values of a whole number that are all tried, to see what they bring forth
 
 
 CROSSENTROPY = "crossentropy"  # a metric without penalties and smoothing, for comparisons
@@ -334,7 +339,8 @@ def _from_file(path: Path) -> Any:
 def explore(settings: Settings, task: Task) -> dict[str, Any]:
     """All hyperparameters of the space, also those that only some values bring forth.
 
-    KerasTuner's own way: it calls the space with each condition fulfilled in turn.
+    First KerasTuner's own way: it calls the space with each condition fulfilled in turn. Then with
+    other values than the defaults, for what stands in a loop or behind a Python `if`.
 
     Returns:
         The config of `keras_tuner.HyperParameters`, without values.
@@ -347,7 +353,76 @@ def explore(settings: Settings, task: Task) -> dict[str, Any]:
     oracle = keras_tuner.oracles.RandomSearchOracle(objective, max_trials=1, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         BaseTuner(oracle, lambda hp: space(hp, task), directory=folder)
-    return dict(oracle.get_space().get_config(), values={})
+    found = dict(oracle.get_space().get_config(), values={})
+    return _with_hidden(functools.partial(_called, space, task), found)
+
+
+def _called(space: Callable[[Any, Task], Any], task: Task, hp: Any) -> None:
+    """As far as it goes: values that do not go together are a failed trial, not a failed search."""
+    with contextlib.suppress(Exception):
+        space(hp, task)
+
+
+def _with_hidden(call: Callable[[Any], None], space: dict[str, Any]) -> dict[str, Any]:
+    """The space with what appears when a number, choice or switch is not at its default.
+
+    One at a time is changed, from the defaults, and from the last values of each with which
+    something appeared: so loops in loops are seen to their end.
+    """
+    starts: dict[str, dict[str, Any]] = {"": {}}
+    seen: set[str] = set()
+    while True:
+        attempts = [
+            (name, {**start, **_conditions(space, entry), name: value})
+            for start in starts.values()
+            for entry in space["space"]
+            for name, value in _to_try(entry)
+        ]
+        attempts = [(n, v) for n, v in attempts if str(sorted(v.items())) not in seen]
+        if not attempts or len(seen) > _MOST_CALLS:
+            return space
+        for name, values in attempts:
+            seen.add(str(sorted(values.items())))
+            hp = hyperparameters(space, values)
+            for own in hp.space:  # (KerasTuner would draw these values)
+                if hp.is_active(own):
+                    hp.values.setdefault(own.name, own.default)
+            call(hp)
+            if len(hp.space) > len(space["space"]):
+                space, starts[name] = dict(hp.get_config(), values={}), values
+
+
+def _to_try(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Name and values on which a program may branch; of many numbers, the first and the last."""
+    config, kind = entry["config"], entry["class_name"]
+    values: Sequence[Any] = []
+    if kind == "Boolean":
+        values = [False, True]
+    elif kind == "Choice":
+        values = config["values"]
+    elif kind == "Int":
+        low, high = config["min_value"], config["max_value"]
+        step = config["step"] if config["sampling"] == "linear" else high - low
+        values = range(low, high + 1, step or 1)
+    if kind == "Int" and len(values) > _FEW:
+        values = [values[0], values[-1]]
+    return [(config["name"], value) for value in values]
+
+
+def _conditions(space: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with which the hyperparameter is there."""
+    found: dict[str, Any] = {}
+    for condition in (c["config"] for c in entry["config"]["conditions"]):
+        parent = next(e for e in space["space"] if e["config"]["name"] == condition["name"])
+        found |= {**_conditions(space, parent), condition["name"]: condition["values"][0]}
+    return found
+
+
+def strangers(hp: Any, space: Mapping[str, Any]) -> list[str]:
+    """Hyperparameters that a call with `hp` has asked for, and that the space does not have."""
+    known = {e["config"]["name"] for e in space["space"]}
+    asked = [h.name for h in hp.space if hp.is_active(h)]
+    return [name for name in dict.fromkeys(asked) if name not in known]
 
 
 def hyperparameters(space: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
@@ -475,17 +550,26 @@ def _narrowed_range(config: Mapping[str, Any], own: Sequence[Any], whole: bool) 
     }
 
 
+def _can_be(entry: Mapping[str, Any], value: Any) -> bool:
+    config, kind = entry["config"], entry["class_name"]
+    if kind in ("Int", "Float"):
+        return bool(config["min_value"] <= value <= config["max_value"])
+    return value in {"Choice": config.get("values"), "Fixed": [config.get("value")]}.get(
+        kind, [True, False]
+    )
+
+
 def _possible(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Without the hyperparameters whose conditions no value fulfils any more."""
     kept: list[Mapping[str, Any]] = []
-    left: dict[str, list[Any]] = {}
+    left: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries:
         config = entry["config"]
         conditions = [c["config"] for c in config["conditions"]]
-        if all(any(v in left[c["name"]] for v in c["values"]) for c in conditions):
+        if all(
+            any(_can_be(e, v) for e in left.get(c["name"], []) for v in c["values"])
+            for c in conditions
+        ):
             kept.append(entry)
-            here = {"Choice": config.get("values"), "Fixed": [config.get("value")]}
-            left.setdefault(config["name"], []).extend(
-                here.get(entry["class_name"]) or [True, False]
-            )
+            left.setdefault(config["name"], []).append(entry)
     return {"space": kept, "values": {}}

@@ -44,6 +44,7 @@ from keras_norm._search_space import (
     narrow,
     pin,
     space_of,
+    strangers,
 )
 from keras_norm.callbacks import ReestimateStatistics
 
@@ -176,8 +177,21 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
 def make_candidate(
     settings: Settings, space: Mapping[str, Any], values: Mapping[str, Any], data: datasets.Data
 ) -> Candidate:
-    """What the hyperparameters stand for."""
-    return space_of(settings.space)(hyperparameters(space, values), task_of(settings, data))
+    """What the hyperparameters stand for.
+
+    Raises:
+        SearchError: if the function asks for one that the search does not have; it would stand at
+            its default in every trial, and in no table.
+    """
+    hp = hyperparameters(space, values)
+    candidate = space_of(settings.space)(hp, task_of(settings, data))
+    if unknown := strangers(hp, space):
+        raise SearchError(
+            f"The space asks for {unknown[0]!r}, which the search does not know: it appears with "
+            "these values, and did not where each was changed alone. Ask for it always, also "
+            "where it is not used, and begin anew."
+        )
+    return candidate
 
 
 def measure(channel: Channel, spec: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_norm import _search_run, tuning
+from keras_norm import _search_run, _search_trial, datasets, tuning
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
@@ -518,6 +518,55 @@ def test_space_of_the_documentation_builds(tmp_path):
     assert model.output_shape == (None, 10)
 
 
+def looped(hp, task):
+    layers = hp.Int("layers", 1, 4)
+    for i in range(layers):
+        hp.Choice(f"units_{i}", [8, 16])
+    if layers > 2:
+        for j in range(hp.Int("heads", 1, 2)):
+            for i in range(layers):
+                hp.Boolean(f"skip_{j}_{i}")
+    if hp.Choice("kind", ["plain", "deep"]) == "deep":
+        depth = hp.Int("depth", 1, 100, parent_name="kind", parent_values=["deep"])
+        if depth == 100:
+            hp.Float("rate", 0.1, 1.0, parent_name="kind", parent_values=["deep"])
+        if depth == 50:
+            hp.Boolean("never")
+        if depth == 100 and layers == 4:
+            raise ValueError("too deep")
+    return tuning.Candidate(lambda: None, 1)
+
+
+def test_hyperparameters_in_loops_are_found(monkeypatch):
+    monkeypatch.setattr(spaces, "space_of", lambda reference: looped)
+    monkeypatch.setattr(_search_trial, "space_of", lambda reference: looped)
+    settings = Settings(data="digits")
+    space = spaces.explore(settings, TASKS["digits"])
+    names = [e["config"]["name"] for e in space["space"]]
+    expected = ["layers", "heads", "kind", "depth", "rate", *(f"units_{i}" for i in range(4))]
+    expected += [f"skip_{j}_{i}" for j in range(2) for i in range(4)]
+    assert sorted(names) == sorted(expected)
+    rate = named(space, "rate")[0]["config"]["conditions"][0]["config"]
+    assert (rate["name"], rate["values"]) == ("kind", ["deep"])
+
+    def called(**changes):
+        data = datasets.load("digits", validation=100)
+        values = {**sample(space, 0).values, **changes}
+        return _search_trial.make_candidate(settings, space, values, data)
+
+    assert called(kind="deep", depth=100, layers=3).batch_size == 1
+    with pytest.raises(SearchError, match="asks for 'never', which the search does not know"):
+        called(kind="deep", depth=50, layers=1)
+
+
+def test_space_of_images_is_what_it_was(explored):
+    """All of it is declared at once, so a search that was made before can be resumed."""
+    for name, task in TASKS.items():
+        hp = spaces.hyperparameters({"space": []}, {})
+        spaces.images(hp, task)
+        assert hp.get_config()["space"] == explored[name]["space"]
+
+
 def test_space_has_no_mirrored_digits(explored):
     assert named(explored["digits"], "augmentation")[0]["config"]["values"] == ["none", "shift"]
     assert "flip" in named(explored["cifar10"], "augmentation")[0]["config"]["values"]
@@ -537,6 +586,18 @@ def test_pin(explored):
         spaces.pin(explored["cifar10"], {"family": "rnn"})
     with pytest.raises(SearchError, match=r"it is between 0\.0001 and 0\.03"):
         spaces.pin(explored["cifar10"], {"learning_rate": "3"})
+
+
+def test_conditions_on_whole_numbers_stay():
+    hp = keras_tuner.HyperParameters()
+    hp.Int("layers", 1, 4)
+    for i in range(1, 4):
+        with hp.conditional_scope("layers", list(range(i + 1, 5))):
+            hp.Choice(f"units_{i}", [8, 16])
+    space = dict(hp.get_config(), values={})
+    assert spaces.pin(space, {}) == space
+    names = [e["config"]["name"] for e in spaces.pin(space, {"layers": 2})["space"]]
+    assert names == ["layers", "units_1"]
 
 
 def test_narrow(explored):
