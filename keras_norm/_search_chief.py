@@ -350,7 +350,7 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     )
     service = protos.get_service_grpc()
     service.add_OracleServicer_to_server(_servicer(oracle, attendance), server)
-    about = {k: spec[k] for k in ("settings", "space", "identity")}
+    about = {k: spec[k] for k in ("settings", "space", "identity", "code")}
     server.add_generic_rpc_handlers((_handlers(oracle, attendance, about),))
     try:
         port = server.add_insecure_port(f"{spec['host']}:{spec['port']}")

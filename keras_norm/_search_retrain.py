@@ -26,9 +26,12 @@ from keras_norm._search_settings import (
     SearchError,
     Settings,
     TrialRecord,
+    absolute_space,
     environment,
+    is_moved,
     locked,
     read_search,
+    warn_of_code,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def write_retrained(
     seeds: int,
     epochs: int | None,
     subset: int | None,
+    space: str | None,
     overwrite: bool,
     progress: bool,
 ) -> Path:
@@ -61,14 +65,32 @@ def write_retrained(
         "epochs": settings.epochs,
         "subset": subset,
     }
-    space = read_search(search.out)["space"]
+    saved = read_search(search.out)
+    settings, names = _space_of(settings, space, saved)
     with locked(out):
         _begin(out, plan, overwrite)
         results = []
-        with _Runs(out, settings, space, len(chosen) * seeds, progress) as runs:
+        with _Runs(out, settings, saved["space"], names, len(chosen) * seeds, progress) as runs:
             for trial in chosen:
                 results.append([runs.result(trial, seed) for seed in range(seeds)])
         return _finish(search, out, plan, chosen, results)
+
+
+def _space_of(
+    settings: Settings, space: str | None, saved: Mapping[str, Any]
+) -> tuple[Settings, list[str] | None]:
+    """Settings with the space where it is now, and names to compare if it may be another one."""
+    moved = settings.space if space is None else absolute_space(space)
+    if moved != settings.space and not is_moved(settings.space, moved):
+        raise SearchError(
+            f"The search was made with space={settings.space!r}: name the file or module where "
+            f"that function is now. Received: space={space!r}"
+        )
+    changed = warn_of_code(moved, saved["code"], "what is trained may not be what was found")
+    names = None
+    if changed or moved != settings.space:
+        names = [e["config"]["name"] for e in saved["whole_space"]["space"]]
+    return dataclasses.replace(settings, space=moved), names
 
 
 def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
@@ -95,11 +117,18 @@ class _Runs:
     """Makes the trainings, one after the other, each in a process of its own."""
 
     def __init__(
-        self, out: Path, settings: Settings, space: Any, count: int, progress: bool
+        self,
+        out: Path,
+        settings: Settings,
+        space: Any,
+        names: list[str] | None,
+        count: int,
+        progress: bool,
     ) -> None:
         from tqdm import tqdm
 
-        self.out, self.settings, self.space = out.absolute(), settings, space
+        self.out, self.settings = out.absolute(), settings
+        self.space, self.names = space, names
         total = count * settings.epochs
         self.bar = tqdm(total=total, unit="epoch", disable=None if progress else True)
         self.nursery: Nursery | None = None
@@ -122,6 +151,7 @@ class _Runs:
             spec = {
                 "settings": self.settings.to_dict(),
                 "space": self.space,
+                "names": self.names,
                 "values": trial.values,
                 "number": trial.number,
                 "seed": seed,
@@ -188,6 +218,8 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
     seed = trial.trial_seed(settings, 10_000 * (spec["seed"] + 1) + spec["number"])
     keras.utils.set_random_seed(seed)
     data = trial.load(settings, all_images=True)
+    if spec["names"] is not None:
+        trial.check_names(settings, spec["names"], data)
     candidate = trial.make_candidate(settings, spec["space"], spec["values"], data)
     model = candidate.build()
     history: list[dict[str, float]] = []

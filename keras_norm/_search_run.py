@@ -34,12 +34,14 @@ from keras_norm._search_settings import (
     TrialRecord,
     check_address,
     clear,
+    code_of,
     environment,
     locked,
     new_identity,
     prepare,
     read_search,
     read_trials,
+    warn_of_code,
     write_search,
 )
 
@@ -160,6 +162,17 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], is_new: bool) -> str:
+    """Name of a hyperparameter that is not the same in two spaces, or "".
+
+    Searches once saw less of a space; one of them goes on with what it saw.
+    """
+    before, after = saved["space"], now["space"]
+    gone = [e for e in before if e not in after]
+    added = [e for e in after if e not in before] if is_new else []
+    return next((str(e["config"]["name"]) for e in [*gone, *added]), "")
+
+
 class _Process:
     """One that is restarted when it dies."""
 
@@ -200,18 +213,22 @@ class _Owner:
         self._preload(spec)
         answer = self._answer("keras_norm._search_trial:describe_space", {**spec, "resume": resume})
         self.space, whole = answer["space"], answer["whole"]
-        self.identity = new_identity()
+        self.identity, self.code = new_identity(), code_of(self.settings.space)
         if resume:
             saved = read_search(self.out)
-            if saved["whole_space"] != whole:
+            if difference := _difference(saved["whole_space"], whole, bool(saved["identity"])):
                 raise SearchError(
                     "A search cannot be resumed with another space: the hyperparameters of "
-                    f"{self.settings.space!r} are not those it began with."
+                    f"{self.settings.space!r} are not those it began with, such as {difference!r}. "
+                    "Name the space it began with by --space, or begin anew with --overwrite."
                 )
-            self.space, self.identity = saved["space"], saved["identity"]
+            mixed = "trials before and after are of different code; --overwrite begins anew"
+            warn_of_code(self.settings.space, saved["code"], mixed)
+            self.space, whole = saved["space"], saved["whole_space"]
+            self.identity, self.code = saved["identity"], saved["code"] or self.code
         if overwrite:
             clear(self.out)
-        write_search(self.out, self.settings, self.space, whole, self.identity)
+        write_search(self.out, self.settings, self.space, whole, self.identity, self.code)
 
     def _preload(self, spec: dict[str, Any]) -> None:
         self.display.note("Importing TensorFlow and reading the data ...")
@@ -252,6 +269,7 @@ class _Owner:
             "settings": self.settings.to_dict(),
             "space": self.space,
             "identity": self.identity,
+            "code": self.code,
             "folder": str(self.out),
             "host": host,
             "port": port,
@@ -289,6 +307,7 @@ class _Owner:
         merged = {**theirs.to_dict(), "data_dir": None, **options, "space": own_space}
         self.settings, self.space = Settings.of(merged), about["space"]
         self.identity = about.get("identity", "")
+        warn_of_code(own_space, about.get("code", ""), "its chief has read another file")
         self._preload({"settings": self.settings.to_dict()})
         me = f"{socket.gethostname()}-{os.getpid()}"
         folder = self.out / f"search_{self.identity}" if self.identity else self.out

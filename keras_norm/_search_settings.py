@@ -2,7 +2,7 @@
 
 Nothing here needs Keras: a command line that is wrong, or a report, costs no import of TensorFlow.
 
-    search.json             settings, space, versions, and a number of its own
+    search.json             settings, space, its code's digest, versions, and a number of its own
     oracle.json             KerasTuner's oracle
     trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
     trial_07/checkpoint.npz model, optimizer and history after the last finished epoch
@@ -11,8 +11,10 @@ Nothing here needs Keras: a command line that is wrong, or a report, costs no im
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -32,9 +34,12 @@ __all__ = [
     "SearchError",
     "Settings",
     "TrialRecord",
+    "absolute_space",
     "check_address",
     "clear",
+    "code_of",
     "environment",
+    "is_moved",
     "locked",
     "new_identity",
     "prepare",
@@ -43,6 +48,7 @@ __all__ = [
     "read_trials",
     "record_of",
     "refined_from",
+    "warn_of_code",
     "write_search",
 ]
 
@@ -246,12 +252,54 @@ def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:
     merged = _with_absolute_paths(Settings.of({**saved.to_dict(), **options}))
     for name in saved.to_dict():
         old, new = getattr(saved, name), getattr(merged, name)
-        if old != new and name not in CHANGEABLE:
+        moved = name == "space" and is_moved(old, new)  # whether it is the same will be seen
+        if old != new and name not in CHANGEABLE and not moved:
             raise SearchError(
                 f"A search cannot be resumed with another {name}: it began with {old!r}, and now "
                 f"received {new!r}. Leave it out, or begin anew with --overwrite or another folder."
             )
     return merged
+
+
+def is_moved(old: str, new: str) -> bool:
+    """Whether both name a function of one name in a file or module of the user's own."""
+    functions = [space.rpartition(":")[1:] for space in (old, new)]
+    return functions[0] == functions[1] and functions[0][0] == ":"
+
+
+def code_of(space: str) -> str:
+    """Digest of the file of a space of one's own: its comments and its layout do not count.
+
+    Nothing is imported. "" for the space of this package, and for a file that cannot be read.
+    """
+    place = space.rpartition(":")[0]
+    inside = place.replace(".", "/")
+    files = (
+        [Path(place)]
+        if place.endswith(".py")
+        else [
+            Path(root, f"{inside}{ending}")
+            for root in ("", *sys.path)
+            for ending in (".py", "/__init__.py")
+        ]
+    )
+    file = next((f for f in files if place and f.is_file()), None)
+    try:
+        tree = ast.parse(file.read_bytes()) if file else None
+    except (OSError, SyntaxError, ValueError):
+        tree = None
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16] if tree else ""
+
+
+def warn_of_code(space: str, code: str, consequence: str) -> bool:
+    """Says on the error stream if the space's code is not what it was; returns that."""
+    now = code_of(space)
+    if not (code and now) or now == code:
+        return False
+    print(
+        f"Warning: the code of {space!r} is not that of the search: {consequence}.", file=sys.stderr
+    )
+    return True
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
@@ -260,10 +308,16 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     for name in ("data_dir", "refine"):
         if (path := getattr(settings, name)) is not None:
             changes[name] = str(Path(path).expanduser().absolute())
-    file, colon, function = settings.space.rpartition(":")
-    if colon and file.endswith(".py"):
-        changes["space"] = f"{Path(file).expanduser().absolute()}:{function}"
+    changes["space"] = absolute_space(settings.space)
     return dataclasses.replace(settings, **changes)
+
+
+def absolute_space(space: str) -> str:
+    """The same space; of a file, by its whole path."""
+    file, colon, function = space.rpartition(":")
+    if colon and file.endswith(".py"):
+        return f"{Path(file).expanduser().absolute()}:{function}"
+    return space
 
 
 def clear(out: Path) -> None:
@@ -305,10 +359,12 @@ def write_search(
     space: Mapping[str, Any],
     whole: Mapping[str, Any],
     identity: str = "",
+    code: str = "",
 ) -> None:
     """Writes search.json: the space as it is searched, and the whole one that it is a part of."""
     content = {
         "identity": identity,
+        "code": code,
         "settings": settings.to_dict(),
         "space": space,
         "whole_space": whole,
@@ -326,7 +382,7 @@ def read_search(out: Path) -> dict[str, Any]:
     try:
         content = dict(json.loads((out / "search.json").read_text(encoding="utf-8")))
         content["settings"] = {"scoring": "best", **content["settings"]}
-        return {"identity": "", **content}
+        return {"identity": "", "code": "", **content}
     except FileNotFoundError:
         raise SearchError(f"There is no search in {str(out)!r}.") from None
     except (OSError, ValueError) as error:

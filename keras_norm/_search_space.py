@@ -317,7 +317,9 @@ def space_of(reference: str) -> Callable[[Any, Task], Candidate]:
         )
         return getattr(module, name)
     except (ImportError, OSError, AttributeError, SyntaxError) as error:
-        raise SearchError(f"space={reference!r} cannot be had: {error}") from None
+        raise SearchError(
+            f"space={reference!r} cannot be had: {error}. If it has moved, name it with --space."
+        ) from None
 
 
 def _from_file(path: Path) -> Any:

@@ -51,6 +51,7 @@ from keras_norm.callbacks import ReestimateStatistics
 __all__ = [
     "EVALUATION_BATCH",
     "brief",
+    "check_names",
     "comparable_loss",
     "count_flops",
     "describe_space",
@@ -185,13 +186,28 @@ def make_candidate(
     """
     hp = hyperparameters(space, values)
     candidate = space_of(settings.space)(hp, task_of(settings, data))
-    if unknown := strangers(hp, space):
+    unknown = strangers(hp, space)
+    if unknown and settings.scoring == "last":  # a search that began before goes on as it did
         raise SearchError(
             f"The space asks for {unknown[0]!r}, which the search does not know: it appears with "
             "these values, and did not where each was changed alone. Ask for it always, also "
             "where it is not used, and begin anew."
         )
     return candidate
+
+
+def check_names(settings: Settings, names: list[str], data: datasets.Data) -> None:
+    """Whether the function has the hyperparameters of the search.
+
+    Raises:
+        SearchError: if not.
+    """
+    space = explore(settings, task_of(settings, data))["space"]
+    if differ := sorted(set(names) ^ {e["config"]["name"] for e in space}):
+        raise SearchError(
+            f"{settings.space!r} is not the space of the search: {differ[0]!r} is in one of them "
+            "alone. Name the file or module as it was then with --space."
+        )
 
 
 def measure(channel: Channel, spec: dict[str, Any]) -> None:

@@ -232,6 +232,7 @@ def _retrain(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=_count, default=1, metavar="N", help="of each, default: 1")
     add("--epochs", type=_count, metavar="N", help="default: those of the search")
     add("--subset", type=_count, metavar="N", help="images to train on, default: all")
+    add("--space", metavar="FILE.py:FUNCTION", help="where the search's own space is now")
     add("--out", type=Path, metavar="DIR", help="default: DIR/retrained")
     add("--overwrite", action="store_true", help="use the test set again")
 

@@ -159,7 +159,9 @@ def search(
 
     Args:
         out: folder of the search, new or empty.
-        resume: go on with the search in `out`. Options that are not given are those it had.
+        resume: go on with the search in `out`. Options that are not given are those it had;
+            `space` may be given if the file or module has moved. A warning says if its code has
+            changed.
         overwrite: throw the search in `out` away, and begin anew.
         workers: int >= 1, trials at a time. Each has a GPU, where there are GPUs. Default: 1.
         threads: int >= 1, cores that each worker may use; all that a worker starts stays on them.
@@ -273,6 +275,7 @@ def retrain(
     seeds: int = 1,
     epochs: int | None = None,
     subset: int | None = None,
+    space: str | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -288,6 +291,8 @@ def retrain(
         seeds: int >= 1, trainings of each, with seeds of their own. Default: 1.
         epochs: of each. Default: those of the search.
         subset: number of images to train on. Default: all, also where the search had a subset.
+        space: where the function of a space of one's own is now, if its file or module has moved.
+            Default: where it was. If its code has changed, a warning says so.
         out: folder to write to. Default: "retrained" in that of the search.
         overwrite: do it again, although the test set has been used.
         progress: whether to show a bar. Default: True.
@@ -298,7 +303,8 @@ def retrain(
 
     Raises:
         SearchError: if there is no trial with a score; if the test set has been used for this
-            search already; if a training fails.
+            search already; if a training fails; if `space` is another function, or has other
+            hyperparameters.
     """
     from keras_norm._search_retrain import write_retrained
 
@@ -310,6 +316,7 @@ def retrain(
         seeds=seeds,
         epochs=epochs,
         subset=subset,
+        space=space,
         overwrite=overwrite,
         progress=progress,
     )

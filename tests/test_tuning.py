@@ -346,6 +346,23 @@ def test_another_space_under_the_same_name(folder, undisturbed, shared):
     assert table(tuning.load(copied)) == table(undisturbed)
 
 
+def test_space_that_has_moved_and_changed(folder, undisturbed, shared, capsys):
+    copied, moved = folder / "moved", folder / "moved.py"
+    shutil.copytree(folder / "undisturbed", copied)
+    moved.write_text(SPACE + "\n# the same\n")
+    tuning.search(copied, resume=True, space=f"{moved}:quick", progress=False)
+    assert "Warning" not in capsys.readouterr().err
+    assert tuning.load(copied).settings.space == f"{moved}:quick"
+    assert table(tuning.load(copied)) == table(undisturbed)
+    moved.write_text(SPACE.replace("Dropout(0.1)", "Dropout(0.2)"))
+    tuning.search(copied, resume=True, progress=False)
+    said = capsys.readouterr().err
+    assert f"Warning: the code of '{moved}:quick' is not that of the search" in said
+    moved.unlink()
+    with pytest.raises(SearchError, match=r"If it has moved, name it with --space\."):
+        tuning.search(copied, resume=True, progress=False)
+
+
 def test_best_and_pareto(undisturbed):
     scores = [t.score for t in undisturbed.trials]
     assert undisturbed.best()[0].score == max(scores)
@@ -400,9 +417,14 @@ def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
         assert b"learning_rate" in content
 
 
-def test_retrain_tests_once_and_can_be_loaded(undisturbed, shared, tmp_path):
+def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, shared, tmp_path):
     out = tmp_path / "retrained"
-    card = tuning.retrain(undisturbed, seeds=2, epochs=4, out=out, progress=False)
+    moved = folder / "elsewhere.py"
+    moved.write_text(SPACE)
+    with pytest.raises(SearchError, match="where that function is now"):
+        tuning.retrain(undisturbed, space=f"{moved}:wider", out=out, progress=False)
+    space = f"{moved}:quick"
+    card = tuning.retrain(undisturbed, seeds=2, epochs=4, space=space, out=out, progress=False)
     content = json.loads((out / "model_card.json").read_text())
     accuracies = content["results"][0]["test_accuracy"]
     assert len(set(accuracies)) == 2

@@ -14,7 +14,15 @@ from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
-from keras_norm._search_settings import hyperband, prepare, read_search, record_of, write_search
+from keras_norm._search_settings import (
+    code_of,
+    hyperband,
+    prepare,
+    read_search,
+    record_of,
+    warn_of_code,
+    write_search,
+)
 from keras_norm._search_trial import Trial, comparable_loss, save_state
 from keras_norm._search_worker import Chief
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
@@ -425,6 +433,41 @@ def test_old_search_is_read_with_what_it_went_by(tmp_path):
     resumed = prepare(tmp_path, {"trials": 30}, resume=True, overwrite=False)
     assert (resumed.scoring, resumed.trials) == ("best", 30)
     assert prepare(tmp_path, {}, resume=False, overwrite=True).scoring == "last"
+
+
+def test_code_of_a_space(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "own_space.py"
+    file.write_text("def space(hp, task):\n    return 1\n")
+    code = code_of(f"{file}:space")
+    assert len(code) == 16
+    monkeypatch.syspath_prepend(tmp_path)
+    assert code_of("own_space:space") == code
+    file.write_text("# the same\ndef space(hp, task): return 1\n")
+    assert code_of(f"{file}:space") == code
+    assert not warn_of_code(f"{file}:space", code, "")
+    file.write_text("def space(hp, task):\n    return 2\n")
+    assert warn_of_code(f"{file}:space", code, "do something")
+    assert "is not that of the search: do something." in capsys.readouterr().err
+    assert not warn_of_code(f"{file}:space", "", "an earlier search noted none")
+    assert code_of("images") == code_of("no.such.module:space") == code_of("no.py:space") == ""
+
+
+def test_space_of_another_place_is_compared(monkeypatch):
+    monkeypatch.setattr(spaces, "space_of", lambda reference: looped)
+    settings, data = Settings(data="digits"), datasets.load("digits", validation=100)
+    names = [e["config"]["name"] for e in spaces.explore(settings, TASKS["digits"])["space"]]
+    _search_trial.check_names(settings, names, data)
+    for others, name in (([*names, "width"], "width"), (names[1:], "layers")):
+        with pytest.raises(SearchError, match=f"not the space of the search: '{name}' is in one"):
+            _search_trial.check_names(settings, others, data)
+
+
+def test_old_search_goes_on_with_what_it_saw(explored):
+    whole = explored["digits"]
+    part = {"space": whole["space"][:-1]}
+    assert _search_run._difference(part, whole, is_new=False) == ""
+    assert _search_run._difference(part, whole, is_new=True) == "augmentation"
+    assert _search_run._difference(whole, part, is_new=False) == "augmentation"
 
 
 def test_worker_does_not_work_for_the_chief_of_another_search(monkeypatch):
