@@ -79,6 +79,7 @@ class Bayesian:
         oracle: Any = self
         name = oracle.objective.name
         best = max if oracle.objective.direction == "max" else min
+        is_last = oracle.settings.scoring == "last"
         curves = {t.trial_id: curve(t, name) for t in done}
         whole = [t for t in done if not t.message]
         scores = []
@@ -86,7 +87,10 @@ class Bayesian:
             gains = [0.0]
             if trial.message and whole:
                 last = max(curves[trial.trial_id])
-                then = [best(v for e, v in curves[t.trial_id].items() if e <= last) for t in whole]
+                before = [
+                    [v for e, v in sorted(curves[t.trial_id].items()) if e <= last] for t in whole
+                ]
+                then = [values[-1] if is_last else best(values) for values in before]
                 gains = [t.score - value for t, value in zip(whole, then, strict=True)]
             scores.append(trial.score + statistics.median(gains))
         return np.array(scores)

@@ -4,6 +4,7 @@ What the oracles get here that they have not:
 
     files are written whole or not at all, and put in order after a crash between two of them;
     whatever a worker tells twice counts once, so that it may ask again when the chief was away;
+    a trial counts by its last epoch, not by its best;
     metrics of each epoch come in, and hopeless trials are stopped by the median rule;
     a budget refuses proposals before they become trials;
     trials of workers that went silent are given to others;
@@ -180,6 +181,17 @@ class _Durable:
         own = [sign * v for e, v in curve(trial, name).items() if e <= step]
         return max(own) < statistics.median(sign * v for v in others)
 
+    def score_trial(self, trial: Any) -> None:
+        """By the last epoch, which `retrain` trains to and schedules end in; KerasTuner, the best.
+
+        `best_step` is the best epoch.
+        """
+        oracle: Any = self
+        super().score_trial(trial)  # type: ignore[misc]
+        if self.settings.scoring == "last":
+            values = curve(trial, oracle.objective.name)
+            trial.score = values[max(values)]
+
     def finish(self, tuner_id: str, trial_id: str, status: str, message: str) -> None:
         """Ends a trial; does nothing if it has ended, or if another worker has it now."""
         oracle: Any = self
@@ -205,7 +217,8 @@ class _Durable:
             "score": record.score,
             "epoch": record.epochs,
             "epochs": record.values.get("tuner/epochs", self.settings.epochs),
-            "best": record.best(self.settings.objective, self.settings.direction),
+            "now": record.reached(self.settings.objective, self.settings),
+            "best_epoch": record.best_epoch(self.settings),
             "seconds": record.last("seconds"),
             "parameters": record.last("parameters"),
             "values": record.hyperparameters,

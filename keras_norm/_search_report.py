@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from keras_norm._files import replace_file
 from keras_norm._search_run import describe
-from keras_norm._search_settings import SearchError, TrialRecord, read_search
+from keras_norm._search_settings import SearchError, Settings, TrialRecord, read_search
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from keras_norm.tuning import Search
 
-__all__ = ["importance", "write_report"]
+__all__ = ["importance", "own_seconds", "write_report"]
 
 _GREY = "#9a9a9a"
 _MOST_AXES = 8  # of the parallel coordinates
@@ -42,9 +42,10 @@ def write_report(search: Search, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_csv(search, out / "trials.csv")
     weights = importance(scored)
+    compiling = " and compilation" if search.settings.scoring == "last" else ""
     figures: list[tuple[str, str, Callable[[], Figure | None]]] = [
         ("curves", _CURVES, lambda: _curves(search)),
-        ("progress", _PROGRESS, lambda: _progress(search)),
+        ("progress", _PROGRESS.format(compiling), lambda: _progress(search)),
         ("pareto", _PARETO, lambda: _pareto(search)),
         ("rates", _RATES, lambda: _rates(search)),
         ("parallel", _PARALLEL, lambda: _parallel(search, weights)),
@@ -60,7 +61,7 @@ def write_report(search: Search, out: Path) -> Path:
 def write_csv(search: Search, path: Path) -> None:
     """One row for each trial, one column for each hyperparameter and metric."""
     names = list(dict.fromkeys(n for t in search.trials for n in t.values))
-    header = ["trial", "status", "score", "epochs", *_METRICS, *names, "reason"]
+    header = ["trial", "status", "score", "epochs", "best_epoch", *_METRICS, *names, "reason"]
     with replace_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(header)
@@ -68,7 +69,27 @@ def write_csv(search: Search, path: Path) -> None:
             metrics = ["" if (v := t.last(m)) is None else f"{v:.7g}" for m in _METRICS]
             score = "" if t.score is None else f"{t.score:.7g}"
             values = [t.values.get(n, "") for n in names]
-            writer.writerow([t.number, t.status, score, t.epochs, *metrics, *values, t.reason])
+            epochs = [t.epochs, t.best_epoch(search.settings) or ""]
+            writer.writerow([t.number, t.status, score, *epochs, *metrics, *values, t.reason])
+
+
+def own_seconds(trials: Sequence[TrialRecord]) -> dict[int, float]:
+    """Number -> seconds of training that the trial took itself.
+
+    A trial that Hyperband promotes has the epochs of an earlier one in its history; those were
+    trained once. (Where it could not go on from them, as on another machine, they are its own.)
+    """
+    numbered = {t.number: t for t in trials}
+    found = {}
+    for trial in trials:
+        seconds = trial.last("seconds") or 0.0
+        earlier = numbered.get(int(trial.values.get("tuner/trial_id", -1)))
+        if earlier is not None:
+            epoch = int(trial.values["tuner/initial_epoch"])
+            before, inherited = (t.history.get("seconds", {}).get(epoch) for t in (earlier, trial))
+            seconds -= before if before is not None and before == inherited else 0.0
+        found[trial.number] = seconds
+    return found
 
 
 # Importance ---------------------------------------------------------------------------------
@@ -226,17 +247,18 @@ def _short(trial: TrialRecord) -> str:
 
 _PROGRESS = (
     "Each trial at the training time that had been spent when it ended, the trials in their order, "
-    "and the best so far. (Training seconds of all workers together, without validation.)"
+    "and the best so far. (Training seconds of all workers together, without validation{}.)"
 )
 
 
 def _progress(search: Search) -> Figure:
     figure, axes = _axes()
     metric, sign = _metric(search), 1 if search.settings.direction == "max" else -1
+    seconds = own_seconds(search.trials)
     spent, best, xs, ys = 0.0, -math.inf, [], []
     for trial in search.trials:
-        spent += trial.last("seconds") or 0.0
-        value = trial.best(metric, search.settings.direction)
+        spent += seconds[trial.number]
+        value = trial.reached(metric, search.settings)
         if trial.score is None or value is None:
             continue
         marker = "x" if trial.status == "pruned" else "o"
@@ -266,7 +288,7 @@ def _pareto(search: Search) -> Figure:
     def points(trials: Sequence[TrialRecord]) -> tuple[list[Any], list[Any], list[Any]]:
         return (
             [t.last("seconds") for t in trials],
-            [t.best("val_accuracy") for t in trials],
+            [t.reached("val_accuracy", search.settings) for t in trials],
             [t.last("parameters") for t in trials],
         )
 
@@ -310,7 +332,7 @@ def _rates(search: Search) -> Figure | None:
             own = [t for t in scored if str(t.values.get("normalization", "")) == kind]
             own = [t for t in own if name in t.values]
             x = [t.values[name] for t in own]
-            y = [t.best(metric, search.settings.direction) for t in own]
+            y = [t.reached(metric, search.settings) for t in own]
             axes.plot(x, y, linestyle="", color=f"C{k}", marker="osD^vPX*<>"[k % 10], label=kind)
         axes.set(xlabel=_words(name), xscale="log")
     panels[0][0].set_ylabel(_label(metric))
@@ -430,9 +452,9 @@ def _page(search: Search, figures: list[tuple[str, str]]) -> str:
         f"<h1>{_escape(title)}</h1>",
         _summary(search),
         "<h2>Best trials</h2>",
-        _table(search.best(10)),
+        _table(search.best(10), settings),
         "<h2>Not beaten in accuracy, seconds and parameters at once</h2>",
-        _table(search.pareto()),
+        _table(search.pareto(), settings),
         "<h2>Plots</h2>",
         pictures,
     ]
@@ -453,7 +475,7 @@ def _summary(search: Search) -> str:
         s: sum(t.status == s for t in search.trials)
         for s in ("completed", "pruned", "failed", "running")
     }
-    seconds = sum(t.last("seconds") or 0.0 for t in search.trials)
+    seconds = sum(own_seconds(search.trials).values())
     best = search.best(1)[0]
     told = ", ".join(f"{n} {status}" for status, n in count.items() if n)
     machine = read_search(search.out)["machine"]["summary"]
@@ -469,14 +491,16 @@ def _summary(search: Search) -> str:
     )
 
 
-def _table(trials: Sequence[TrialRecord]) -> str:
-    header = ["trial", "score", "val accuracy", "epochs", "s", "parameters", "hyperparameters"]
+def _table(trials: Sequence[TrialRecord], settings: Settings) -> str:
+    header = ["trial", "score", "val accuracy", "epochs", "best epoch", "s", "parameters"]
+    header.append("hyperparameters")
     rows = [
         [
             f"{t.number}",
             f"{t.score:.4f}",
-            f"{t.best('val_accuracy') or 0:.4f}",
+            f"{t.reached('val_accuracy', settings) or 0:.4f}",
             f"{t.epochs}",
+            f"{t.best_epoch(settings) or ''}",
             f"{t.last('seconds') or 0:.1f}",
             f"{t.last('parameters') or 0:,.0f}",
             describe(t.hyperparameters),

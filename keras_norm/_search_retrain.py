@@ -314,6 +314,8 @@ def _finish(
             {
                 "trial": trial.number,
                 "search_score": trial.score,
+                "search_epochs": trial.epochs,
+                "search_best_epoch": trial.best_epoch(search.settings),
                 "hyperparameters": trial.hyperparameters,
                 "test_accuracy": [r["test_accuracy"] for r in runs],
                 "test_loss": [r["test_loss"] for r in runs],
@@ -342,10 +344,13 @@ def _markdown(card: dict[str, Any]) -> str:
     spread = f" (mean ± standard deviation over {count} seeds)" if count > 1 else ""
     own = f" The model file is that of seed 0, with {tested[0]:.4f}." if count > 1 else ""
     rows = [
-        f"| #{r['trial']} | {r['search_score']:.4f} | {_spread(r['test_accuracy'])} | "
+        f"| #{r['trial']} | {r['search_score']:.4f} | {r['search_epochs']} | "
+        f"{r['search_best_epoch']} | {_spread(r['test_accuracy'])} | "
         f"{describe(r['hyperparameters'])} |"
         for r in card["results"]
     ]
+    header = ["trial", f"{settings['objective']} in the search", "epochs there", "best epoch"]
+    header += ["test accuracy", "hyperparameters"]
     values = [f"| {n} | {v} |" for n, v in card["hyperparameters"].items()]
     return f"""# Model card
 
@@ -384,13 +389,13 @@ image (convolutions and dense layers).
 Chosen by {settings["objective"]} among {card["search_trials"]} trials ({settings["tuner"]} search,
 seed {settings["seed"]}); trained again as above, and tested once.
 
-| trial | {settings["objective"]} in the search | test accuracy | hyperparameters |
-|---|---|---|---|
+| {" | ".join(header)} |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The score of the search is the best of many on the same validation images, and so too high by
-chance; the test accuracy is not, for the first row. To choose another row because of its test
-accuracy would make it so.
+The score of the search is that of the {settings["scoring"]} epoch. It is the best of many on the
+same validation images, and so too high by chance; the test accuracy is not, for the first row. To
+choose another row because of its test accuracy would make it so.
 
 ## Limits
 

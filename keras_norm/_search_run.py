@@ -477,8 +477,8 @@ class _Display:
     def trial(self, event: Mapping[str, Any]) -> None:
         number, status = event["number"], event["status"]
         if status == "running":
-            best = "" if event["best"] is None else f" {event['best']:.3f}"
-            self.running[number] = f"#{number} {event['epoch']}/{event['epochs']}{best}"
+            now = "" if event["now"] is None else f" {event['now']:.3f}"
+            self.running[number] = f"#{number} {event['epoch']}/{event['epochs']}{now}"
         else:
             self.running.pop(number, None)
             self.ended.add(number)
@@ -498,7 +498,7 @@ class _Display:
             return
         if not self.headed:
             self.headed = True
-            self._write(_line("trial", "status", "score", "epochs", "s", "weights"))
+            self._write(_line("trial", "status", "score", "epochs", "best", "s", "weights"))
         numbers = {k: event[k] for k in ("score", "seconds", "parameters")}
         cells = {
             "score": "" if numbers["score"] is None else f"{numbers['score']:.4f}",
@@ -511,6 +511,7 @@ class _Display:
             event["status"],
             cells["score"],
             event["epoch"],
+            event["best_epoch"] or "",
             cells["seconds"],
             cells["parameters"],
             told,
@@ -550,7 +551,7 @@ class _Display:
 
 
 def _line(*cells: Any) -> str:
-    formats = (">5", "<9", ">12", ">6", ">7", ">10", "")
+    formats = (">5", "<9", ">12", ">6", ">4", ">7", ">10", "")
     return "  ".join(f"{cell:{f}}" for cell, f in zip(cells, formats, strict=False))
 
 

@@ -400,7 +400,8 @@ class TrialRecord:
         number: from 0, in the order in which the trials were made.
         status: "completed", "pruned", "failed" or "running".
         reason: why it failed or was pruned, or "".
-        score: value of the objective, None if it failed or runs.
+        score: value of the objective after the last epoch, None if it failed or runs. (Of the best
+            epoch in searches that were begun before that was so.)
         values: hyperparameter -> value; what the tuner adds ("tuner/epochs") included.
         history: metric -> epoch -> value. Epochs count from 1.
     """
@@ -426,6 +427,18 @@ class TrialRecord:
         """The metric's best value."""
         values = list(self.history.get(metric, {}).values())
         return (max if direction == "max" else min)(values) if values else None
+
+    def reached(self, metric: str, settings: Settings) -> float | None:
+        """The value that the trial counts by: of its last epoch; in earlier searches, its best."""
+        if settings.scoring == "last":
+            return self.last(metric)
+        return self.best(metric, OBJECTIVES.get(metric, "max"))
+
+    def best_epoch(self, settings: Settings) -> int | None:
+        """The epoch with the best value of the objective."""
+        steps = self.history.get(settings.objective, {})
+        best = max if settings.direction == "max" else min
+        return best(steps, key=lambda epoch: steps[epoch]) if steps else None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

@@ -301,20 +301,39 @@ class Reporter(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, trial: Trial) -> None:
         super().__init__()
         self.trial = trial
+        self.marks: list[float] = []  # of this process's first epoch, and where each step ended
         self.started = 0.0
         self.trained = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.started, self.trained = time.monotonic(), 0.0
+        self.is_first = not self.marks
+        if self.is_first:
+            self.marks = [self.started]
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.is_first:
+            self.marks.append(time.monotonic())
 
     def on_test_begin(self, logs: Any = None) -> None:
         self.trained = time.monotonic() - self.started
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         trained = self.trained or time.monotonic() - self.started
-        self.trial.epoch_ended(epoch + 1, dict(logs or {}), trained)
+        compiling = first_excess(self.marks) if self.is_first else 0.0
+        self.trial.epoch_ended(epoch + 1, dict(logs or {}), trained, compiling)
         if self.trial.stopped:
             self.model.stop_training = True
+
+
+def first_excess(marks: list[float]) -> float:
+    """Seconds of the first step beyond those of the others, in which it was compiled.
+
+    Args:
+        marks: when the first step began, and when each ended. Of less than three, nothing is known.
+    """
+    steps = np.diff(marks)
+    return float(max(0.0, steps[0] - np.median(steps[1:]))) if len(steps) > 2 else 0.0
 
 
 class Trial:
@@ -387,20 +406,25 @@ class Trial:
             )
         return [*callbacks, Reporter(self)]
 
-    def epoch_ended(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
+    def epoch_ended(
+        self, epoch: int, logs: dict[str, float], seconds: float, compiling: float = 0.0
+    ) -> None:
         for name in ("loss", "val_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrialError(f"diverged: {name} is {logs[name]} in epoch {epoch}")
         missing = {"val_accuracy", "val_loss"} - set(logs)
         if missing:
             raise TrialError(f"the model reports no {missing.pop()}: compile it with 'accuracy'")
-        before = self.history[-1]["seconds"] if self.history else 0.0
+        if self.settings.scoring == "best":  # an earlier search counted it in
+            compiling = 0.0
+        before = self.history[-1] if self.history else {}
         metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
         if self.settings.scoring == "last":
             metrics["val_loss"] = comparable_loss(metrics, "val_")
         metrics |= {
             "epoch": epoch,
-            "seconds": before + seconds,
+            "seconds": before.get("seconds", 0.0) + seconds - compiling,
+            "compilation": before.get("compilation", 0.0) + compiling,
             "parameters": self.model.count_params(),
             "flops": self.flops,
         }

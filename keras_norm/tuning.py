@@ -99,14 +99,14 @@ class Search:
             The most accurate first. Pruned trials, whose seconds are those of a part, are left
             out.
         """
-        return pareto([t for t in self.trials if t.status == "completed"])
+        return pareto([t for t in self.trials if t.status == "completed"], self.settings)
 
 
-def pareto(trials: list[TrialRecord]) -> list[TrialRecord]:
+def pareto(trials: list[TrialRecord], settings: Settings) -> list[TrialRecord]:
     """See `Search.pareto`."""
 
     def costs(trial: TrialRecord) -> tuple[float, float, float]:
-        accuracy = trial.best("val_accuracy") or 0.0
+        accuracy = trial.reached("val_accuracy", settings) or 0.0
         return -accuracy, trial.last("seconds") or 0.0, trial.last("parameters") or 0.0
 
     def beaten(own: tuple[float, ...], other: tuple[float, ...]) -> bool:
@@ -190,8 +190,9 @@ def search(
             objective: "val_accuracy"; "val_accuracy_reestimated", with the statistics of batch
                 normalization re-estimated before each validation; "val_loss", the plain cross
                 entropy, without penalties and label smoothing; or
-                "accuracy_per_second", validation accuracy above chance per second of training.
-                A trial counts by its best epoch.
+                "accuracy_per_second", validation accuracy above chance per second of
+                training, without the compilation of the first step.
+                A trial counts by its last epoch, to which `retrain` trains too.
             trials: number of trials (default 20); that of Hyperband follows from its epochs.
             epochs: per trial (default 10), `factor` of Hyperband (default 3).
             prune: stop a trial whose best value so far is below the median of the others' at the

@@ -370,9 +370,9 @@ def test_best_and_pareto(undisturbed):
     front = undisturbed.pareto()
     assert undisturbed.best()[0] in front
     for trial in undisturbed.trials:
-        own = trial.best("val_accuracy"), trial.last("seconds"), trial.last("parameters")
+        own = trial.last("val_accuracy"), trial.last("seconds"), trial.last("parameters")
         beaten = any(
-            f.best("val_accuracy") >= own[0]
+            f.last("val_accuracy") >= own[0]
             and f.last("seconds") <= own[1]
             and f.last("parameters") <= own[2]
             for f in front
@@ -396,6 +396,9 @@ def test_report(undisturbed, tmp_path):
     assert [int(r["trial"]) for r in rows] == list(range(TRIALS))
     for row, trial in zip(rows, undisturbed.trials, strict=True):
         assert float(row["val_accuracy"]) == pytest.approx(trial.last("val_accuracy"))
+        assert float(row["score"]) == pytest.approx(trial.last("val_accuracy"))
+        curve = trial.history["val_accuracy"]
+        assert int(row["best_epoch"]) == max(curve, key=curve.get)
         assert float(row["learning_rate"]) == trial.values["learning_rate"]
     with pytest.raises(SearchError, match="There is no search"):
         tuning.report(tmp_path)
@@ -440,6 +443,10 @@ def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, shared, tmp_p
     found = model.evaluate(data.test.x, data.test.y, batch_size=500, return_dict=True, verbose=0)
     assert found["accuracy"] == pytest.approx(accuracies[0])
     assert min(accuracies) > 0.25
-    assert f"{sum(accuracies) / 2:.4f} ±" in card.read_text()
+    text, best = card.read_text(), undisturbed.best()[0]
+    assert f"{sum(accuracies) / 2:.4f} ±" in text
+    told = f"| {best.score:.4f} | {EPOCHS} | {best.best_epoch(undisturbed.settings)} |"
+    assert f"| #{best.number} {told}" in text
+    assert "that of the last epoch" in text
     with pytest.raises(SearchError, match="The test set has been used"):
         tuning.retrain(undisturbed, out=out)

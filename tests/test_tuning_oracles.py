@@ -13,7 +13,7 @@ from keras_norm import _search_run, _search_trial, datasets, tuning
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
-from keras_norm._search_report import importance
+from keras_norm._search_report import importance, own_seconds
 from keras_norm._search_settings import (
     code_of,
     hyperband,
@@ -23,7 +23,7 @@ from keras_norm._search_settings import (
     warn_of_code,
     write_search,
 )
-from keras_norm._search_trial import Trial, comparable_loss, save_state
+from keras_norm._search_trial import Trial, comparable_loss, first_excess, save_state
 from keras_norm._search_worker import Chief
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
 
@@ -145,6 +145,78 @@ def test_what_is_told_twice_counts_once(tmp_path):
     assert oracle.end_order == [trial.trial_id]
 
 
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
+@pytest.mark.parametrize("tuner", ["random", "bayesian", "hyperband"])
+def test_trial_counts_by_its_last_epoch(tmp_path, objective, tuner):
+    """To which it is trained again; the best epoch is known beside it."""
+    sign = {"val_accuracy": 1, "val_loss": -1}[objective]
+    for scoring, expected in (("last", 0.4), ("best", 0.8)):
+        (tmp_path / scoring).mkdir()
+        options = {"objective": objective, "scoring": scoring, "tuner": tuner}
+        oracle = oracle_in(tmp_path / scoring, **options)
+        trial = oracle.create_trial("w")
+        for epoch, value in enumerate([0.2, 0.8, 0.4], start=1):
+            metrics = {"val_accuracy": value, objective: sign * value}
+            oracle.update_trial(trial.trial_id, metrics, step=epoch)
+        oracle.finish("w", trial.trial_id, "COMPLETED", "")
+        record = record_of(oracle.trials[trial.trial_id].get_state())
+        assert record.score == record.reached(objective, oracle.settings) == sign * expected
+        assert record.reached("val_accuracy", oracle.settings) >= expected
+        assert record.best_epoch(oracle.settings) == 2
+
+
+def test_seconds_are_without_compilation_and_counted_once(trial):
+    assert first_excess([0.0, 5.0, 6.0, 8.0, 9.0]) == 4.0  # the others take 1, 2 and 1
+    assert first_excess([0.0, 1.0, 2.0, 4.0]) == first_excess([0.0, 5.0, 6.0]) == 0.0
+    logs = {"loss": 1.0, "val_loss": 1.0, "val_accuracy": 0.5}
+    for scoring, seconds in (("last", [2.0, 5.0]), ("best", [6.0, 9.0])):
+        found = trial(settings={"scoring": scoring})
+        found.epoch_ended(1, logs, 6.0, 4.0)
+        found.epoch_ended(2, logs, 3.0)
+        assert [m["seconds"] for m in found.history] == seconds
+        assert found.history[1]["accuracy_per_second"] == pytest.approx(0.4 / seconds[1])
+        assert found.history[1]["compilation"] == (4.0 if scoring == "last" else 0.0)
+
+
+def test_reporter_leaves_out_the_first_step_of_its_process(monkeypatch):
+    """One is compiled in each process, so also when a trial goes on."""
+    now, told = [0.0], []
+    monkeypatch.setattr(_search_trial.time, "monotonic", lambda: now[0])
+
+    class Told:
+        stopped = False
+
+        def epoch_ended(self, *args):
+            told.append((args[0], *args[2:]))
+
+    reporter = _search_trial.Reporter(Told())
+    for epoch in (3, 4):
+        reporter.on_epoch_begin(epoch)
+        for batch, seconds in enumerate([10.0, 1.0, 1.0, 1.0]):
+            now[0] += seconds
+            reporter.on_train_batch_end(batch)
+        reporter.on_test_begin()
+        now[0] += 100.0
+        reporter.on_epoch_end(epoch)
+    assert told == [(4, 13.0, 9.0), (5, 13.0, 0.0)]
+
+
+def test_time_of_hyperband_is_counted_once():
+    def record(number, seconds, **values):
+        history = {"seconds": dict(enumerate(seconds, start=1))}
+        values = {f"tuner/{name}": value for name, value in values.items()}
+        return TrialRecord(number, "completed", "", 0.5, values, history)
+
+    onward = {"trial_id": "0000", "initial_epoch": 2}
+    trials = [
+        record(0, [1.0, 2.0], epochs=2),
+        record(1, [1.0, 2.0, 4.0], epochs=3, **onward),
+        record(2, [3.0, 5.0, 9.0], epochs=3, **onward),  # it had to begin anew
+        record(3, []),
+    ]
+    assert own_seconds(trials) == {0: 2.0, 1: 2.0, 2: 9.0, 3: 0.0}
+
+
 @pytest.mark.parametrize("direction", ["max", "min"])
 def test_median_rule(tmp_path, direction):
     objective = {"max": "val_accuracy", "min": "val_loss"}[direction]
@@ -176,6 +248,7 @@ def test_median_rule(tmp_path, direction):
     again.finish("w", trial.trial_id, "COMPLETED", "")
     record = record_of(again.trials[trial.trial_id].get_state())
     assert record.status == "pruned"
+    assert record.score == sign * 0.3  # of the last epoch, here of both
     assert record.reason == "pruned after epoch 2: below the median of the others"
     assert record.score == sign * 0.3
 
@@ -234,7 +307,7 @@ def test_pruned_trials_are_not_compared_by_what_they_had_reached(tmp_path, objec
     trials = list(oracle.trials.values())
     assert [bool(t.message) for t in trials] == [False, False, False, True]
     found = sign * oracle._prospects(trials)
-    assert found == pytest.approx([0.6, 0.5, 0.4, 0.1 + 0.2])  # gains .4, .2 and .2
+    assert found == pytest.approx([0.6, 0.5, 0.3, 0.1 + 0.2])  # gains .4, .2 and .1
 
 
 def test_budget_refuses_before_there_is_a_trial(tmp_path):
