@@ -7,7 +7,7 @@ number alone. What differs:
     kinds are as far from one another as they are different, not as they stand in a list;
     the confidence bound is compared at many points at once, anywhere and around the best trials
     (its gradient by finite differences, from 50 points, is a staircase and takes minutes);
-    what would be hardly another trial, or beyond the budget, is passed over.
+    what would be hardly another trial, or likely fail or be refused, is passed over.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Bayesian:
         rng = np.random.default_rng([oracle.settings.seed, 1, number])
         near = cube.around(trials[np.argsort(loss, kind="stable")[:_BEST]], _NEARBY, rng)
         points = cube.snapped(np.vstack([rng.uniform(size=(_ANYWHERE, cube.size)), near]))
-        points = self._within_budget(cube, points[~cube.alike(points, tried)])
+        points = self._likely_to_succeed(cube, points[~cube.alike(points, tried)])
         if not len(points):
             return []
         process = _fitted(cube.features(trials), loss)
@@ -95,20 +95,23 @@ class Bayesian:
             scores.append(trial.score + statistics.median(gains))
         return np.array(scores)
 
-    def _within_budget(self, cube: Cube, points: Array) -> Array:
-        """Without those that the budget would refuse, as far as its earlier answers tell.
+    def _likely_to_succeed(self, cube: Cube, points: Array) -> Array:
+        """Without those that would fail or that the budget would refuse, as far as is known.
 
-        The most promising nets are often the largest ones; to build one, to be told that it is too
-        large, takes about as long as an epoch of a small one.
+        The most promising nets are often the largest ones, of the largest learning rate: the next
+        to those that are refused or diverge. A failed trial has no score, so the process does not
+        hear of it; a low one in its place would make its good neighbours look bad.
         """
         oracle: Any = self
-        if not oracle.refused or not len(points):
+        trials = list(oracle.trials.values())
+        lost = [*oracle.refused, *(_values(t) for t in trials if t.status == "FAILED")]
+        if not lost or not len(points):
             return points
         from sklearn.ensemble import RandomForestClassifier
 
-        known = [*oracle.refused, *map(_values, oracle.trials.values())]
-        is_admitted = np.arange(len(known)) >= len(oracle.refused)
-        forest = RandomForestClassifier(50, random_state=0).fit(cube.points(known), is_admitted)
+        known = [*lost, *(_values(t) for t in trials if t.status != "FAILED")]
+        is_fine = np.arange(len(known)) >= len(lost)
+        forest = RandomForestClassifier(50, random_state=0).fit(cube.points(known), is_fine)
         inside = forest.predict(points)
         return points[inside] if inside.any() else points
 

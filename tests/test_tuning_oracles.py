@@ -344,6 +344,23 @@ def test_bayesian_search_learns_the_budget(tmp_path):
     assert np.median([v["x"] for v in last]) > 0.3
 
 
+def test_bayesian_search_learns_what_fails(tmp_path):
+    """The best lies where trials begin to diverge: a third of all, and all that promise most."""
+    space = line(("x", 0.0, 1.0), ("y", 0.0, 1.0))
+    oracle = oracle_in(tmp_path, space, tuner="bayesian", trials=24)
+    found = []
+    for _ in range(24):
+        trial = oracle.create_trial("w")
+        values = values_of(trial)
+        found.append(values["x"])
+        if values["x"] > 0.7:
+            oracle.finish("w", trial.trial_id, "FAILED", "diverged")
+        else:
+            score(oracle, trial, [values["x"] - 0.1 * values["y"]])
+    assert sum(x > 0.7 for x in found[12:]) <= 5  # without: all twelve
+    assert max(x for x in found if x <= 0.7) > 0.67
+
+
 @pytest.mark.parametrize(("epochs", "factor"), [(4, 2), (9, 3), (10, 3)])
 def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
     oracle = oracle_in(tmp_path, tuner="hyperband", epochs=epochs, factor=factor)
