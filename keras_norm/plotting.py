@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_norm._experiment_comparison import Floats
+from keras_norm._experiment_comparison import Floats, holm
 from keras_norm._experiment_results import (
     Published,
     PublishedFigure,
@@ -331,8 +331,6 @@ def learning_curves(
     if share_y is None:
         share_y = all(metric.endswith("accuracy") for metric in metrics)
     with style():
-        from matplotlib.ticker import MaxNLocator
-
         figure, panels = _panels(metrics, share_y)
         looks = _colors(results, names)
         # Each line and marker smaller than the one before: lines that coincide stay visible.
@@ -344,7 +342,8 @@ def learning_curves(
                 _curves(axes, results, name, metric, looks[name])
             axes.set(xlabel="epoch", yscale=yscale)
             axes.set_ylabel(_label(metric, labels))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _plain_numbers(axes)
+            _ticks_at_epochs(axes, results.select(names), metric)
         handles = [
             _handle(
                 f"{_name(n, labels)} ({_count([r for r in results if r.name == n])})", **looks[n]
@@ -357,12 +356,42 @@ def learning_curves(
         return _finish(figure, path, title)
 
 
-def _panels(metrics: Sequence[str], share_y: bool) -> tuple[Figure, dict[str, Axes]]:
+def _ticks_at_epochs(axes: Axes, results: Results, metric: str) -> None:
+    """Ticks where the points are, if those are whole and few; else at whole numbers."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    measured = {epoch for run in results if metric in run.history for epoch in run.epochs}
+    few_and_whole = len(measured) <= 10 and all(float(epoch).is_integer() for epoch in measured)
+    axes.xaxis.set_major_locator(
+        FixedLocator(sorted(measured)) if few_and_whole else MaxNLocator(integer=True)
+    )
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """A logarithmic y axis between .001 and 10,000 says 60, not 6×10¹."""
+    if axes.get_yscale() != "log":
+        return
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):  # type: ignore[misc]
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            text = str(super().__call__(x, pos))  # empty where there is no room
+            low, high = sorted(axes.get_ylim())
+            return f"{x:g}" if text and low >= 1e-3 and high <= 1e4 else text
+
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
+
+
+def _panels(
+    metrics: Sequence[str], share_y: bool, alone: tuple[float, float] = (6.0, 3.5)
+) -> tuple[Figure, dict[str, Axes]]:
+    """A panel per metric; a single one has the size `alone`, in inches."""
     from matplotlib import pyplot
 
     columns = min(len(metrics), 3)
     rows = math.ceil(len(metrics) / columns)
-    size = (max(4.0 * columns, 6.0), 3.3 * rows + 0.2)
+    size = alone if len(metrics) == 1 else (4.0 * columns, 3.3 * rows + 0.2)
     figure, grid = pyplot.subplots(rows, columns, figsize=size, sharey=share_y, squeeze=False)
     for unused in grid.flat[len(metrics) :]:
         unused.remove()
@@ -387,7 +416,7 @@ def _curves(axes: Axes, results: Results, name: str, metric: str, look: Mapping[
 def sweep(
     source: Source,
     x: str,
-    metric: str,
+    metrics: str | Sequence[str],
     group: str | None = None,
     *,
     names: Sequence[str] | None = None,
@@ -398,15 +427,15 @@ def sweep(
     title: str | None = None,
     path: PathLike = None,
 ) -> Figure:
-    """A final metric against a numeric setting: a line per group, band, and every seed as a point.
+    """Final metrics against a numeric setting: a line per group, band, and every seed as a point.
 
-    Diverged runs stay out of mean and band: they are crosses in a strip at the bottom, with their
-    number and that of all runs at this place.
+    A panel per metric. Diverged runs stay out of mean and band: they are crosses in a strip at the
+    bottom, with their number and that of all runs at this place.
 
     Args:
         source: Results, or the path of saved ones.
         x: Key of a setting with numbers, such as "learning_rate".
-        metric: Metric, as in `Results.values`.
+        metrics: Metric, as in `Results.values`, or several of them.
         group: Key of the setting that tells the lines apart; default None, one line.
         names: Settings to draw; default all.
         xscale: "log" (default) or "linear".
@@ -431,23 +460,29 @@ def sweep(
         >>> figure.axes[0].get_xscale()
         'log'
     """
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     results, names = _results(source, names)
-    groups = _sweep_points(results.select(names), x, metric, group)
+    chosen = results.select(names)
+    points = {metric: _sweep_points(chosen, x, metric, group) for metric in metrics}
+    every = [p for groups in points.values() for line in groups.values() for p in line]
     with style():
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(6.6, 4.2))
-        looks = {key: _look(i) for i, key in enumerate(groups)}
-        for key, points in groups.items():
-            _sweep_line(axes, points, looks[key])
-        axes.set(xscale=xscale, yscale=yscale, xlabel=_label(x, labels))
-        axes.set_ylabel(_label(metric, labels))
-        if xscale == "log":
-            _plain_ticks(axes, sorted({p.x for points in groups.values() for p in points}))
-        handles = [_handle(_words(key, labels), **looks[key]) for key in groups]
-        dashed = _published_lines({metric: axes}, published, looks, labels)
-        _diverged_strip(axes, [(points, looks[key]) for key, points in groups.items()])
-        counts = [len(p.values) for points in groups.values() for p in points if len(p.values)]
+        figure, panels = _panels(metrics, False, alone=(6.6, 4.2))
+        keys = dict.fromkeys(key for groups in points.values() for key in groups)
+        looks = {key: _look(i) for i, key in enumerate(keys)}
+        for metric, axes in panels.items():
+            groups = points[metric]
+            for key, line in groups.items():
+                _sweep_line(axes, line, looks[key])
+            axes.set(xscale=xscale, yscale=yscale, xlabel=_label(x, labels))
+            axes.set_ylabel(_label(metric, labels))
+            _plain_numbers(axes)
+            if xscale == "log":
+                _plain_ticks(axes, sorted({p.x for p in every}))
+        handles = [_handle(_words(key, labels), **looks[key]) for key in keys]
+        dashed = _published_lines(panels, published, looks, labels)
+        for metric, axes in panels.items():
+            _diverged_strip(axes, [(line, looks[key]) for key, line in points[metric].items()])
+        counts = [len(p.values) for p in every if len(p.values)]
         fewest, most = min(counts, default=0), max(counts, default=0)
         n = f"{most}" if fewest == most else f"{fewest} to {most}"
         several = f"{_BAND.replace('n seeds', f'n = {n} seeds')}; faint points: single seeds"
@@ -580,7 +615,8 @@ def bars(
         metric: Metric, as in `Results.values`. Diverged runs are left out and counted.
         names: Settings to draw, from top to bottom; default all.
         published: Figures of others: a dashed mark beside the setting of that name, a dashed line
-            through the plot for other names.
+            through the plot for other names. Several marks of one source share an entry of the
+            legend.
         labels: Texts to show instead of names and the metric.
         from_zero: True: bars that begin at 0. False: means as dots on an axis that fits the values,
             so that small differences show. Default: bars if the lowest mean is at most 70% of the
@@ -679,11 +715,19 @@ def _published_marks(
     """Published figures of drawn settings as marks beside them, others as lines."""
     figures = [f for f in published_figures(published) if f.metric == metric]
     handles = []
-    for figure in (f for f in figures if f.name in names):
-        y = names.index(figure.name)
-        look = {"color": looks[figure.name]["color"], "linestyle": _DASHES[1], "linewidth": 1.6}
-        axes.plot([figure.value] * 2, [y - 0.42, y + 0.42], marker="", **look)
-        handles.append(_handle(_published_text(figure, "", labels), **look))
+    beside = [f for f in figures if f.name in names]
+    of_source = Counter(figure.source for figure in beside)
+    dashed: dict[str, Any] = {"linestyle": _DASHES[1], "linewidth": 1.6}
+    for figure in beside:
+        y, color = names.index(figure.name), looks[figure.name]["color"]
+        # Not above its setting: there stands the mean as a number.
+        axes.plot([figure.value] * 2, [y - 0.12, y + 0.34], marker="", color=color, **dashed)
+        if of_source[figure.source] == 1:
+            text = _published_text(figure, "", labels)
+            handles.append(_handle(text, color=color, **dashed))
+    for source in (source for source, count in of_source.items() if count > 1):
+        text = "published, each beside its setting" + (f" ({source})" if source else "")
+        handles.append(_handle(text, color=_GREY, **dashed))
     others = {k: v for k, v in (published or {}).items() if k not in names}
     return handles + _published_lines({metric: axes}, others, looks, labels, vertical=True)
 
@@ -710,7 +754,9 @@ def paired_differences(
         path: File to write; default none.
 
     Returns:
-        The figure. The p beside each interval is that of the paired t-test.
+        The figure. The p beside each difference is that of the paired t-test; of several
+        differences it is adjusted for their number by Holm's method, and the plot says so. The
+        intervals are those of each difference alone.
 
     Raises:
         ValueError: As `Results.compare`.
@@ -726,27 +772,33 @@ def paired_differences(
     results, names = _results(source, names)
     names = [name for name in names if name != baseline]
     tests = [results.compare(name, baseline, metric) for name in names]
+    adjusted = holm([test.p for test in tests])
+    p_text = "p by Holm" if len(tests) > 1 else "p ="
     with style():
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + 0.45 * len(names)))
+        figure, axes = pyplot.subplots(figsize=(7.6, 0.9 + 0.38 * len(names)))
         looks = _colors(results, names)
         axes.axvline(0, color=_GREY, linewidth=1)
-        for y, (name, test) in enumerate(zip(names, tests, strict=True)):
+        for y, (name, test, p) in enumerate(zip(names, tests, adjusted, strict=True)):
             color, marker = looks[name]["color"], looks[name]["marker"]
             axes.plot([test.low, test.high], [y, y], color=color, marker="|", markersize=8)
             axes.plot(test.difference, y, color=color, marker=marker, markersize=7)
             singles = _differences(results, name, baseline, metric)
             axes.plot(singles, [y + 0.22] * len(singles), ".", color=_GREY, alpha=0.6, markersize=4)
-            text = f"{test.difference:+.3g}, p = {test.p:.2g}, n = {test.n}"
-            _note(axes, text, test.difference, y)
+            text = f"{test.difference:+.4f}, {p_text} {p:.2g}, n = {test.n}"
+            beside: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
+            axes.annotate(text, (1.02, y), fontsize=8, color=_GREY, **beside)
         axes.set_yticks(range(len(names)), [_name(name, labels) for name in names])
-        axes.set_ylim(len(names) - 0.4, -0.7)
+        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.margins(x=0.1)
         axes.set_xlabel(f"difference of {_label(metric, labels)} from {_name(baseline, labels)}")
         axes.grid(visible=False, axis="y")
         handle = _handle("single seeds", color=_GREY, marker=".", alpha=0.6, linestyle="")
-        _legend(figure, [handle], note="mean difference and its 95% confidence interval")
+        note = "mean difference and its 95% confidence interval"
+        if len(tests) > 1:
+            note += f"; p adjusted for {len(tests)} differences (Holm), intervals not"
+        _legend(figure, [handle], note=note)
         return _finish(figure, path, title)
 
 
@@ -766,6 +818,7 @@ def heatmap(
     names: Sequence[str] | None = None,
     labels: Labels | None = None,
     digits: int = 3,
+    limits: tuple[float, float] | None = None,
     title: str | None = None,
     path: PathLike = None,
 ) -> Figure:
@@ -779,6 +832,8 @@ def heatmap(
         names: Settings to draw; default all.
         labels: Texts to show instead of keys, values and the metric.
         digits: Decimal places in the cells; default 3.
+        limits: Least and greatest number of the colours, for plots that are to be compared; default
+            those of the cells.
         title: Title; default none.
         path: File to write; default none.
 
@@ -828,6 +883,7 @@ def heatmap(
         ylabel=_label(y, labels),
         value=f"{_label(metric, labels)}, mean over seeds",
         texts=texts,
+        limits=limits,
         title=title,
         path=path,
     )
@@ -857,6 +913,7 @@ def matrix(
     ylabel: str = "",
     value: str = "",
     texts: Mapping[tuple[int, int], str] | None = None,
+    limits: tuple[float, float] | None = None,
     title: str | None = None,
     path: PathLike = None,
 ) -> Figure:
@@ -870,6 +927,7 @@ def matrix(
         ylabel: What the rows are, with unit.
         value: What the numbers are, with unit.
         texts: (row, column) -> text of a cell; default the number to three significant digits.
+        limits: Least and greatest number of the colours; default those of the values.
         title: Title; default none.
         path: File to write; default none.
 
@@ -899,7 +957,8 @@ def matrix(
         cell = 0.85 if any("\n" in text for text in texts.values()) else 0.6
         size = (max(2.6 + cell * len(columns), 4.0), max(1.5 + 0.75 * cell * len(rows), 3.0))
         figure, axes = pyplot.subplots(figsize=size)
-        image = axes.imshow(array, aspect="auto")
+        low, high = limits or (None, None)
+        image = axes.imshow(array, aspect="auto", vmin=low, vmax=high)
         for (row, column), text in texts.items():
             red, green, blue, _ = image.cmap(image.norm(array[row, column]))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 and np.isfinite(array[row, column])
@@ -975,6 +1034,7 @@ def lines(
             axes.axhline(height, **look)
             handles.append(_handle(text, **look))
         axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        _plain_numbers(axes)
         banded = any(len(array) > 1 for array in arrays.values())
         _legend(figure, handles, note=_BAND if banded else "")
         return _finish(figure, path, title)

@@ -164,6 +164,35 @@ def test_all_diverged_and_single_seed_and_ragged_epochs():
     assert means == [[[1, 4], [2, 3]], [[2, 2]]]  # epochs that all seeds have
 
 
+@pytest.mark.parametrize(
+    ("epochs", "ticks"),
+    [
+        ((5, 10, 15, 20, 25), [5, 10, 15, 20, 25]),
+        (range(1, 11), list(range(1, 11))),
+        (range(1, 31), None),
+        ((0, 0.5, 1, 1.5), None),
+    ],
+)
+def test_ticks_are_where_the_epochs_are_if_those_are_few_and_whole(epochs, ticks):
+    history = {"loss": [1.0] * len(epochs)}
+    runs = [Run("a", {}, seed, epochs=tuple(epochs), history=history) for seed in (0, 1)]
+    axes = plotting.learning_curves(Results(runs), "loss").axes[0]
+    assert (axes.get_xticks().tolist() == ticks) == bool(ticks)
+
+
+@pytest.mark.parametrize(
+    ("values", "seen"), [((25.0, 70.0), "60"), ((0.5, 0.9), "0.6"), ((1e-7, 1.0), None)]
+)
+def test_a_logarithmic_axis_has_plain_numbers_where_they_are_short(values, seen):
+    runs = [Run("a", {}, seed, history={"loss": list(values)}) for seed in (0, 1)]
+    figure = plotting.learning_curves(Results(runs), "loss", yscale="log")
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    texts = [t.get_text() for t in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+    assert any("times" in text or "^" in text for text in texts) == (seen is None)
+    assert seen is None or seen in texts
+
+
 def test_published_figures_are_dashed_and_named():
     published = {
         "plain": {"test_accuracy": (0.824, "a book")},
@@ -329,6 +358,23 @@ def test_sweep_draws_means_bands_and_seeds():
     assert heights.max() - heights.min() == pytest.approx(2 * spread, rel=1e-9)
 
 
+def test_sweep_has_a_panel_for_each_metric():
+    runs = [
+        Run(
+            r.name, r.settings, r.seed, r.status, final={**r.final, "loss": 1 - r.final["accuracy"]}
+        )
+        for r in rates()
+    ]
+    figure = plotting.sweep(Results(runs), "rate", ["loss", "accuracy"], "norm")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy (fraction)"]
+    assert legend_texts(figure) == ["batch", "none"]
+    (alone,) = plotting.sweep(Results(runs), "rate", "loss", "norm").axes
+    for line, same in zip(figure.axes[0].lines, alone.lines, strict=True):
+        assert line.get_color() == same.get_color()
+        if line.get_marker() != "x":  # those stand in the strip, whose height is of the axes
+            np.testing.assert_array_equal(line.get_xydata(), same.get_xydata())
+
+
 def test_sweep_counts_diverged_runs_below_the_data():
     figure = plotting.sweep(rates(), "rate", "accuracy", "norm")
     figure.canvas.draw()
@@ -416,8 +462,30 @@ def test_bars_show_means_deviations_and_seeds():
         spread = values.std(ddof=1)
         np.testing.assert_allclose(segment[:, 0], [values.mean() - spread, values.mean() + spread])
     dashed = next(line for line in axes.lines if line.is_dashed())
-    np.testing.assert_allclose(dashed.get_xydata(), [[0.75, 0.58], [0.75, 1.42]])
+    np.testing.assert_allclose(dashed.get_xydata(), [[0.75, 0.88], [0.75, 1.34]])
     assert legend_texts(figure) == ["single seeds", "published: plain 0.75 (a book)"]
+
+
+def test_marks_of_one_source_share_an_entry_and_cross_no_number():
+    results = study(("a", "b", "c"))
+    means = {name: results.values(name, "test_accuracy").mean() for name in results.names}
+    published = {
+        "a": {"test_accuracy": (means["a"], "a book")},
+        "b": {"test_accuracy": (means["b"], "a book")},
+        "c": {"test_accuracy": (means["c"], "a report")},
+    }
+    figure = plotting.bars(results, "test_accuracy", published=published)
+    assert legend_texts(figure) == [
+        "single seeds",
+        f"published: c {means['c']:g} (a report)",
+        "published, each beside its setting (a book)",
+    ]
+    figure.canvas.draw()
+    marks = [line.get_window_extent() for line in figure.axes[0].lines if line.is_dashed()]
+    assert len(marks) == 3
+    for text in figure.axes[0].texts:
+        extent = text.get_window_extent()
+        assert not any(mark.y0 < extent.y1 and extent.y0 < mark.y1 for mark in marks)
 
 
 def test_bars_begin_at_zero_only_where_that_shows_something():
@@ -456,7 +524,33 @@ def test_paired_differences_show_the_test():
         assert [[test.difference, y]] in lines
         singles = results.values(name, "test_accuracy") - results.values("plain", "test_accuracy")
         assert [[x, y + 0.22] for x in singles] in lines
-        assert f"p = {test.p:.2g}, n = 4" in axes.texts[y].get_text()
+    several = axes.figure.legends[0].get_title().get_text()
+    assert "p adjusted for 2 differences (Holm), intervals not" in several
+
+
+def test_paired_differences_adjust_p_for_their_number():
+    results = study(("batch", "plain", "layer"))
+    pairs = {name: (name, "plain") for name in ("batch", "layer")}
+    tests = results.compare_pairs(pairs, "test_accuracy")
+    assert any(test.p_adjusted > test.p for test in tests.values())
+    figure = plotting.paired_differences(results, "plain", "test_accuracy")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == [
+        f"{test.difference:+.4f}, p by Holm {test.p_adjusted:.2g}, n = 4" for test in tests.values()
+    ]
+    alone = plotting.paired_differences(results, "plain", "test_accuracy", ["batch"])
+    (text,) = (text.get_text() for text in alone.axes[0].texts)
+    assert text == f"{tests['batch'].difference:+.4f}, p = {tests['batch'].p:.2g}, n = 4"
+    assert "Holm" not in alone.legends[0].get_title().get_text()
+
+
+def test_texts_beside_paired_differences_are_not_cut_off():
+    figure = plotting.paired_differences(study(("batch", "plain", "layer")), "plain", "loss")
+    figure.canvas.draw()
+    for text in figure.axes[0].texts:
+        extent = text.get_window_extent()
+        assert figure.axes[0].get_window_extent().x1 < extent.x0
+        assert extent.x1 <= figure.bbox.x1
 
 
 def test_heatmap_puts_every_setting_in_its_cell():
@@ -475,6 +569,17 @@ def test_heatmap_puts_every_setting_in_its_cell():
 
 
 # ------------------------------------------------------------------ plots of arrays
+
+
+def test_matrices_with_the_same_limits_have_the_same_colours():
+    for values in ([[0.2, 0.5]], [[0.4, 0.6]]):
+        figure = plotting.matrix(values, rows=["a"], columns=["b", "c"], limits=(0.1, 0.7))
+        assert figure.axes[0].images[0].get_clim() == (0.1, 0.7)
+    results = study(("batch", "plain"))
+    figure = plotting.heatmap(
+        results, "layers.first", "layers.last", "test_accuracy", limits=(0.0, 1.0)
+    )
+    assert figure.axes[0].images[0].get_clim() == (0.0, 1.0)
 
 
 def test_lines_with_and_without_a_band():
