@@ -120,38 +120,47 @@ def resolved(policy):
 
 
 def draw(results, part, path):
-    """Accuracy against seconds of training, and against operations: a point for each run, a square
-    for mean and spread."""
+    """Accuracy against seconds of training, and against operations where they differ: a point for
+    each run, a large mark for mean and spread."""
     from keras_norm import plotting
 
     with plotting.style():
         from matplotlib import pyplot
 
-        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
         operations = {name: results.values(name, "tflop").mean() for name in results.names}
+        ticks = sorted({float(f"{number:.3g}") for number in operations.values()})
+        metrics = ["training_seconds", "tflop"][: 2 if len(ticks) > 1 else 1]
+        size = (5 * len(metrics), 4.2)
+        figure, grid = pyplot.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
+        panels = dict(zip(metrics, grid.flat, strict=True))
         for name in sorted(operations, key=operations.get):
             y = results.values(name, f"{part}_accuracy_views")
             spread = y.std(ddof=1) if len(y) > 1 else 0
-            for axes, metric in zip(panels, ("training_seconds", "tflop"), strict=True):
+            for metric, axes in panels.items():
                 x = results.values(name, metric)
                 line = axes.errorbar(
                     x.mean(),
                     y.mean(),
                     yerr=spread,
                     capsize=4,
-                    marker="s",
+                    markersize=7,
+                    linestyle="",
                     label=f"{name} (n = {len(y)})",
                 )
-                axes.plot(x, y, "o", alpha=0.4, color=line[0].get_color())
-        panels[0].set(
+                axes.plot(x, y, ".", alpha=0.6, color=line[0].get_color())
+        panels["training_seconds"].set(
             xlabel="seconds of training, without compilation",
             ylabel=f"{part} accuracy, six views",
         )
-        panels[1].set(xlabel="10¹² floating-point operations of training", xscale="log")
-        ticks = sorted({float(f"{number:.3g}") for number in operations.values()})
-        panels[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        panels[1].minorticks_off()
-        panels[1].legend(title="mean ± standard deviation", loc="lower right")
+        if axes := panels.get("tflop"):
+            axes.set(xlabel="10¹² floating-point operations of training", xscale="log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        note = "mean ± standard deviation; points: single runs"
+        figure.legend(
+            handles, labels, title=note, ncols=min(4, len(labels)), loc="outside lower center"
+        )
         figure.savefig(path, dpi=150, bbox_inches="tight")
         pyplot.close(figure)
 

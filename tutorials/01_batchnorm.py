@@ -769,14 +769,15 @@ fixed = subsets.select(ALL).merge(
 )
 fixed = fixed.rename({ALL: "both trained"})
 print(fixed.table(["train_accuracy", "val_accuracy"]))
-plotting.bars(
-    fixed,
-    "val_accuracy",
-    labels=LABELS,
-    from_zero=False,
-    title=f"LeNet, {data.title}: rate {LEARNING_RATE:g}, {SHORT_EPOCHS} epochs",
-    path=out / "gamma_beta.png",
-)
+of_fixed = {
+    "labels": LABELS,
+    "title": f"LeNet, {data.title}: rate {LEARNING_RATE:g}, {SHORT_EPOCHS} epochs",
+    "path": out / "gamma_beta.png",
+}
+if len(short_seeds) > 1:  # the seeds differ more than the nets: only seed by seed can it be seen
+    plotting.paired_differences(fixed, "both trained", "val_accuracy", **of_fixed)
+else:
+    plotting.bars(fixed, "val_accuracy", from_zero=False, **of_fixed)
 
 # %% [markdown]
 """

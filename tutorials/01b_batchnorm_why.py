@@ -558,6 +558,7 @@ plotting.learning_curves(
     ["train_accuracy", "val_accuracy"],
     published=DEEP_PUBLISHED,
     labels=LABELS,
+    share_y=False,
     title=f"Five hidden layers of 100, {few:,} images, {cifar.title}",
     path=out / "deep.png",
 )

@@ -724,10 +724,10 @@ RATIOS = ["ratio_1", "predicted_1", "ratio_2", "predicted_2"]
 print(orders.table(RATIOS, WITH_NORM, digits=3))
 ratios = [
     experiments.Run(
-        f"{name}, norm {i}", {"layer": i}, run.seed, final={"ratio": run.final[f"ratio_{i}"]}
+        f"{name}: {which} norm", {"layer": i}, run.seed, final={"ratio": run.final[f"ratio_{i}"]}
     )
     for name in WITH_NORM
-    for i in (1, 2)
+    for i, which in ((1, "first"), (2, "second"))
     for run in orders.select(name)
 ]
 plotting.bars(

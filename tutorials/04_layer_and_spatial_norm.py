@@ -403,10 +403,10 @@ LABELS = {
     "penalty": "factor of the squared weights",
 }
 for size in (BATCH_SIZES[0], BATCH_SIZES[-1]):
+    of_size = {f"{name}, batch {size}": name for name in NORMS}
     plotting.learning_curves(
-        by_batch,
+        by_batch.select(list(of_size)).rename(of_size),
         ["train_accuracy", "val_accuracy"],
-        [f"{name}, batch {size}" for name in NORMS],
         labels=LABELS,
         share_y=False,
         title=f"{DEPTH} layers of 100, batches of {size}, {data.title}",
@@ -415,7 +415,7 @@ for size in (BATCH_SIZES[0], BATCH_SIZES[-1]):
 plotting.sweep(
     by_batch,
     "batch_size",
-    "val_accuracy",
+    ["train_accuracy", "val_accuracy"],
     group="normalization",
     labels=LABELS,
     title=f"{DEPTH} layers of 100, {FEW_IMAGES:,} images, {EPOCHS} epochs, {data.title}",

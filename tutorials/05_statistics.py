@@ -576,6 +576,7 @@ TITLES = {
     "adapted": f"Statistics of {ADAPTED:,} such images",
     "gain": "Gain by adaptation",
 }
+MEANS = [cells.values(n, metric).mean() for n in cells.names for metric in ("source", "adapted")]
 for metric, title in TITLES.items():
     plotting.heatmap(
         cells,
@@ -584,6 +585,7 @@ for metric, title in TITLES.items():
         metric,
         labels=LABELS,
         digits=2,
+        limits=None if metric == "gain" else (min(MEANS), max(MEANS)),  # alike, to be compared
         title=f"{title}, {data.title}, n = {len(fewer_seeds)}",
         path=out / f"corruptions_{metric}.png",
     )
