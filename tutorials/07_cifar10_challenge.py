@@ -22,13 +22,15 @@ from several views of an image; and what the best net still gets wrong.
 is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16); by the time of single nets,
-the default a quarter of an hour; `--full` an hour and a half on one core (some thirty nets over
-three seeds, 6,400 images, six epochs; the best of them once more on all images). It can be
+the default a quarter of an hour; `--full` an hour and three quarters on one core (nearly forty nets
+over three seeds, 6,400 images, six epochs; the best of them once more on all images). It can be
 interrupted and goes on where it was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`).
 
-**Expect** no record: these nets are small, and see few images for a short time, so that thirty of
-them can be paid for. Two of the ideas are worth more than all others together, and most of the rest
-cannot be told from chance. `keras-norm train --recipe cpu-4min` trains a larger net on everything.
+**Expect** no record: these nets are small, and see few images for a short time, so that forty of
+them can be paid for. Two of the ideas, batch normalization and Muon, are worth more than all others
+together, where the net without normalization is given a start that it can learn from; how much the
+first is worth depends on the rates that the net without it gets. Most of the rest cannot be told
+from chance. `keras-norm train --recipe cpu-4min` trains a larger net on everything.
 """
 
 # %%
@@ -190,10 +192,15 @@ The **base** has all of the ideas: `FastConvNet` in the widths 16, 32 and 32, tw
 operations per image of CIFAR-10, by `recipes.train`. Every other net differs from it in what its
 name says, and has been given no rate of its own. The **course's net** has four convolutions of
 5 x 5, batch normalization and RMSProp at 1e-4 in batches of 64, no augmentation, and seven times
-the operations. With normalization left out, a quarter of the rates is tried as well.
+the operations. With another normalization or none, a quarter of the rates is tried as well: those
+of the base were chosen with batch normalization.
 
-From the bare net, with an ordinary random start and Nesterov's rule, one idea after the other leads
-to the base, each keeping those before.
+From a bare net with Nesterov's rule one idea after the other leads to the base, each keeping those
+before. The weights of all these nets begin small, with a variance of 1 / (3 fan-in). Batch
+normalization takes their scale out. Without it, and without the identity, each layer makes its
+inputs smaller, and nothing is left of an image at the top: the net does not learn at all. That
+says nothing about normalization. So the bare net gets He's start, a variance of 2 / fan-in, and two
+rates; the better of the two in validation is the one that batch normalization is held against.
 """
 
 # %%
@@ -244,6 +251,18 @@ def normalization_of(settings):
     }[settings["normalization"]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeStart(recipes.Recipe):
+    """All kernels begin with He's variance, 2 / fan-in: made for nets without normalization."""
+
+    def model(self, *args, **kwargs):
+        net = super().model(*args, **kwargs)
+        for layer in net.layers:
+            if hasattr(layer, "kernel"):
+                layer.kernel.assign(keras.initializers.HeNormal()(layer.kernel.shape))
+        return net
+
+
 def recipe_of(settings):
     if settings["recipe"] == "course":
         return dataclasses.replace(
@@ -257,7 +276,7 @@ def recipe_of(settings):
             dtype_policy="float32",
         )
     rule, factor = RULES[settings["rule"]], settings["rates"]
-    recipe = recipes.Recipe(
+    recipe = (HeStart if settings.get("start_of_kernels") == "He" else recipes.Recipe)(
         name=settings["recipe"],
         normalization=normalization_of(settings),
         views=0,
@@ -283,6 +302,13 @@ NORMALIZATIONS = {
     "layer norm of each image": {"normalization": "image"},
     "group norm, 4 groups": {"normalization": "group"},
     "no normalization": {"normalization": "none"},
+    "batch norm, a quarter of the rates": {"rates": 0.25},
+    "layer norm of each position, a quarter of the rates": {
+        "normalization": "layer",
+        "rates": 0.25,
+    },
+    "layer norm of each image, a quarter of the rates": {"normalization": "image", "rates": 0.25},
+    "group norm, a quarter of the rates": {"normalization": "group", "rates": 0.25},
     "no normalization, a quarter of the rates": {"normalization": "none", "rates": 0.25},
 }
 IDEAS = {
@@ -312,17 +338,23 @@ BARE = {
     "lookahead": False,
     "rule": "Nesterov",
 }
+HE = "bare, He's start"
+BARE_NETS = {  # without normalization
+    "bare, no normalization": {},
+    HE: {"start_of_kernels": "He"},
+    "bare, He's start, a quarter of the rates": {"start_of_kernels": "He", "rates": 0.25},
+}
 STEPS = {
-    "bare, no normalization": BARE | {"normalization": "none"},
-    "+ batch normalization": {"normalization": "batch"},
+    "+ batch normalization": BARE | {"normalization": "batch"},
     "+ flips and shifts": {"shift": 2, "flip": "alternating"},
     "+ whitening": {"whitening": True},
     "+ identity": {"identity": True},
     "+ fast beta": {"bias_rate": 64.0},
     "+ label smoothing": {"label_smoothing": 0.2},
 }  # and then lookahead, which makes "Nesterov" of above, and Muon, which makes the base
-LADDER = ["the course's net", *STEPS, "Nesterov", "base"]
+LADDER = ["the course's net", *BARE_NETS, *STEPS, "Nesterov", "base"]
 LABELS = {
+    "bare, no normalization": "bare, the start made for batch norm",
     "Nesterov": "+ lookahead",
     "base": "+ Muon: the base",
     "val_accuracy": "validation accuracy (fraction)",
@@ -335,6 +367,7 @@ COURSE = {
     "also": ["first kernel", "re-estimated"],
 }
 NETS = {"the course's net": COURSE, "base": BASE | {"also": ["six views", "re-estimated"]}}
+NETS |= {name: BASE | BARE | {"normalization": "none"} | new for name, new in BARE_NETS.items()}
 steps = BASE
 for name, change in STEPS.items():
     steps = steps | change
@@ -355,6 +388,24 @@ FEWER = {  # of the shorter modes
     ],
 }
 NETS = {name: NETS[name] for name in FEWER.get(arguments.mode, NETS)}
+
+
+def logits_at_the_start(name):
+    """Standard deviation of the logits of an untrained net, over images and classes."""
+    keras.utils.set_random_seed(0)
+    net = recipe_of(NETS[name]).model(data.input_shape, data.classes)
+    return float(np.std(ops.convert_to_numpy(net(data.train.x[:500], training=True))))
+
+
+AT_THE_START = {
+    name: logits_at_the_start(name)
+    for name in ("bare, no normalization", HE, "+ batch normalization")
+    if name in NETS
+}
+for name, spread in AT_THE_START.items():
+    print(
+        f"{LABELS.get(name, name)}: logits with a standard deviation of {spread:.2g} at the start"
+    )
 
 
 @functools.cache  # TensorFlow keeps what it has trained on: one copy for all nets
@@ -426,8 +477,9 @@ print(nets.table(["val_accuracy", "two_views", "mflop"], digits={"mflop": 1}))
 """
 ## One idea after the other
 
-Each step is tested against the one before, seed by seed. With few seeds a test sees only large
-differences: what it calls not significant may still be there.
+Each step is tested against the one before, seed by seed, and batch normalization against the
+better of the bare nets. With few seeds a test sees only large differences: what it calls not
+significant may still be there.
 """
 
 
@@ -448,11 +500,22 @@ def print_tests(tests):
         print(f"  {difference(tests, name)}, n = {tests[name].n}")
 
 
+def losses(run):
+    return run.history["loss"]
+
+
 climbed = finished(LADDER)
+bare = [name for name in climbed if name in BARE_NETS]
+BEST_BARE = max(bare, key=lambda name: nets.values(name, "val_accuracy").mean(), default=None)
+rungs = [name for name in climbed[1:] if name not in bare or name == BEST_BARE]
 LADDER_TESTS = nets.compare_pairs(
-    {LABELS.get(b, b): (b, a) for a, b in itertools.pairwise(climbed[1:])}, "val_accuracy"
+    {LABELS.get(b, b): (b, a) for a, b in itertools.pairwise(rungs)}, "val_accuracy"
 )
 print_tests(LADDER_TESTS)
+LEARNED_NOTHING = {  # how far the training loss ever is from that of equal logits
+    name: max(abs(loss - np.log(data.classes)) for r in nets.select(name) for loss in losses(r))
+    for name in bare
+}
 SETTING = f"{IMAGES:,} images, {EPOCHS} epochs, {data.title}"
 plotting.bars(
     nets,
@@ -469,7 +532,7 @@ plotting.bars(
 ## Leaving out, or doing otherwise
 
 Every net against the base: what each idea is worth where all the others are there already. First
-the normalizations.
+the normalizations, at the rates of the base and at a quarter of them.
 """
 
 # %%
@@ -477,6 +540,20 @@ NORM_NAMES, IDEA_NAMES = finished(NORMALIZATIONS), finished(IDEAS)
 NORM_TESTS = nets.compare_pairs({name: (name, "base") for name in NORM_NAMES}, "val_accuracy")
 IDEA_TESTS = nets.compare_pairs({name: (name, "base") for name in IDEA_NAMES}, "val_accuracy")
 print_tests(NORM_TESTS)
+QUARTER = ", a quarter of the rates"
+AT_FULL_RATE = {"batch norm": "base", "group norm": "group norm, 4 groups"}
+RATE_TESTS = nets.compare_pairs(
+    {
+        f"{name.removesuffix(QUARTER)}, a quarter minus all of the rates": (
+            name,
+            AT_FULL_RATE.get(name.removesuffix(QUARTER), name.removesuffix(QUARTER)),
+        )
+        for name in NORM_NAMES
+        if name.endswith(QUARTER)
+    },
+    "val_accuracy",
+)
+print_tests(RATE_TESTS)
 BATCH = {"base": "base: batch normalization", "val_accuracy": LABELS["val_accuracy"]}
 plotting.bars(
     nets,
@@ -590,15 +667,16 @@ plotting.bars(
 """
 ## The best combination, and the only look at the test images
 
-A change is taken over from the nets above if its net was better than the base in every seed; of
-several changes of the same thing the one with the best mean. All that are taken over together make
-the combination. It is compared with the base on the validation images, and the better of the two is
-trained on all training images (but those of validation), and then judged on the test images. So
-choosing has not seen these; the validation accuracy of what was chosen is flattered by the choice.
+A change is taken over from the nets above if its net was better than the base in every seed (the
+rates stay those of the base); of several changes of the same thing the one with the best mean. All
+that are taken over together make the combination. It is compared with the base on the validation
+images, and the better of the two is trained on all training images (but those of validation), and
+then judged on the test images. So choosing has not seen these; the validation accuracy of what was
+chosen is flattered by the choice.
 """
 
 # %%
-CANDIDATES = {name: NETS[name] for name in (*NORM_NAMES, *IDEA_NAMES)}
+CANDIDATES = {n: NETS[n] for n in (*NORM_NAMES, *IDEA_NAMES) if NETS[n]["rates"] == BASE["rates"]}
 
 
 def changes_of(name):
@@ -704,10 +782,14 @@ if living.any():
 # %% [markdown]
 """
 The mistakes that one of these nets is surest of: the test images whose wrong class has the most
-probability above that of the right one. Above each, what it is, and what the net takes it for.
+probability above that of the right one. Above each, its label, and what the net takes it for. Some
+are mistakes of the labels: look at each.
 """
 
 # %%
+LOOKED_AT = {
+    "CIFAR-10 (JPEG copy)": {2059: "frog"}
+}  # test images of a wrong label -> what they are
 one = last.runs[0]
 shown = [
     (index, answer, p)
@@ -760,13 +842,14 @@ for name, file in (("no whitening", "trained"), ("the course's net", "course")):
 """
 ## What this does not show
 
-The nets are small, and trained for few epochs on few images, with the rates of the base; an idea
-may be worth more, or nothing, where there is time for thirty epochs, and a net that lost here may
-have lacked a rate of its own. The ideas were found by others on all of CIFAR-10, test images
-included in what was looked at on the way, and the base was put together from them before this
-tutorial. A ladder has an order, and another order would give other steps. With three seeds, what is
-worth half a point cannot be told from nothing. CIFAR-10 as a JPEG copy, where the title says so,
-costs accuracy against the original images: compare only figures on the same copy.
+The nets are small, and trained for few epochs on few images, with the rates of the base, or a
+quarter of them where that was tried; an idea may be worth more, or nothing, where there is time for
+thirty epochs, and a net that lost here may have lacked a rate of its own. The ideas were found by
+others on all of CIFAR-10, test images included in what was looked at on the way, and the base was
+put together from them before this tutorial. A ladder has an order, and another order would give
+other steps. With three seeds, what is worth half a point cannot be told from nothing. CIFAR-10 as a
+JPEG copy, where the title says so, costs accuracy against the original images: compare only figures
+on the same copy.
 
 ## Exercises
 
@@ -796,14 +879,29 @@ def all_tests(tests):
     return "; ".join(difference(tests, name) for name in tests) or "not tested here"
 
 
-def answer_ideas():
-    rungs = "; ".join(val(name) for name in climbed)
+def about_the_bare_nets():
+    dead = "bare, no normalization"
+    if dead not in LEARNED_NOTHING:
+        return ""
     return (
-        f"1. Validation accuracy, n = {len(seeds)}, {SETTING}: {rungs}. Each step against the one "
-        f"before: {all_tests(LADDER_TESTS)}. Left out of the base, or done otherwise: "
-        f"{all_tests(IDEA_TESTS)}. Where the two disagree, ideas stand in for each other: what one "
-        "has mended is no longer there for the next. What would change the answer: another order "
-        "of the steps, more epochs, more images."
+        f" Weights as small as batch normalization likes them are no start without it: the logits "
+        f"of '{LABELS[dead]}' begin with a standard deviation of {AT_THE_START[dead]:.1g} (He's "
+        f"start: {AT_THE_START[HE]:.1g}), and its training loss stays within "
+        f"{LEARNED_NOTHING[dead]:.1g} of ln {data.classes} in every epoch. It learns nothing, and "
+        "is no measure of what normalization is worth; the better of the nets with He's start is: "
+        f"'{BEST_BARE}'."
+    )
+
+
+def answer_ideas():
+    texts = "; ".join(val(name) for name in climbed)
+    return (
+        f"1. Validation accuracy, n = {len(seeds)}, {SETTING}: {texts}.{about_the_bare_nets()} "
+        f"Each step against the one before: {all_tests(LADDER_TESTS)}. Left out of the base, or "
+        f"done otherwise: {all_tests(IDEA_TESTS)}. Where the two disagree, ideas stand in for "
+        "each other: what one has mended is no longer there for the next. What would change the "
+        "answer: another order of the steps, more epochs, more images, a start and rates of its "
+        "own for each net."
     )
 
 
@@ -811,10 +909,12 @@ def answer_normalizations():
     values = nets.values("base", "val_accuracy")
     return (
         f"2. Batch normalization (the base) {percent(values)}; against it, n = {len(seeds)}: "
-        f"{all_tests(NORM_TESTS)}. Keras's layer computes the same function as ours, and what is "
-        "between them is rounding, multiplied from step to step. The others normalize each image "
-        "by itself: they take away from it what is between images, and no batch adds noise. What "
-        "would change the answer: small batches, and rates chosen for each normalization."
+        f"{all_tests(NORM_TESTS)}. The rates were chosen with batch normalization; what a quarter "
+        f"of them gives to each: {all_tests(RATE_TESTS)}. Keras's layer computes the same "
+        "function as ours, and what is between them is rounding, multiplied from step to step. "
+        "The others normalize each image by itself: they take away from it what is between images, "
+        "and no batch adds noise. What would change the answer: small batches, and rates chosen "
+        "among more than two."
     )
 
 
@@ -856,6 +956,17 @@ def answer_views():
     )
 
 
+def wrong_labels():
+    seen = LOOKED_AT.get(data.title, {})
+    found = [(int(i), names[data.test.y[i]], seen[int(i)]) for i, *_ in shown if int(i) in seen]
+    if not found:
+        return ""
+    texts = ", ".join(
+        f"test image {i}, labelled '{label}', is a {truth}" for i, label, truth in found
+    )
+    return f" Some of the surest mistakes are the labels': {texts}."
+
+
 def answer_mistakes():
     pairs = ", ".join(f"{pair} ({100 * PAIRED[pair]:.1f} %)" for pair in MOST_CONFUSED)
     hardest, easiest = (f(RIGHT, key=RIGHT.get) for f in (min, max))
@@ -875,6 +986,7 @@ def answer_mistakes():
             if living.any()
             else ""
         )
+        + wrong_labels()
         + " What would change the answer: a wider net and more epochs, which have room for what "
         "tells two like classes apart."
     )
@@ -896,6 +1008,7 @@ arguments.finish(
     differences_from_numpy=DIFFERENCE,
     correlation={"patches": CORRELATED, "whitened": WHITENED},
     seen_both_ways=BOTH_WAYS,
+    logits_at_the_start=AT_THE_START,
     losses_apart=LOSS_APART,
     taken_over=list(TAKEN.values()),
     best=BEST,
@@ -904,7 +1017,7 @@ arguments.finish(
     most_confused={pair: PAIRED[pair] for pair in MOST_CONFUSED},
     p_by_holm={
         name: test.p_adjusted
-        for tests in (LADDER_TESTS, NORM_TESTS, IDEA_TESTS, AFTER_TESTS)
+        for tests in (LADDER_TESTS, NORM_TESTS, RATE_TESTS, IDEA_TESTS, AFTER_TESTS)
         for name, test in tests.items()
     },
 )
