@@ -29,6 +29,7 @@ from typing import Any
 
 from keras_norm._search_process import Nursery
 from keras_norm._search_settings import (
+    BEAT,
     SearchError,
     Settings,
     TrialRecord,
@@ -44,6 +45,7 @@ from keras_norm._search_settings import (
 
 __all__ = ["run_search"]
 
+_PATIENCE = 5 * BEAT  # seconds at least: a busy machine may lose a sign of life or two
 _RESTARTS = 5  # of one process, before any trial has ended since
 _PREFERRED = ("family", "normalization", "optimizer", "learning_rate", "sgd_learning_rate")
 
@@ -70,8 +72,11 @@ def run_search(
         raise SearchError("chief and join exclude each other.")
     if time_limit is not None and not time_limit > 0:
         raise SearchError(f"time_limit must be minutes above 0. Received: {time_limit!r}")
-    if not 0 < worker_timeout < math.inf:
-        raise SearchError(f"worker_timeout must be seconds above 0. Received: {worker_timeout!r}")
+    if not _PATIENCE <= worker_timeout < math.inf:
+        raise SearchError(
+            f"worker_timeout must be seconds, at least {_PATIENCE:g}: a worker gives a sign of life "
+            f"every {BEAT:g}. Received: {worker_timeout!r}"
+        )
     if join is not None:
         _join(out, options, join, workers, threads, worker_timeout, progress)
         return

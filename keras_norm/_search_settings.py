@@ -27,6 +27,7 @@ from keras_norm._files import replace_file
 from keras_norm._machine import describe_machine
 
 __all__ = [
+    "BEAT",
     "OBJECTIVES",
     "SearchError",
     "Settings",
@@ -54,6 +55,8 @@ OBJECTIVES = {
     "accuracy_per_second": "max",
 }
 """Objective -> direction."""
+
+BEAT = 2.0  # seconds between a worker's signs of life
 
 # What may differ when a search is resumed: it changes no trial that has been made.
 CHANGEABLE = {"trials", "trial_timeout", "trial_memory", "data_dir", "tensorboard"}

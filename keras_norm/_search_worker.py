@@ -16,12 +16,11 @@ from typing import Any
 
 from keras_norm._search_chief import COMPLETED, FAILED, IDLE, SERVICE, STOPPED
 from keras_norm._search_process import Channel, Child, Nursery
-from keras_norm._search_settings import Settings
+from keras_norm._search_settings import BEAT, Settings
 
 __all__ = ["about", "run"]
 
-_BEAT = 2.0  # seconds between signs of life
-_LOOK = 0.5  # seconds between looks at a trial's memory
+_LOOK = 0.5  # seconds between looks at a trial that says nothing
 _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # gRPC's, when the chief cannot be reached
 
 
@@ -180,10 +179,10 @@ class Attempt:
             message = child.channel.receive(_LOOK)
             if message is not None:
                 self._hear(child, message)
-                continue
             now = time.monotonic()
-            self._check_limits(child, now - began)
-            if self.end is None and now - beaten > _BEAT:
+            if self.end is None:  # also of a trial that never falls silent
+                self._check_limits(child, now - began)
+            if self.end is None and now - beaten > BEAT:
                 beaten = now
                 if not self.chief.owns(self.trial.trial_id):
                     self.end = FAILED, "given to another worker"  # nobody will hear it

@@ -156,7 +156,7 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add("--trial-timeout", type=float, metavar="SECONDS", help="a trial that hangs has failed")
     add("--trial-memory", type=float, metavar="GIB", help="a trial that takes more has failed")
     add("--worker-timeout", type=float, metavar="SECONDS",
-        help="silence after which a worker's trial is given to another, default: 60")  # fmt: skip
+        help="silence after which a worker's trial is given to another, at least 10, default: 60")  # fmt: skip
     add("--tensorboard", action="store_true", default=argparse.SUPPRESS,
         help="write logs for its HParams plugin")  # fmt: skip
     add("--quiet", action="store_false", dest="progress", help="no table")

@@ -169,7 +169,8 @@ def search(
             Default: a free port of this machine, for this machine alone.
         join: "HOST:PORT" of a chief whose trials to run; `out` then holds logs and checkpoints.
         time_limit: minutes after which no new trial begins. Default: none.
-        worker_timeout: seconds of silence after which the trial of a worker is given to another.
+        worker_timeout: seconds >= 10 of silence after which the trial of a worker is given to
+            another. Default: 60.
         progress: whether to print a table with a progress bar. Default: True.
         **options: what decides on the trials:
 

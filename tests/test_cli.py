@@ -62,7 +62,7 @@ def test_version(capsys):
         (["tune", "--out", "x", "--chief", "8100"], "An address is HOST:PORT"),
         (["tune", "--out", "x", "--workers", "0"], "workers must be a whole number, at least 1"),
         (["tune", "--out", "x", "--threads", "0"], "threads must be a whole number from 1 to "),
-        (["tune", "--out", "x", "--worker-timeout", "0"], "worker_timeout must be seconds above 0"),
+        (["tune", "--out", "x", "--worker-timeout", "9"], "worker_timeout must be seconds, at least"),
         (["tune", "--out", "x", "--resume"], "There is no search to resume in 'x'"),
         (["tune", "--out", "x", "--refine", "y"], "There is no search in '"),
         (["tune", "--out", "x", "--tuner", "hyperband", "--trials", "9"], "30: leave out trials"),

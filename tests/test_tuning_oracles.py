@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_norm import _search_run, tuning
+from keras_norm import _search_run, _search_worker, tuning
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
@@ -330,6 +330,49 @@ def test_attendance():
     assert there.tick() == ["a"]
     there.dismissed.add("b")
     assert there.over()
+
+
+class Endless:
+    """A trial whose epochs take no time: process, its channel and the chief, in one."""
+
+    def __init__(self):
+        self.pid, self.channel, self.trial_id = 0, self, "0"
+        self.seconds, self.beats = 0.0, []
+
+    def receive(self, timeout):
+        assert self.seconds < 60, "nobody looks after the trial"
+        self.seconds += 0.1
+        return {"report": {"val_accuracy": 0.5, "epoch": round(10 * self.seconds)}}
+
+    def send(self, message):
+        assert message == {"go": True}
+
+    def report(self, trial_id, metrics, epoch):
+        return True
+
+    def owns(self, trial_id):
+        self.beats.append(self.seconds)
+        return len(self.beats) < 3
+
+    def watched(self, monkeypatch, **options):
+        monkeypatch.setattr(_search_worker.time, "monotonic", lambda: self.seconds)
+        settings = Settings(data="digits", **options).to_dict()
+        spec = {"settings": settings, "folder": "x", "space": line()}
+        attempt = _search_worker.Attempt(self, None, spec, self)
+        attempt._watch(self)
+        return attempt.end
+
+
+def test_a_trial_that_is_never_silent_is_looked_after(monkeypatch):
+    """Its limits hold, and its worker gives signs of life."""
+    trial = Endless()
+    assert trial.watched(monkeypatch, trial_timeout=3)[1] == "timeout: not done after 3 s"
+    assert trial.seconds == pytest.approx(3, abs=0.15)
+    trial = Endless()
+    assert trial.watched(monkeypatch)[1] == "given to another worker"
+    assert np.diff([0, *trial.beats]) == pytest.approx(2, abs=0.15)
+    monkeypatch.setattr(_search_worker, "_gibibytes", lambda pid: 2.5)
+    assert "2.50 GiB resident" in Endless().watched(monkeypatch, trial_memory=2)[1]
 
 
 # Spaces -------------------------------------------------------------------------------------
