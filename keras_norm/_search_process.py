@@ -27,7 +27,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Channel", "Child", "Nursery", "can_fork"]
+__all__ = ["Channel", "Child", "Nursery", "can_fork", "introduce"]
 
 _PRELOAD = (
     "keras_tuner",
@@ -135,7 +135,7 @@ class Nursery:
             for channel in to_close:
                 channel.close()
             ours.close()
-            _introduce("kn-nursery")
+            introduce("kn-nursery")
             _serve(Channel(theirs))
         theirs.close()
         return cls(Channel(ours), pid)
@@ -187,7 +187,7 @@ def serve(fd: str) -> None:
     for name in _PRELOAD:
         importlib.import_module(name)
     gc.freeze()  # the collector shall not write to pages that children share
-    _introduce("kn-nursery")
+    introduce("kn-nursery")
     _serve(channel)
 
 
@@ -267,7 +267,7 @@ def _run(message: dict[str, Any], connected: socket.socket) -> None:
     """The life of a child; never returns."""
     status = 1
     try:
-        _introduce(message["name"])
+        introduce(message["name"])
         log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -283,7 +283,7 @@ def _run(message: dict[str, Any], connected: socket.socket) -> None:
         os._exit(status)
 
 
-def _introduce(name: str) -> None:
+def introduce(name: str) -> None:
     """On Linux: a name for `top` and `pgrep`, and death with the parent, by the kernel."""
     if sys.platform == "linux":
         import ctypes

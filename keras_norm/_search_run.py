@@ -74,8 +74,8 @@ def run_search(
         raise SearchError(f"time_limit must be minutes above 0. Received: {time_limit!r}")
     if not _PATIENCE <= worker_timeout < math.inf:
         raise SearchError(
-            f"worker_timeout must be seconds, at least {_PATIENCE:g}: a worker gives a sign of life "
-            f"every {BEAT:g}. Received: {worker_timeout!r}"
+            f"worker_timeout must be seconds, at least {_PATIENCE:g}, for workers give a sign of "
+            f"life every {BEAT:g}. Received: {worker_timeout!r}"
         )
     if join is not None:
         _join(out, options, join, workers, threads, worker_timeout, progress)
@@ -99,13 +99,13 @@ def run_search(
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Holds the folder; one that was made for a search that could not begin goes again."""
+    """Holds the folder; one that was made for a search that did not begin goes again."""
     is_new = not out.exists()
     try:
         with locked(out):
             yield
-    except SearchError:
-        if is_new and not (out / "search.json").exists():
+    except (SearchError, KeyboardInterrupt, SystemExit):
+        if is_new and not (out / "search.json").exists() and not list(out.glob("trial_*")):
             shutil.rmtree(out, ignore_errors=True)
         raise
 

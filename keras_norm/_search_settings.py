@@ -201,7 +201,7 @@ def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: b
     if resume and not exists:
         raise SearchError(f"There is no search to resume in {str(out)!r}.")
     if not exists:
-        if out.is_dir() and not {p.name for p in out.iterdir()} <= {".lock", "processes.txt"}:
+        if out.is_dir() and not all(map(_is_left_over, out.iterdir())):
             raise SearchError(
                 f"{str(out)!r} holds other files and no search: choose a new or an empty folder."
             )
@@ -214,6 +214,11 @@ def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: b
             "begin anew, or choose another folder."
         )
     return _resumed(out, options)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a search leaves it that is killed before it has begun."""
+    return path.name in (".lock", "processes.txt") or path.match(".search.*.json")
 
 
 def _begun(options: Mapping[str, Any]) -> Settings:
@@ -265,8 +270,9 @@ def _with_absolute_paths(settings: Settings) -> Settings:
 
 def clear(out: Path) -> None:
     """Removes what a search has made, and nothing else."""
-    made = ["search.json", "oracle.json", "report", "retrained", "tensorboard"]
-    for path in [*map(out.joinpath, made), *out.glob("trial_*")]:
+    made = ["oracle.json", "report", "retrained", "tensorboard"]
+    # search.json last: without it, the rest would be taken for somebody's files.
+    for path in [*map(out.joinpath, made), *out.glob("trial_*"), out / "search.json"]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -12,14 +12,16 @@ import fcntl
 import functools
 import json
 import math
+import mmap
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import keras
 import numpy as np
@@ -27,7 +29,7 @@ import numpy as np
 from keras_norm import datasets, models, statistics
 from keras_norm._files import replace_file
 from keras_norm._kinds import has_statistics
-from keras_norm._search_process import Channel, can_fork
+from keras_norm._search_process import Channel, can_fork, introduce
 from keras_norm._search_settings import (
     SearchError,
     Settings,
@@ -100,47 +102,71 @@ def preload(spec: dict[str, Any]) -> None:
     """In a nursery: the data and the space, for all its children.
 
     To read the data may start threads; so a child does that, and leaves it in a file, from which
-    the nursery maps it into its memory.
+    the nursery maps it into its memory. The file has no name: whoever is killed, nothing stays.
     """
     settings, all_images = Settings.of(spec["settings"]), spec.get("all_images", False)
     space_of(settings.space)
     if not can_fork():
         return
-    with tempfile.TemporaryDirectory(dir=spec["folder"], prefix=".data") as folder:
-        pid = os.fork()
-        if pid == 0:
-            _leave(Path(folder), functools.partial(load, settings, all_images=all_images))
-        os.waitpid(pid, 0)
-        outcome = _found(Path(folder))
-    if isinstance(outcome, str):
-        raise SearchError(outcome)
+    make = functools.partial(load, settings, all_images=all_images)
+    with tempfile.TemporaryFile(dir=spec["folder"]) as arrays:
+        data = _made_elsewhere(make, arrays, spec["folder"])
     _LOADED.clear()
-    _LOADED[_key(settings, all_images)] = outcome
+    _LOADED[_key(settings, all_images)] = data
 
 
-def _leave(folder: Path, make: Callable[[], Any]) -> None:
-    """Pickles what is made, its arrays in files of their own; or the reason. Never returns."""
+def _made_elsewhere(make: Callable[[], Any], arrays: IO[bytes], folder: str) -> Any:
+    """What a child makes; its arrays, in a file, are mapped, read-only."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        introduce("kn-data")
+        _leave(make, arrays, writing, folder)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        told = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if not told:
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        raise SearchError(f"The process that read the data has died {how}.")
+    content, places = pickle.loads(told)
+    if places is None:
+        raise SearchError(content)
+    size = arrays.seek(0, os.SEEK_END)
+    view = memoryview(mmap.mmap(arrays.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+    return pickle.loads(content, buffers=[view[start:end] for start, end in places])
+
+
+def _leave(make: Callable[[], Any], arrays: IO[bytes], writing: int, folder: str) -> None:
+    """Writes the arrays of what is made into a file, and the rest into a pipe; never returns.
+
+    The rest is (pickle, where the arrays begin and end), or (what went wrong, None).
+    """
+    told: tuple[Any, Any]
     try:
-        buffers: list[pickle.PickleBuffer] = []
         try:
+            buffers: list[pickle.PickleBuffer] = []
             content = pickle.dumps(make(), protocol=5, buffer_callback=buffers.append)
+            try:
+                told = content, [_appended(buffer.raw(), arrays) for buffer in buffers]
+                arrays.flush()
+            except OSError as error:
+                told = f"The data cannot be kept in {folder!r}: {error.strerror}.", None
         except Exception as error:
-            traceback.print_exc()
-            content = pickle.dumps(brief(error))
-        for i, buffer in enumerate(buffers):
-            (folder / f"{i}.bin").write_bytes(buffer.raw())
-        (folder / "content.pickle").write_bytes(content)
+            told = brief(error), None
+            print_traceback()
+        with open(writing, "wb") as pipe:
+            pickle.dump(told, pipe)
     finally:
         os._exit(0)
 
 
-def _found(folder: Path) -> Any:
-    """What `_leave` left. The arrays are mapped, read-only; the files may go."""
-    if not (folder / "content.pickle").exists():
-        return "the process that read the data has died"
-    count = len(list(folder.glob("*.bin")))
-    buffers = [np.memmap(folder / f"{i}.bin", mode="r") for i in range(count)]
-    return pickle.loads((folder / "content.pickle").read_bytes(), buffers=buffers)
+def _appended(raw: memoryview, file: IO[bytes]) -> tuple[int, int]:
+    """Where it begins, at a multiple of 64 bytes, and ends."""
+    start = -(-file.tell() // 64) * 64
+    file.seek(start)
+    file.write(raw)
+    return start, start + len(raw)
 
 
 def task_of(settings: Settings, data: datasets.Data) -> Task:
@@ -166,7 +192,7 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
             space = narrow(whole, refined_from(settings))
         channel.send({"space": pin(space, settings.fixed), "whole": whole})
     except Exception as error:
-        traceback.print_exc()
+        print_traceback()
         channel.send({"error": brief(error)})
 
 
@@ -379,10 +405,16 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
         except TrialError as error:
             channel.send({"failed": str(error)})
         except (MemoryError, Exception) as error:
-            traceback.print_exc()
+            print_traceback()
             channel.send({"failed": brief(error)})
         else:
             channel.send({"done": True})
+
+
+def print_traceback() -> None:
+    """Into the log, where there is room for it."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
 
 
 def brief(error: BaseException) -> str:

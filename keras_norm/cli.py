@@ -156,7 +156,7 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add("--trial-timeout", type=float, metavar="SECONDS", help="a trial that hangs has failed")
     add("--trial-memory", type=float, metavar="GIB", help="a trial that takes more has failed")
     add("--worker-timeout", type=float, metavar="SECONDS",
-        help="silence after which a worker's trial is given to another, at least 10, default: 60")  # fmt: skip
+        help="silence after which another gets a worker's trial, from 10, default: 60")  # fmt: skip
     add("--tensorboard", action="store_true", default=argparse.SUPPRESS,
         help="write logs for its HParams plugin")  # fmt: skip
     add("--quiet", action="store_false", dest="progress", help="no table")
@@ -183,15 +183,22 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     try:
         found = tuning.search(out, **options)
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted. Finished trials and epochs are kept; go on with:\n"
-            f"  keras-norm tune --out {shlex.quote(out)} --resume",
-            file=sys.stderr,
-        )
+        print(f"\nInterrupted. {_after_interrupt(options, out)}", file=sys.stderr)
         return 130
     if options.get("progress", True) and "join" not in options:
         _conclude(found, out)
     return 0
+
+
+def _after_interrupt(options: dict[str, Any], out: str) -> str:
+    if "join" in options:
+        return "The chief gives the trials that were running here to others."
+    if not (Path(out).expanduser() / "search.json").exists():
+        return "The search had not begun: the same command begins it."
+    return (
+        "Finished trials and epochs are kept; go on with:\n"
+        f"  keras-norm tune --out {shlex.quote(out)} --resume"
+    )
 
 
 def _terminated(*_: Any) -> NoReturn:

@@ -62,7 +62,7 @@ def test_version(capsys):
         (["tune", "--out", "x", "--chief", "8100"], "An address is HOST:PORT"),
         (["tune", "--out", "x", "--workers", "0"], "workers must be a whole number, at least 1"),
         (["tune", "--out", "x", "--threads", "0"], "threads must be a whole number from 1 to "),
-        (["tune", "--out", "x", "--worker-timeout", "9"], "worker_timeout must be seconds, at least"),
+        (["tune", "--out", "x", "--worker-timeout", "9"], "must be seconds, at least 10, for"),
         (["tune", "--out", "x", "--resume"], "There is no search to resume in 'x'"),
         (["tune", "--out", "x", "--refine", "y"], "There is no search in '"),
         (["tune", "--out", "x", "--tuner", "hyperband", "--trials", "9"], "30: leave out trials"),
@@ -110,7 +110,7 @@ def heeds_interrupts():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
+def test_interrupt_before_a_search_has_begun_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "keras_norm", "tune", "--data", "digits", "--out", "a b"]
     search = subprocess.Popen(
         command,
@@ -134,5 +134,6 @@ def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
         search.kill()
         search.communicate()
     assert search.returncode == 130
-    assert "keras-norm tune --out 'a b' --resume" in said
+    assert "The search had not begun: the same command begins it." in said
+    assert not (tmp_path / "a b").exists()
     assert not os.path.exists(f"/proc/{nursery}")

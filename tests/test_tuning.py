@@ -302,6 +302,19 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
     assert [t.score is None for t in search.trials].count(True) == 5
 
 
+def test_data_that_are_read_leave_nothing_behind(imported, tmp_path):
+    """They lie in a file without a name; what goes wrong with them has its reason."""
+    log = imported.folder / "data.txt"
+    child = imported.nursery.start("kn-data", "searches:keep_data", {"folder": str(tmp_path)}, log)
+    kept, wrong, full = (child.channel.receive(60) for _ in range(3))
+    assert child.wait() == 0
+    assert kept == {"files": [], "arrays": [[0, 1, 2, 3, 4], [0, 0, 0], False]}
+    assert wrong["bad"] == "ValueError: no such data"
+    assert wrong["killed"] == "The process that read the data has died by SIGKILL."
+    kept_where = f"The data cannot be kept in {str(tmp_path)!r}"
+    assert full["full"] == f"{kept_where}: No space left on device."
+
+
 def test_benchmark_sees_all_processes_that_last(imported, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     benchmark = importlib.import_module("search")

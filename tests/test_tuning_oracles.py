@@ -545,3 +545,7 @@ def test_what_may_change_when_a_search_is_resumed(tmp_path):
     (tmp_path / "other/mine.txt").touch()
     with pytest.raises(SearchError, match="holds other files and no search"):
         prepare(tmp_path / "other", {}, resume=False, overwrite=True)
+    (tmp_path / "killed").mkdir()
+    for name in (".lock", "processes.txt", ".search.12ab34cd.json"):  # before it had begun
+        (tmp_path / "killed" / name).touch()
+    assert prepare(tmp_path / "killed", {}, resume=False, overwrite=False) == Settings()
