@@ -200,6 +200,8 @@ def _serve(channel: Channel) -> None:
         while True:
             line, received = _request(channel.socket)
             message = json.loads(line)
+            if _is_closed(channel.socket):
+                raise EOFError
             if "wait" in message:
                 status = os.waitstatus_to_exitcode(os.waitpid(message["wait"], 0)[1])
                 children.discard(message["wait"])
@@ -220,6 +222,13 @@ def _serve(channel: Channel) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _is_closed(connected: socket.socket) -> bool:
+    """Whether the owner is gone, who may have left a request behind."""
+    poll = select.poll()
+    poll.register(connected, 0)  # a hangup is always told
+    return bool(poll.poll(0))
 
 
 def _request(connected: socket.socket) -> tuple[bytes, list[int]]:
