@@ -35,6 +35,7 @@ from keras_norm._search_settings import (
     TrialRecord,
     check_address,
     clear,
+    clear_checkpoints,
     environment,
     locked,
     prepare,
@@ -95,6 +96,7 @@ def run_search(
             owner.prepare_space(resume, overwrite)
             owner.start_chief(host, port, worker_timeout, time_limit)
             owner.watch()
+        clear_checkpoints(out, settings)
 
 
 @contextlib.contextmanager
@@ -195,6 +197,9 @@ class _Owner:
     def __exit__(self, *exception: object) -> None:
         self.nursery.close()
         self.display.close()
+        for process in filter(None, [self.chief, *self.workers]):
+            if process.child is not None:
+                process.child.channel.close()
 
     # Before the search
 

@@ -5,7 +5,7 @@ Nothing here needs Keras: a command line that is wrong, or a report, costs no im
     search.json             settings, space, versions
     oracle.json             KerasTuner's oracle
     trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
-    trial_07/checkpoint.npz model, optimizer and history after the last finished epoch
+    trial_07/checkpoint.npz while it runs: model, optimizer and history after the last epoch
     trial_07/log.txt        what the trial printed
 """
 
@@ -33,7 +33,9 @@ __all__ = [
     "Settings",
     "TrialRecord",
     "check_address",
+    "checkpoints_done_with",
     "clear",
+    "clear_checkpoints",
     "environment",
     "locked",
     "prepare",
@@ -392,6 +394,25 @@ def record_of(state: Mapping[str, Any]) -> TrialRecord:
         values=dict(state["hyperparameters"]["values"]),
         history=history,
     )
+
+
+def checkpoints_done_with(trial_id: str, values: Mapping[str, Any]) -> list[str]:
+    """The trials whose checkpoints nobody needs once this one has ended.
+
+    A trial of Hyperband may be gone on from by another, of the next round of its bracket.
+    """
+    needless = [values["tuner/trial_id"]] if "tuner/trial_id" in values else []
+    if values.get("tuner/round", 0) == values.get("tuner/bracket", 0):
+        needless.append(trial_id)
+    return needless
+
+
+def clear_checkpoints(out: Path, settings: Settings) -> None:
+    """Removes what a worker that was killed has left, once all trials have ended."""
+    records = read_trials(out)
+    if all(r.status != "running" for r in records) and len(records) >= settings.planned:
+        for path in out.glob("trial_*/checkpoint.npz"):
+            path.unlink(missing_ok=True)
 
 
 def ranked(records: list[TrialRecord], direction: str) -> list[TrialRecord]:

@@ -8,6 +8,7 @@ from the search and the trial's number, and the order of the images from seed an
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -68,8 +69,15 @@ EVALUATION_BATCH = 500
 _REESTIMATED_FROM = 10_000  # images
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 class TrialError(Exception):
     """The trial failed, for the reason given."""
+
+
+class StateError(Exception):
+    """The state of the trial cannot be written: no fault of the trial."""
 
 
 # Data and model -----------------------------------------------------------------------------
@@ -379,7 +387,10 @@ class Trial:
         if self.settings.objective == "val_accuracy_reestimated":
             metrics["val_accuracy_reestimated"] = metrics["val_accuracy"]
         self.history.append(metrics)
-        save_state(self.folder / "checkpoint.npz", self.model, self.history)
+        try:
+            save_state(self.folder / "checkpoint.npz", self.model, self.history)
+        except OSError as error:
+            raise StateError(error.strerror or str(error)) from error
         if self.settings.tensorboard:
             from keras_norm._search_tensorboard import write
 
@@ -395,20 +406,25 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of a trial.
 
     Sends {"report": metrics} after each epoch, also after those of an earlier attempt, and waits
-    for {"go": whether to go on}; last {"done": true} or {"failed": reason}.
+    for {"go": whether to go on}; last {"done": true}, {"failed": reason}, or {"stopped": reason}
+    where the trial cannot go on for what is none of its faults.
     """
     folder = Path(spec["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        try:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
             Trial(channel, spec).train()
-        except TrialError as error:
-            channel.send({"failed": str(error)})
-        except (MemoryError, Exception) as error:
-            print_traceback()
-            channel.send({"failed": brief(error)})
-        else:
             channel.send({"done": True})
+    except TrialError as error:
+        channel.send({"failed": str(error)})
+    except (MemoryError, Exception) as error:
+        print_traceback()
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            error = StateError(os.strerror(error.errno))
+        if isinstance(error, StateError):
+            channel.send({"stopped": f"{error}: {str(folder)!r}"})
+        else:
+            channel.send({"failed": brief(error)})
 
 
 def print_traceback() -> None:

@@ -111,6 +111,12 @@ def _forked(environment, log):
     return Nursery.forked()
 
 
+def trial(channel, spec):
+    """The process of a trial, without a worker."""
+    os.environ.update(spec["environment"])
+    _search_trial.run(channel, spec["spec"])
+
+
 def keep_data(channel, spec):
     """Sends what becomes of several data sets that are read for a folder."""
     folder = spec["folder"]

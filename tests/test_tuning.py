@@ -33,12 +33,14 @@ pytestmark = [
 
 # Each epoch that begins is a line in a file, named after the trial by its learning rate.
 SPACE = """
+import errno
 import os
 import time
 
 import keras
 from keras import layers
 
+from keras_norm import _search_trial
 from keras_norm.tuning import Candidate
 
 
@@ -97,6 +99,21 @@ class Misbehave(keras.callbacks.Callback):
         if self.how == "memory":
             hoard = [b"x" * (1 << 26) for _ in range(24)]
             time.sleep(600)
+
+
+def no_room(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Full(Note):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch)
+        if epoch == 1 and os.environ["ROOM"] == "False":
+            _search_trial.save_state = no_room
+
+
+def full(hp, task):
+    return net(hp.Choice("rate", [0.1]), 8, task, callbacks=[Full("full")])
 
 
 def misbehaving(hp, task):
@@ -266,6 +283,7 @@ def test_killed_worker_chief_and_search(folder, imported, undisturbed, notes, mo
     assert search.wait() == 0, search.said()
     assert table(tuning.load(out)) == table(undisturbed)
     assert len(list(out.glob("trial_*"))) == TRIALS
+    assert not list(out.glob("trial_*/checkpoint.npz"))  # nobody needs them any more
     times = Counter(notes.read_text().splitlines())
     assert len(times) == TRIALS * EPOCHS
     repeated = sum(n - 1 for n in times.values())
@@ -300,6 +318,40 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
     log = next(t.number for t in search.trials if t.values["how"] == "raise")
     assert "second line" in (folder / f"failing/trial_{log}/log.txt").read_text()
     assert [t.score is None for t in search.trials].count(True) == 5
+
+
+def test_a_full_disk_is_no_fault_of_a_trial(folder, imported, notes):
+    """The trial has not failed, and goes on when there is room."""
+    values = {"rate": 0.1}
+    settings = {
+        "data": "digits",
+        "subset": 200,
+        "epochs": 2,
+        "space": f"{folder / 'space.py'}:full",
+    }
+    spec = {"settings": settings, "space": {"space": []}, "values": values, "number": 0, "root": 0}
+    spec |= {"folder": str(folder / "full/trial_0"), "ancestor": None}
+
+    def said(room):
+        request = {"spec": spec, "environment": dict(os.environ, NOTES=str(notes), ROOM=str(room))}
+        log = folder / "full.txt"
+        child = imported.nursery.start("kn-trial-0", "searches:trial", request, log)
+        messages = []
+        while not messages or "report" in messages[-1]:
+            messages.append(child.channel.receive(60))
+            if "report" in messages[-1]:
+                child.channel.send({"go": True})
+        child.wait()
+        return messages
+
+    first, last = said(room=False)
+    assert first["report"]["epoch"] == 1
+    assert last == {"stopped": f"No space left on device: {spec['folder']!r}"}
+    again, second, last = said(room=True)
+    assert again == first
+    assert second["report"]["epoch"] == 2
+    assert last == {"done": True}
+    assert notes.read_text().splitlines() == ["full 1", "full 2", "full 2"]
 
 
 def test_data_that_are_read_leave_nothing_behind(imported, tmp_path):

@@ -13,7 +13,13 @@ from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance
-from keras_norm._search_settings import hyperband, prepare, record_of, write_search
+from keras_norm._search_settings import (
+    checkpoints_done_with,
+    hyperband,
+    prepare,
+    record_of,
+    write_search,
+)
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
 
 keras_tuner = pytest.importorskip("keras_tuner", reason="not in the environments of the core tests")
@@ -263,14 +269,20 @@ def test_bayesian_search_learns_the_budget(tmp_path):
 @pytest.mark.parametrize(("epochs", "factor"), [(4, 2), (9, 3), (10, 3)])
 def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
     oracle = oracle_in(tmp_path, tuner="hyperband", epochs=epochs, factor=factor)
-    trials = {}
+    trials, kept = {}, set()  # checkpoints
     while (trial := oracle.create_trial("w")).status != "STOPPED":
         values = values_of(trial)
+        assert values.get("tuner/trial_id") in {None, *kept}
+        kept = (kept | {trial.trial_id}) - set(checkpoints_done_with(trial.trial_id, values))
         trials[trial.trial_id] = values
         for epoch in range(1, values["tuner/epochs"] + 1):
             oracle.update_trial(trial.trial_id, {"val_accuracy": peak({"x": values["x"]})}, epoch)
         oracle.finish("w", trial.trial_id, "COMPLETED", "")
     assert len(trials) == hyperband(epochs, factor)
+    assert all("tuner/trial_id" in v or v["tuner/round"] == 0 for v in trials.values())
+    final = [n for n, v in trials.items() if v["tuner/round"] == v["tuner/bracket"]]
+    assert final
+    assert not kept & set(final)
     promoted = [v for v in trials.values() if "tuner/trial_id" in v]
     assert promoted
     for values in promoted:
@@ -337,6 +349,7 @@ class Endless:
 
     def __init__(self):
         self.pid, self.channel, self.trial_id = 0, self, "0"
+        self.hyperparameters, self.values, self.killed = self, {}, False
         self.seconds, self.beats = 0.0, []
 
     def receive(self, timeout):
@@ -373,6 +386,30 @@ def test_a_trial_that_is_never_silent_is_looked_after(monkeypatch):
     assert np.diff([0, *trial.beats]) == pytest.approx(2, abs=0.15)
     monkeypatch.setattr(_search_worker, "_gibibytes", lambda pid: 2.5)
     assert "2.50 GiB resident" in Endless().watched(monkeypatch, trial_memory=2)[1]
+
+
+class Unwritable(Endless):
+    """A trial whose state cannot be written."""
+
+    def receive(self, timeout):
+        return {"stopped": "No space left on device"}
+
+    def start(self, *arguments):
+        return self
+
+    def kill(self):
+        self.killed = True
+
+    def wait(self):
+        return -9
+
+
+def test_a_trial_that_cannot_be_kept_stops_its_worker(tmp_path):
+    trial = Unwritable()
+    spec = {"settings": {"data": "digits"}, "folder": str(tmp_path), "space": line()}
+    with pytest.raises(OSError, match="trial 0 cannot be kept, and goes on later: No space left"):
+        _search_worker.Attempt(trial, trial, spec, trial).run()
+    assert trial.killed
 
 
 # Spaces -------------------------------------------------------------------------------------
