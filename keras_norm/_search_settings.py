@@ -272,7 +272,7 @@ def _with_absolute_paths(settings: Settings) -> Settings:
 
 def clear(out: Path) -> None:
     """Removes what a search has made, and nothing else."""
-    made = ["oracle.json", "report", "retrained", "tensorboard"]
+    made = ["oracle.json", "report", "retrained", "tensorboard", "tested.json"]
     # search.json last: without it, the rest would be taken for somebody's files.
     for path in [*map(out.joinpath, made), *out.glob("trial_*"), out / "search.json"]:
         if path.is_dir():

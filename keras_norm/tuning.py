@@ -284,11 +284,13 @@ def retrain(
     Args:
         search: a `Search`, or its folder.
         top: int >= 1, how many trials. Default: 1.
-        seeds: int >= 1, trainings of each, with seeds of their own. Default: 1.
+        seeds: int >= 1, trainings of each, with seeds of their own. More of them may be added
+            later, to the same choice; what has been trained is kept. Default: 1.
         epochs: of each. Default: those of the search.
         subset: number of images to train on. Default: all, also where the search had a subset.
         out: folder to write to. Default: "retrained" in that of the search.
-        overwrite: do it again, although the test set has been used.
+        overwrite: do it again, although the test set has been used. What is there is replaced
+            when all of the new is done, not before.
         progress: whether to show a bar. Default: True.
 
     Returns:
@@ -297,7 +299,8 @@ def retrain(
 
     Raises:
         SearchError: if there is no trial with a score; if the test set has been used for this
-            search already; if a training fails.
+            search already and another choice (also one for another `out`); if the data or the
+            space are not there; if a training fails.
     """
     from keras_norm._search_retrain import write_retrained
 

@@ -482,3 +482,20 @@ def test_retrain_tests_once_and_can_be_loaded(undisturbed, shared, tmp_path):
     assert f"{sum(accuracies) / 2:.4f} ±" in card.read_text()
     with pytest.raises(SearchError, match="The test set has been used"):
         tuning.retrain(undisturbed, out=out)
+    with pytest.raises(SearchError, match="The test set has been used"):
+        tuning.retrain(undisturbed, out=tmp_path / "elsewhere", top=2)
+    tuning.retrain(undisturbed, seeds=3, epochs=4, out=out, progress=False)
+    more = json.loads((out / "model_card.json").read_text())
+    assert more["results"][0]["test_accuracy"][:2] == accuracies
+    assert more["training"]["seeds"] == len(more["results"][0]["test_accuracy"]) == 3
+
+    before = {
+        p: p.read_bytes() for p in out.rglob("*") if p.name != "processes.txt" and p.is_file()
+    }
+    with pytest.raises(SearchError, match="100000"):
+        tuning.retrain(undisturbed, subset=100_000, out=out, overwrite=True, progress=False)
+    assert {p: p.read_bytes() for p in before} == before
+    tuning.retrain(undisturbed, epochs=1, out=out, overwrite=True, progress=False)
+    assert json.loads((out / "model_card.json").read_text())["training"]["epochs"] == 1
+    assert len(list(out.rglob("model.keras"))) == 2
+    assert not (out / "next").exists()
