@@ -70,8 +70,9 @@ class Candidate:
     """A model to train, and how; what a space returns.
 
     Args:
-        model: a function that makes the model, compiled, with the metric "accuracy". (Or the
-            model itself: then it is built also where only its hyperparameters are asked for.)
+        model: a function that makes the model: functional or Sequential, with its input shape, and
+            compiled, with the metric "accuracy". (Or the model itself: then it is built also where
+            only its hyperparameters are asked for.)
         batch_size: images per batch.
         augment: of `Split.batches`. Default: None.
         callbacks: of `fit`, in front of those of the search. Default: none.

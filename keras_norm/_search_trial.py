@@ -198,7 +198,9 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
         space: Mapping[str, Any] = whole
         if settings.refine is not None and not spec["resume"]:
             space = narrow(whole, refined_from(settings))
-        channel.send({"space": pin(space, settings.fixed), "whole": whole})
+        space = pin(space, settings.fixed)
+        require_candidate(settings, space, load(settings))
+        channel.send({"space": space, "whole": whole})
     except Exception as error:
         print_traceback()
         channel.send({"error": brief(error)})
@@ -209,6 +211,48 @@ def make_candidate(
 ) -> Candidate:
     """What the hyperparameters stand for."""
     return space_of(settings.space)(hyperparameters(space, values), task_of(settings, data))
+
+
+def require_candidate(settings: Settings, space: Mapping[str, Any], data: datasets.Data) -> None:
+    """Refuses a space none of whose trials could succeed, by the one of all defaults."""
+    if settings.space == "images":
+        return
+    where = f"the space {settings.space!r}, with the default of each hyperparameter"
+    candidate = make_candidate(settings, space, {}, data)
+    if not isinstance(candidate, Candidate):
+        raise SearchError(
+            "A space must return a keras_norm.tuning.Candidate, such as Candidate(model, "
+            f"batch_size=64). Received: {type(candidate).__name__} from {where}."
+        )
+    size = candidate.batch_size
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise SearchError(
+            f"batch_size must be a whole number, at least 1. Received: {size!r} from {where}."
+        )
+    try:
+        model = candidate.build()
+    except Exception as error:
+        print_traceback()
+        raise SearchError(f"No model can be built from {where}: {brief(error)}.") from None
+    rule = (
+        "The model of a Candidate must be functional or Sequential with its input shape, and "
+        f"compiled with a loss and metrics=['accuracy']. Received from {where}: "
+    )
+    if not isinstance(model, keras.Model):
+        raise SearchError(f"{rule}{type(model).__name__}.")
+    if not model.compiled:
+        raise SearchError(f"{rule}a model that is not compiled.")
+    if not model.built:
+        raise SearchError(f"{rule}{type(model).__name__} that is not built.")
+    try:
+        count_flops(model)
+        model.run_eagerly = True  # to trace it would take longer than the answer
+        told = model.test_on_batch(data.train.x[:2], data.train.y[:2], return_dict=True)
+    except Exception as error:
+        print_traceback()
+        raise SearchError(f"{rule}{type(model).__name__}, {brief(error)}.") from None
+    if "accuracy" not in told:
+        raise SearchError(f"{rule}a model that reports {', '.join(told)}.")
 
 
 def measure(channel: Channel, spec: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments. Default: those of the process.
 
     Returns:
-        Exit status: 0, or 130 after Ctrl-C.
+        Exit status: 0; 1 for a search none of whose trials has a score; 2 for what the user can put
+        right; 130 after Ctrl-C.
 
     Raises:
         SystemExit: status 2 and one line for wrong arguments; 0 after --help and --version; 143
@@ -185,9 +186,15 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_after_interrupt(options, out)}", file=sys.stderr)
         return 130
-    if options.get("progress", True) and "join" not in options:
+    if "join" in options:
+        return 0
+    if options.get("progress", True):
         _conclude(found, out)
-    return 0
+    if found.best():
+        return 0
+    print("keras-norm: error: No trial has a score: see the reasons above and, for each trial, "
+          f"{shlex.quote(out)}/trial_N/log.txt", file=sys.stderr)  # fmt: skip
+    return 1
 
 
 def _after_interrupt(options: dict[str, Any], out: str) -> str:
@@ -212,6 +219,8 @@ def _conclude(found: Any, out: str) -> None:
     print(f"\n{len(found.trials)} trials, {failed} of them failed.")
     for trial in found.best(3):
         print(f"  #{trial.number}: {trial.score:.4f}  {describe(trial.hyperparameters)[:120]}")
+    if not found.best():
+        return
     print(f"\nkeras-norm report {shlex.quote(out)}\nkeras-norm retrain {shlex.quote(out)} --top 1")
 
 

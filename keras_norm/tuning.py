@@ -204,9 +204,10 @@ def search(
 
     Raises:
         SearchError: a `ValueError`; for options out of their range, a folder that holds something
-            else or cannot be written, an address that is in use or does not answer, data that
-            cannot be had; with `resume`, for another space, seed, or other setting that would mix
-            two searches. Then nothing has been changed.
+            else or cannot be written, a space whose defaults make no trial, an address that is in
+            use or does not answer, data that cannot be had; with `resume`, for another space, seed,
+            or other setting that would mix two searches. Then nothing has been changed. Also where
+            a disk is full: the search stops, and `resume` goes on.
         KeyboardInterrupt: after all processes have ended; `resume` goes on.
 
     Numerics: with one worker, equal settings and `threads` give equal trials to the last bit on one

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_norm import __version__
+from keras_norm import __version__, tuning
 from keras_norm.cli import main
 
 
@@ -74,6 +74,18 @@ def test_wrong_arguments(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_without_a_score_has_failed(capsys, tmp_path, monkeypatch):
+    failed = tuning.TrialRecord(0, "failed", "no luck", None, {}, {})
+    found = tuning.Search(tmp_path, tuning.Settings(), [failed])
+    monkeypatch.setattr(tuning, "search", lambda *arguments, **options: found)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    assert main(["tune", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "1 trials, 1 of them failed" in said.out
+    assert "retrain" not in said.out
+    assert "No trial has a score" in said.err
 
 
 def test_folder_that_cannot_be_written(capsys, tmp_path):

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_norm import _search_run, _search_worker, tuning
+from keras_norm import _search_run, _search_trial, _search_worker, datasets, tuning
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
@@ -473,6 +473,73 @@ def test_space_of_the_documentation_builds(tmp_path):
     assert names == ["width", "momentum", "learning_rate", "batch_size"]
     model = spaces.space_of(settings.space)(sample(space, 0), TASKS["digits"]).build()
     assert model.output_shape == (None, 10)
+
+
+UNFIT = """
+import keras
+
+from keras_norm.tuning import Candidate
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(10)
+
+    def call(self, x):
+        return self.dense(keras.ops.reshape(x, (-1, 64)))
+
+
+def made(model, metrics=(), build=True):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=list(metrics))
+    return model
+
+
+def sequential(units=10):
+    return keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(units)]
+    )
+
+
+fine = lambda hp, task: Candidate(lambda: made(sequential(), ["accuracy"]), 50)
+plain = lambda hp, task: made(sequential(), ["accuracy"])
+subclassed = lambda hp, task: Candidate(lambda: made(Subclassed(), ["accuracy"]), 50)
+silent = lambda hp, task: Candidate(lambda: made(sequential()), 50)
+uncompiled = lambda hp, task: Candidate(sequential, 50)
+broken = lambda hp, task: Candidate(lambda: sequential("ten"), 50)
+boundless = lambda hp, task: Candidate(sequential, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fine", None),
+        (
+            "plain",
+            "must return a keras_norm.tuning.Candidate.* Received: Sequential from the space",
+        ),
+        ("subclassed", "must be functional or Sequential .*: Subclassed that is not built"),
+        ("silent", r"metrics=\['accuracy'\].*: a model that reports loss"),
+        ("uncompiled", "a model that is not compiled"),
+        ("broken", "No model can be built from the space .*: ValueError"),
+        ("boundless", "batch_size must be a whole number, at least 1. Received: 0"),
+    ],
+)
+def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, name, message):
+    (tmp_path / "unfit.py").write_text(UNFIT)
+    data = datasets.load("digits", validation=0.1)
+    settings = Settings(data="digits", space=f"{tmp_path / 'unfit.py'}:{name}")
+
+    def check():
+        _search_trial.require_candidate(settings, {"space": []}, data)
+
+    if message is None:
+        check()
+        return
+    with pytest.raises(SearchError, match=message):
+        check()
 
 
 def test_space_has_no_mirrored_digits(explored):
