@@ -616,6 +616,20 @@ def test_importance_finds_what_matters_and_says_when_nothing_does():
     assert importance(trials[:11]) == {}
 
 
+def test_report_of_pruned_trials_alone(tmp_path):
+    write_search(tmp_path, Settings(data="digits", prune=True), line(), line())
+    history = {"val_accuracy": {1: 0.5}, "seconds": {1: 2.0}, "parameters": {1: 10.0}}
+    pruned = [
+        TrialRecord(n, "pruned", "pruned after epoch 1", 0.5 + n, {"x": 0.1 * n}, history)
+        for n in range(2)
+    ]
+    found = tuning.Search(tmp_path, Settings(data="digits", prune=True), pruned)
+    text = tuning.report(found, tmp_path / "report").read_text()
+    assert "pareto.png" not in text
+    assert "Not beaten" not in text
+    assert 'src="curves.png"' in text
+
+
 # Settings and folders -----------------------------------------------------------------------
 
 
