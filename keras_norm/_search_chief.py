@@ -108,6 +108,8 @@ class _Durable:
     def _random_values(self) -> dict[str, Any] | None:
         for _ in range(_REFUSALS):
             values: dict[str, Any] | None = super()._random_values()  # type: ignore[misc]
+            if values is None:
+                self.exhausted = "what is proposed has all been tried, so no values seem to be left"
             if values is None or self.admitted(values):
                 return values
         self.exhausted = f"the budget refused {_REFUSALS} proposals in a row"

@@ -79,6 +79,9 @@ def run_search(
             f"life every {BEAT:g}. Received: {worker_timeout!r}"
         )
     if join is not None:
+        theirs = {"time_limit": time_limit is not None, "resume": resume, "overwrite": overwrite}
+        if foreign := [name for name, given in theirs.items() if given]:
+            raise SearchError(f"The chief decides on {foreign[0]}: leave it out when joining.")
         _join(out, options, join, workers, threads, worker_timeout, progress)
         return
     host, port = check_address(chief or "127.0.0.1:0")

@@ -100,8 +100,11 @@ class Settings:
         _one_of("data", self.data, DATA)
         _one_of("tuner", self.tuner, TUNERS)
         _one_of("objective", self.objective, OBJECTIVES)
-        if not self.families:
-            raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}.")
+        if not isinstance(self.families, tuple | list) or not self.families:
+            raise SearchError(
+                f"families must be a list of at least one of {', '.join(FAMILIES)}. Received: "
+                f"{self.families!r}"
+            )
         for family in self.families:
             _one_of("families", family, FAMILIES)
         if "fast" in self.families and self.data == "digits":
@@ -112,9 +115,27 @@ class Settings:
         _at_least("seed", self.seed, 0)
         for name in ("subset", "max_parameters", "max_flops", "trial_timeout", "trial_memory"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise SearchError(f"{name} must be a number above 0. Received: {name}={value!r}")
-        if not 0 < self.validation < 1:
+        if self.subset is not None:
+            _at_least("subset", self.subset, 1)
+        for name in ("prune", "tensorboard"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SearchError(f"{name} must be True or False. Received: {name}={value!r}")
+        if not isinstance(self.space, str):
+            raise SearchError(
+                "space must be a name, for the processes of a search import it: 'images', "
+                f"'module:function' or 'file.py:function'. Received: space={self.space!r}"
+            )
+        if not isinstance(self.fixed, Mapping):
+            raise SearchError(
+                f"fixed must be a mapping, hyperparameter -> value. Received: fixed={self.fixed!r}"
+            )
+        for name in ("refine", "data_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike | None):
+                raise SearchError(f"{name} must be a folder. Received: {name}={value!r}")
+        if not (_is_number(self.validation) and 0 < self.validation < 1):
             raise SearchError(
                 "validation is the fraction of the training images that is held out, between 0 "
                 f"and 1. Received: validation={self.validation!r}"
@@ -137,7 +158,7 @@ class Settings:
                 f"A search has no option {unknown[0]!r}. It has: {', '.join(sorted(names))}."
             )
         given = dict(options)
-        if "families" in given:
+        if isinstance(given.get("families"), list):
             given["families"] = tuple(given["families"])
         return cls(**given)
 
@@ -170,8 +191,12 @@ def hyperband(epochs: int, factor: int) -> int:
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise SearchError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "narrow",
     "pin",
     "space_of",
+    "unchanged",
 ]
 
 
@@ -428,6 +429,21 @@ def narrow(space: Mapping[str, Any], best: Sequence[TrialRecord]) -> dict[str, A
         ]
         entries.append(_narrowed(entry, own) if own else entry)
     return _possible(entries)
+
+
+def unchanged(space: Mapping[str, Any], best: Sequence[TrialRecord], earlier: str) -> str:
+    """Why to narrow a space around these trials leaves it as it is."""
+    names = {e["config"]["name"] for e in space["space"]}
+    if not any(names & set(r.values) for r in best):
+        own = sorted({n for r in best for n in r.hyperparameters})
+        return (
+            f"refine={earlier!r} has no hyperparameter in common with this space: it has "
+            f"{', '.join(own)}; the space has {', '.join(sorted(names))}."
+        )
+    return (
+        f"refine={earlier!r} narrows nothing: its best {len(best)} lie all over the space. Take "
+        "fewer of them by refine_top, or leave refine out."
+    )
 
 
 def _narrowed(entry: Mapping[str, Any], own: Sequence[Any]) -> Mapping[str, Any]:

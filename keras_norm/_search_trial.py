@@ -45,6 +45,7 @@ from keras_norm._search_space import (
     narrow,
     pin,
     space_of,
+    unchanged,
 )
 from keras_norm.callbacks import ReestimateStatistics
 
@@ -198,6 +199,8 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
         space: Mapping[str, Any] = whole
         if settings.refine is not None and not spec["resume"]:
             space = narrow(whole, refined_from(settings))
+            if space == narrow(whole, []):
+                raise SearchError(unchanged(whole, refined_from(settings), settings.refine))
         space = pin(space, settings.fixed)
         require_candidate(settings, space, load(settings))
         channel.send({"space": space, "whole": whole})

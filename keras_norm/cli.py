@@ -7,6 +7,8 @@ Ctrl-C is 130. Nothing heavy is imported before it is needed, `--help` least of 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import shlex
 import signal
 import sys
@@ -154,8 +156,10 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add("--chief", metavar="HOST:PORT", help="let workers of other machines join")
     add("--join", metavar="HOST:PORT", help="work for the chief there")
     add("--time-limit", type=float, metavar="MINUTES", help="begin no trial after that")
-    add("--trial-timeout", type=float, metavar="SECONDS", help="a trial that hangs has failed")
-    add("--trial-memory", type=float, metavar="GIB", help="a trial that takes more has failed")
+    add("--trial-timeout", type=_limit, metavar="SECONDS",
+        help="a trial that hangs has failed; none takes it off")  # fmt: skip
+    add("--trial-memory", type=_limit, metavar="GIB",
+        help="a trial that takes more has failed; none takes it off")  # fmt: skip
     add("--worker-timeout", type=float, metavar="SECONDS",
         help="silence after which another gets a worker's trial, from 10, default: 60")  # fmt: skip
     add("--tensorboard", action="store_true", default=argparse.SUPPRESS,
@@ -269,17 +273,26 @@ def _run_retrain(arguments: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
-    return number
+    return _whole(text, 1)
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, least: int = 0) -> int:
+    """Also of "1e6"."""
     plain = text.strip().replace("_", "")
-    if not plain.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0; got {text!r}")
-    return int(plain)
+    number = float(plain) if re.fullmatch(r"\d+(\.\d*)?[eE]\d{1,2}", plain) else math.nan
+    if plain.isdecimal() or number.is_integer():
+        found = int(plain if plain.isdecimal() else number)
+        if found >= least:
+            return found
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
+
+
+def _limit(text: str) -> float | None:
+    """A number, or "none"."""
+    try:
+        return None if text.strip().lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or none; got {text!r}") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -176,7 +176,8 @@ def search(
 
             data: "cifar10", "fashion_mnist", "mnist" or "digits". Default: "cifar10".
             data_dir: folder of the data sets, as in `keras_norm.datasets.load`.
-            subset: number of images to train on, drawn by seed and class. Default: all.
+            subset: number of images to train on, drawn by class; the same ones for every seed of
+                a search. Default: all.
             validation: fraction of all training images that is held out first. Default: 0.1.
             space: "images", or a function of one's own, "file.py:function" or
                 "module:function", from (`keras_tuner.HyperParameters`, `Task`) to `Candidate`.
@@ -196,7 +197,8 @@ def search(
                 (default 5) others have got there. Default: False.
             seed: int >= 0. Default: 0.
             max_parameters, max_flops: budget; proposals beyond it do not become trials.
-            trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux).
+            trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux). With `resume`,
+                None takes them off.
             tensorboard: write logs for TensorBoard and its HParams plugin into out/tensorboard.
 
     Returns:

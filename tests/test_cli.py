@@ -56,6 +56,11 @@ def test_version(capsys):
         (["tune", "--out", "x", "--trails", "3"], "unrecognized arguments: --trails 3"),
         (["tune", "--out", "x", "--tria", "3"], "unrecognized arguments: --tria 3"),
         (["tune", "--out", "x", "--trials", "0"], "must be a whole number, at least 1; got '0'"),
+        (["tune", "--out", "x", "--max-parameters", "0.5e0"], "at least 1; got '0.5e0'"),
+        (["tune", "--out", "x", "--trial-memory", "all"], "must be a number, or none; got 'all'"),
+        (["tune", "--out", "x", "--join", "a:1", "--resume"], "The chief decides on resume"),
+        (["tune", "--out", "x", "--join", "a:1", "--time-limit", "1"], "decides on time_limit"),
+        (["tune", "--out", "x", "--join", "a:1", "--overwrite"], "The chief decides on overwrite"),
         (["tune", "--out", "x", "--fix", "family"], "must be NAME=VALUE; got 'family'"),
         (["tune", "--out", "x", "--resume", "--overwrite"], "not allowed with argument"),
         (["tune", "--out", "x", "--validation", "2"], "between 0 and 1. Received: validation=2.0"),
@@ -86,6 +91,21 @@ def test_a_search_without_a_score_has_failed(capsys, tmp_path, monkeypatch):
     assert "1 trials, 1 of them failed" in said.out
     assert "retrain" not in said.out
     assert "No trial has a score" in said.err
+
+
+def test_numbers_and_limits_that_are_taken_off(tmp_path, monkeypatch):
+    given = {}
+
+    def search(out, **options):
+        given.update(options)
+        raise tuning.SearchError("enough")
+
+    monkeypatch.setattr(tuning, "search", search)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    limits = ["--max-parameters", "1.5e3", "--trials", "1_0", "--trial-timeout", "none"]
+    assert main(["tune", "--out", str(tmp_path), *limits]) == 2
+    found = {name: given[name] for name in ("max_parameters", "trials", "trial_timeout")}
+    assert found == {"max_parameters": 1500, "trials": 10, "trial_timeout": None}
 
 
 def test_folder_that_cannot_be_written(capsys, tmp_path):

@@ -249,6 +249,14 @@ def test_budget_refuses_before_there_is_a_trial(tmp_path):
     assert oracle.exhausted == "the budget refused 200 proposals in a row"
 
 
+def test_a_space_that_is_used_up_is_told(tmp_path):
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("x", [0.0, 1.0])
+    oracle = oracle_in(tmp_path, dict(hp.get_config(), values={}), trials=3)
+    assert len(run(oracle, peak, 3)) == 2
+    assert oracle.exhausted.startswith("what is proposed has all been tried")
+
+
 def test_bayesian_search_learns_the_budget(tmp_path):
     """The best lies beyond it: to ask there again and again would make the search a random one."""
 
@@ -586,6 +594,17 @@ def test_narrow(explored):
         assert 1e-3 / tenth <= sample(space, seed).values["learning_rate"] <= 4e-3 * tenth
 
 
+def test_what_cannot_narrow_says_so(explored):
+    best = [TrialRecord(0, "completed", "", 0.5, {"x": 0.1}, {})]
+    space = explored["digits"]
+    assert spaces.narrow(space, best) == spaces.narrow(space, [])
+    told = spaces.unchanged(space, best, "first")
+    assert told.startswith("refine='first' has no hyperparameter in common with this space: it has")
+    whole = [TrialRecord(i, "completed", "", 0.5, {"x": float(i)}, {}) for i in range(2)]
+    assert spaces.narrow(line(), whole) == spaces.narrow(line(), [])
+    assert "narrows nothing: its best 2" in spaces.unchanged(line(), whole, "first")
+
+
 def test_smoothed_crossentropy():
     rng = np.random.default_rng(0)
     logits, y = rng.normal(size=(6, 4)).astype("float32"), np.array([0, 1, 2, 3, 0, 1])
@@ -642,7 +661,16 @@ def test_report_of_pruned_trials_alone(tmp_path):
         ({"tuner": "hyperband", "prune": True}, "leave out prune"),
         ({"trial_timeout": -1}, "trial_timeout must be a number above 0"),
         ({"trails": 3}, "no option 'trails'"),
-        ({"families": []}, "families must name at least one"),
+        ({"families": []}, "families must be a list of at least one"),
+        ({"families": "cnn"}, "families must be a list .* Received: 'cnn'"),
+        ({"space": print}, "space must be a name, .* Received: space=<built-in"),
+        ({"subset": "x"}, "subset must be a number above 0. Received: subset='x'"),
+        ({"subset": 10.5}, "subset must be a whole number"),
+        ({"validation": "0.1"}, "between 0 and 1. Received: validation='0.1'"),
+        ({"objective": ["val_loss"]}, r"objective must be one of .* Received: \['val_loss'\]"),
+        ({"fixed": ["family=cnn"]}, "fixed must be a mapping"),
+        ({"prune": "yes"}, "prune must be True or False. Received: prune='yes'"),
+        ({"data_dir": 3}, "data_dir must be a folder. Received: data_dir=3"),
         ({"families": ["fast"], "data": "digits"}, "'fast' needs images larger"),
     ],
 )
@@ -653,6 +681,10 @@ def test_settings_are_checked(options, message):
 
 def test_what_may_change_when_a_search_is_resumed(tmp_path):
     write_search(tmp_path, Settings(data="digits", trials=5), line(), line())
+    limited = Settings(data="digits", trials=5, trial_timeout=3)
+    write_search(tmp_path, limited, line(), line())
+    freed = prepare(tmp_path, {"trial_timeout": None}, resume=True, overwrite=False)
+    assert freed.trial_timeout is None
     settings = prepare(tmp_path, {"trials": 9}, resume=True, overwrite=False)
     assert (settings.data, settings.trials) == ("digits", 9)
     with pytest.raises(SearchError, match="another epochs: it began with 10, and now received 3"):
