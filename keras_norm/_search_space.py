@@ -31,6 +31,7 @@ __all__ = [
     "SmoothedCrossentropy",
     "Task",
     "count_flops",
+    "defaults",
     "explore",
     "hyperparameters",
     "images",
@@ -350,6 +351,16 @@ def hyperparameters(space: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
 
     config = copy.deepcopy({"space": space["space"], "values": dict(values)})
     return keras_tuner.HyperParameters.from_config(config)
+
+
+def defaults(space: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of each hyperparameter that there is when all have theirs."""
+    hp = hyperparameters({"space": []}, {})
+    for entry in hyperparameters(space, {}).space:
+        hp.merge([entry])
+        if hp.is_active(entry):
+            hp.values.setdefault(entry.name, entry.default)
+    return dict(hp.values)
 
 
 # Narrower spaces ----------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from keras_norm._search_space import (
     Candidate,
     Task,
     count_flops,
+    defaults,
     explore,
     hyperparameters,
     narrow,
@@ -221,7 +222,7 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
     if settings.space == "images":
         return
     where = f"the space {settings.space!r}, with the default of each hyperparameter"
-    candidate = make_candidate(settings, space, {}, data)
+    candidate = make_candidate(settings, space, defaults(space), data)
     if not isinstance(candidate, Candidate):
         raise SearchError(
             "A space must return a keras_norm.tuning.Candidate, such as Candidate(model, "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import keras
@@ -510,7 +511,13 @@ def sequential(units=10):
     )
 
 
-fine = lambda hp, task: Candidate(lambda: made(sequential(), ["accuracy"]), 50)
+def fine(hp, task):
+    deep = hp.Boolean("deep")
+    size = hp.Choice("size", [50, 60], parent_name="deep", parent_values=[False])
+    assert hp.Int("more", 1, 3, parent_name="deep", parent_values=[True]) is None or deep
+    return Candidate(lambda: made(sequential(), ["accuracy"]), size or 70)
+
+
 plain = lambda hp, task: made(sequential(), ["accuracy"])
 subclassed = lambda hp, task: Candidate(lambda: made(Subclassed(), ["accuracy"]), 50)
 silent = lambda hp, task: Candidate(lambda: made(sequential()), 50)
@@ -535,13 +542,15 @@ boundless = lambda hp, task: Candidate(sequential, 0)
         ("boundless", "batch_size must be a whole number, at least 1. Received: 0"),
     ],
 )
-def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, name, message):
+def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, monkeypatch, name, message):
     (tmp_path / "unfit.py").write_text(UNFIT)
     data = datasets.load("digits", validation=0.1)
     settings = Settings(data="digits", space=f"{tmp_path / 'unfit.py'}:{name}")
+    monkeypatch.delitem(sys.modules, "keras_norm_space_unfit", raising=False)
+    space = spaces.explore(settings, TASKS["digits"])
 
     def check():
-        _search_trial.require_candidate(settings, {"space": []}, data)
+        _search_trial.require_candidate(settings, space, data)
 
     if message is None:
         check()
