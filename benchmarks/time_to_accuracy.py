@@ -81,17 +81,23 @@ def measured(settings, seed, progress, *, data, out):
         else:
             progress.part(epochs, members * recipe.epochs)
 
-    for member in range(seed * members, (seed + 1) * members):
+    backups = {
+        member: out / f"{stem}-{member}.npz"
+        for member in range(seed * members, (seed + 1) * members)
+    }
+    for member, backup in backups.items():
         outcomes.append(
             recipes.train(
                 recipe,
                 data,
                 seed=member,
-                backup=out / f"{stem}-{member}.npz",
+                backup=backup,
                 on_epoch=report,
                 dtype_policy=settings["dtype_policy"],
             )
         )
+    for backup in backups.values():
+        backup.unlink()
     seconds = {
         f"{name}_seconds": sum(outcome.seconds[name] for outcome in outcomes)
         for name in outcomes[0].seconds

@@ -46,6 +46,13 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder, and raise an OSError unless files can be written into it."""
+    with replace_file(folder / ".writable") as probe:
+        probe.touch()
+    (folder / ".writable").unlink()
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system drops by itself when the process dies."""

@@ -109,6 +109,8 @@ class _Durable:
     def _random_values(self) -> dict[str, Any] | None:
         for _ in range(_REFUSALS):
             values: dict[str, Any] | None = super()._random_values()  # type: ignore[misc]
+            if values is None:
+                self.exhausted = "what is proposed has all been tried, so no values seem to be left"
             if values is None or self.admitted(values):
                 return values
         self.exhausted = f"the budget refused {_REFUSALS} proposals in a row"
@@ -192,12 +194,12 @@ class _Durable:
             values = curve(trial, oracle.objective.name)
             trial.score = values[max(values)]
 
-    def finish(self, tuner_id: str, trial_id: str, status: str, message: str) -> None:
-        """Ends a trial; does nothing if it has ended, or if another worker has it now."""
+    def finish(self, tuner_id: str, trial_id: str, status: str, message: str) -> bool:
+        """Ends a trial; does nothing, and says so, if it has ended or is another worker's now."""
         oracle: Any = self
         with self.lock:
             if trial_id in oracle.end_order or not self.works_on(tuner_id, trial_id):
-                return
+                return False
             trial = oracle.trials[trial_id]
             if status == COMPLETED and not curve(trial, oracle.objective.name):
                 status, message = FAILED, "no epoch was finished"
@@ -206,6 +208,7 @@ class _Durable:
 
             oracle.end_trial(Trial(trial.hyperparameters, trial_id, status, reason))
             self.tell(trial)
+            return True
 
     def tell(self, trial: Any, **more: Any) -> None:
         """For the display."""
@@ -322,8 +325,8 @@ def _handlers(oracle: Any, attendance: _Attendance, about: dict[str, Any]) -> An
 
     def finish(ask: dict[str, Any]) -> dict[str, Any]:
         attendance.seen(ask["worker"])
-        oracle.finish(ask["worker"], ask["trial"], ask["status"], ask["message"])
-        return {}
+        told = ask["worker"], ask["trial"], ask["status"], ask["message"]
+        return {"ended": oracle.finish(*told)}
 
     def handler(function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
         def answer(request: bytes, context: Any) -> bytes:

@@ -27,7 +27,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Channel", "Child", "Nursery", "can_fork"]
+__all__ = ["Channel", "Child", "Nursery", "can_fork", "introduce"]
 
 _PRELOAD = (
     "keras_tuner",
@@ -135,7 +135,7 @@ class Nursery:
             for channel in to_close:
                 channel.close()
             ours.close()
-            _introduce("kn-nursery")
+            introduce("kn-nursery")
             _serve(Channel(theirs))
         theirs.close()
         return cls(Channel(ours), pid)
@@ -187,7 +187,7 @@ def serve(fd: str) -> None:
     for name in _PRELOAD:
         importlib.import_module(name)
     gc.freeze()  # the collector shall not write to pages that children share
-    _introduce("kn-nursery")
+    introduce("kn-nursery")
     _serve(channel)
 
 
@@ -200,6 +200,8 @@ def _serve(channel: Channel) -> None:
         while True:
             line, received = _request(channel.socket)
             message = json.loads(line)
+            if _is_closed(channel.socket):
+                raise EOFError
             if "wait" in message:
                 status = os.waitstatus_to_exitcode(os.waitpid(message["wait"], 0)[1])
                 children.discard(message["wait"])
@@ -220,6 +222,13 @@ def _serve(channel: Channel) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _is_closed(connected: socket.socket) -> bool:
+    """Whether the owner is gone, who may have left a request behind."""
+    poll = select.poll()
+    poll.register(connected, 0)  # a hangup is always told
+    return bool(poll.poll(0))
 
 
 def _request(connected: socket.socket) -> tuple[bytes, list[int]]:
@@ -267,7 +276,7 @@ def _run(message: dict[str, Any], connected: socket.socket) -> None:
     """The life of a child; never returns."""
     status = 1
     try:
-        _introduce(message["name"])
+        introduce(message["name"])
         log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -283,7 +292,7 @@ def _run(message: dict[str, Any], connected: socket.socket) -> None:
         os._exit(status)
 
 
-def _introduce(name: str) -> None:
+def introduce(name: str) -> None:
     """On Linux: a name for `top` and `pgrep`, and death with the parent, by the kernel."""
     if sys.platform == "linux":
         import ctypes

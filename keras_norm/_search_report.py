@@ -280,9 +280,11 @@ _PARETO = (
 )
 
 
-def _pareto(search: Search) -> Figure:
-    figure, axes = _axes()
+def _pareto(search: Search) -> Figure | None:
     front = search.pareto()
+    if not front:  # of pruned trials alone there is none
+        return None
+    figure, axes = _axes()
     rest = [t for t in search.trials if t.score is not None and t not in front]
 
     def points(trials: Sequence[TrialRecord]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -453,11 +455,11 @@ def _page(search: Search, figures: list[tuple[str, str]]) -> str:
         _summary(search),
         "<h2>Best trials</h2>",
         _table(search.best(10), settings),
-        "<h2>Not beaten in accuracy, seconds and parameters at once</h2>",
-        _table(search.pareto(), settings),
-        "<h2>Plots</h2>",
-        pictures,
     ]
+    if front := search.pareto():
+        parts += ["<h2>Not beaten in accuracy, seconds and parameters at once</h2>"]
+        parts.append(_table(front, settings))
+    parts += ["<h2>Plots</h2>", pictures]
     if failed:
         rows = [[str(t.number), t.reason, describe(t.hyperparameters)] for t in failed]
         parts += ["<h2>Failed trials</h2>", _rows(["trial", "reason", "hyperparameters"], rows)]

@@ -4,6 +4,10 @@ retrained/plan.json                 what is to be trained
 retrained/trial_07/seed_0/          model.keras, result.json; while it trains, checkpoint.npz
 retrained/model.keras               that of the best trial (by validation) and the first seed
 retrained/model_card.md, .json      what it is, what it was trained on, how good it is
+retrained/next/                     the same, of a training that is to replace it when it is done
+
+In the folder of the search, tested.json says for which choice the test set has been used, and where
+what came of it lies.
 """
 
 from __future__ import annotations
@@ -67,13 +71,21 @@ def write_retrained(
     }
     saved = read_search(search.out)
     settings, names = _space_of(settings, space, saved)
+    whole = {**plan, "of": _origin(search, chosen)}
+    count = len(chosen) * seeds
     with locked(out):
-        _begin(out, plan, overwrite)
-        results = []
-        with _Runs(out, settings, saved["space"], names, len(chosen) * seeds, progress) as runs:
+        folder = _folder(search, out, whole, overwrite)
+        with _Runs(out, folder, settings, saved["space"], names, count, progress) as runs:
+            runs.prepare(chosen, seeds)  # from here on the data and the space are known to be there
+            _begin(search, out, folder, whole)
+            results = []
             for trial in chosen:
                 results.append([runs.result(trial, seed) for seed in range(seeds)])
-        return _finish(search, out, plan, chosen, results)
+                _note(search, out, whole, tested=True)
+        _finish(search, folder, plan, chosen, results)
+        if folder != out:
+            _replace(out, folder)
+        return out / "model_card.md"
 
 
 def _space_of(
@@ -93,24 +105,83 @@ def _space_of(
     return dataclasses.replace(settings, space=moved), names
 
 
-def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    path = out / "plan.json"
+def _origin(search: Search, chosen: list[TrialRecord]) -> dict[str, Any]:
+    """What the trainings depend on, beside the numbers of the trials."""
+    names = ("data", "space", "objective", "seed", "families")
+    settings = search.settings.to_dict()
+    own = {name: settings[name] for name in names}
+    return dict(json.loads(json.dumps({**own, "values": [t.values for t in chosen]})))
+
+
+def _folder(search: Search, out: Path, plan: dict[str, Any], overwrite: bool) -> Path:
+    """Where to train: beside what is to be replaced, if there is something."""
+    earlier = _read(out / "plan.json")
     if overwrite:
-        for made in ("plan.json", "model.keras", "model_card.md", "model_card.json"):
-            (out / made).unlink(missing_ok=True)
-        for folder in out.glob("trial_*"):
-            shutil.rmtree(folder)
-    if (out / "model_card.json").exists():
-        raise SearchError(
-            f"The test set has been used for this search: see {str(out / 'model_card.md')!r}. To "
-            "choose again by what it said would make its answer worthless; --overwrite does it."
-        )
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        is_empty = earlier is None and not (out / "model_card.json").exists()
+        return out if is_empty else out / "next"
+    noted = _read(search.out / "tested.json") or {}
+    place = Path(noted.get("out", out))
+    if noted.get("tested") and not _adds_seeds(noted["plan"], plan):
+        raise SearchError(_used(place))
+    if (out / "model_card.json").exists() and not _adds_seeds(earlier, plan):
+        raise SearchError(_used(out))
+    if earlier is not None and not _adds_seeds(earlier, plan):
         raise SearchError(
             f"{str(out)!r} holds an unfinished training of another choice: repeat that with the "
             "same options, or pass --overwrite."
         )
-    _write_json(path, plan)
+    return out
+
+
+def _used(out: Path) -> str:
+    return (
+        f"The test set has been used for this search: see {str(out / 'model_card.md')!r}. To "
+        "choose again by what it said would make its answer worthless; --overwrite does it. More "
+        "seeds of the same choice may be added."
+    )
+
+
+def _adds_seeds(earlier: dict[str, Any] | None, plan: dict[str, Any]) -> bool:
+    """Whether the choice is the same, of at least as many seeds."""
+    if earlier is None:
+        return False
+    return {**earlier, "seeds": 0} == {**plan, "seeds": 0} and plan["seeds"] >= earlier["seeds"]
+
+
+def _begin(search: Search, out: Path, folder: Path, plan: dict[str, Any]) -> None:
+    earlier = _read(folder / "plan.json")
+    if folder != out and not _adds_seeds(earlier, plan):
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt to replace, by others
+    if not (_read(search.out / "tested.json") or {}).get("tested"):
+        _note(search, out, plan, tested=False)  # so that what cannot be noted is not trained
+    _write_json(folder / "plan.json", plan)
+
+
+def _note(search: Search, out: Path, plan: dict[str, Any], *, tested: bool) -> None:
+    """In the folder of the search: for which choice the test set has been used, and where."""
+    note = {"tested": tested, "plan": plan, "out": str(out.absolute())}
+    try:
+        _write_json(search.out / "tested.json", note)
+    except OSError as error:
+        raise SearchError(
+            f"The use of the test set cannot be noted in {str(search.out)!r}: {error.strerror}."
+        ) from None
+
+
+def _replace(out: Path, folder: Path) -> None:
+    """Puts what has been made in the place of what there was; the card, which says so, last."""
+    for old in out.glob("trial_*"):
+        shutil.rmtree(old)
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == "model_card.json"):
+        path.replace(out / path.name)
+    folder.rmdir()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
 
 
 class _Runs:
@@ -119,6 +190,7 @@ class _Runs:
     def __init__(
         self,
         out: Path,
+        folder: Path,
         settings: Settings,
         space: Any,
         names: list[str] | None,
@@ -127,7 +199,7 @@ class _Runs:
     ) -> None:
         from tqdm import tqdm
 
-        self.out, self.settings = out.absolute(), settings
+        self.out, self.folder, self.settings = out.absolute(), folder.absolute(), settings
         self.space, self.names = space, names
         total = count * settings.epochs
         self.bar = tqdm(total=total, unit="epoch", disable=None if progress else True)
@@ -141,11 +213,19 @@ class _Runs:
         if self.nursery is not None:
             self.nursery.close()
 
+    def prepare(self, chosen: list[TrialRecord], seeds: int) -> None:
+        """Reads the data and the space, if there is something to train."""
+        if not all(self._result(t, s).exists() for t in chosen for s in range(seeds)):
+            self._nursery()
+
+    def _result(self, trial: TrialRecord, seed: int) -> Path:
+        return self.folder / f"trial_{trial.number}" / f"seed_{seed}" / "result.json"
+
     def result(self, trial: TrialRecord, seed: int) -> dict[str, Any]:
         """Trains, if that has not been done."""
-        folder = self.out / f"trial_{trial.number}" / f"seed_{seed}"
+        path = self._result(trial, seed)
+        folder = path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "result.json"
         self.bar.set_postfix_str(f"#{trial.number}, seed {seed}")
         if not path.exists():
             spec = {
@@ -185,7 +265,7 @@ class _Runs:
             spec = {"settings": settings, "folder": folder, "all_images": True}
             error = self.nursery.preload("keras_norm._search_trial:preload", spec)
             if error:
-                raise SearchError(error)
+                raise SearchError(" ".join(error.split()))
         return self.nursery
 
 
@@ -296,7 +376,7 @@ def _finish(
     plan: dict[str, Any],
     chosen: list[TrialRecord],
     results: list[list[dict[str, Any]]],
-) -> Path:
+) -> None:
     """Writes the card last: it says that the test set has been used."""
     first = out / f"trial_{chosen[0].number}" / "seed_0" / "model.keras"
     with replace_file(out / "model.keras") as temporary:
@@ -328,7 +408,6 @@ def _finish(
     with replace_file(path) as temporary:
         temporary.write_text(_markdown(card), encoding="utf-8")
     _write_json(out / "model_card.json", card)
-    return path
 
 
 def _spread(values: list[float]) -> str:

@@ -29,11 +29,13 @@ from typing import Any
 
 from keras_norm._search_process import Nursery
 from keras_norm._search_settings import (
+    BEAT,
     SearchError,
     Settings,
     TrialRecord,
     check_address,
     clear,
+    clear_checkpoints,
     code_of,
     environment,
     locked,
@@ -47,6 +49,7 @@ from keras_norm._search_settings import (
 
 __all__ = ["run_search"]
 
+_PATIENCE = 5 * BEAT  # seconds at least: a busy machine may lose a sign of life or two
 _RESTARTS = 5  # of one process, before any trial has ended since
 _PREFERRED = ("family", "normalization", "optimizer", "learning_rate", "sgd_learning_rate")
 
@@ -73,9 +76,15 @@ def run_search(
         raise SearchError("chief and join exclude each other.")
     if time_limit is not None and not time_limit > 0:
         raise SearchError(f"time_limit must be minutes above 0. Received: {time_limit!r}")
-    if not 0 < worker_timeout < math.inf:
-        raise SearchError(f"worker_timeout must be seconds above 0. Received: {worker_timeout!r}")
+    if not _PATIENCE <= worker_timeout < math.inf:
+        raise SearchError(
+            f"worker_timeout must be seconds, at least {_PATIENCE:g}, for workers give a sign of "
+            f"life every {BEAT:g}. Received: {worker_timeout!r}"
+        )
     if join is not None:
+        theirs = {"time_limit": time_limit is not None, "resume": resume, "overwrite": overwrite}
+        if foreign := [name for name, given in theirs.items() if given]:
+            raise SearchError(f"The chief decides on {foreign[0]}: leave it out when joining.")
         _join(out, options, join, workers, threads, worker_timeout, progress)
         return
     host, port = check_address(chief or "127.0.0.1:0")
@@ -93,17 +102,18 @@ def run_search(
             owner.prepare_space(resume, overwrite)
             owner.start_chief(host, port, worker_timeout, time_limit)
             owner.watch()
+        clear_checkpoints(out, settings)
 
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Holds the folder; one that was made for a search that could not begin goes again."""
+    """Holds the folder; one that was made for a search that did not begin goes again."""
     is_new = not out.exists()
     try:
         with locked(out):
             yield
-    except SearchError:
-        if is_new and not (out / "search.json").exists():
+    except (SearchError, KeyboardInterrupt, SystemExit):
+        if is_new and not (out / "search.json").exists() and not list(out.glob("trial_*")):
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -204,6 +214,9 @@ class _Owner:
     def __exit__(self, *exception: object) -> None:
         self.nursery.close()
         self.display.close()
+        for process in filter(None, [self.chief, *self.workers]):
+            if process.child is not None:
+                process.child.channel.close()
 
     # Before the search
 

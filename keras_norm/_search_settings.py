@@ -5,7 +5,7 @@ Nothing here needs Keras: a command line that is wrong, or a report, costs no im
     search.json             settings, space, its code's digest, versions, and a number of its own
     oracle.json             KerasTuner's oracle
     trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
-    trial_07/checkpoint.npz model, optimizer and history after the last finished epoch
+    trial_07/checkpoint.npz while it runs: model, optimizer and history after the last epoch
     trial_07/log.txt        what the trial printed
 """
 
@@ -30,13 +30,16 @@ from keras_norm._files import replace_file
 from keras_norm._machine import describe_machine
 
 __all__ = [
+    "BEAT",
     "OBJECTIVES",
     "SearchError",
     "Settings",
     "TrialRecord",
     "absolute_space",
     "check_address",
+    "checkpoints_done_with",
     "clear",
+    "clear_checkpoints",
     "code_of",
     "environment",
     "is_moved",
@@ -62,6 +65,8 @@ OBJECTIVES = {
     "accuracy_per_second": "max",
 }
 """Objective -> direction."""
+
+BEAT = 2.0  # seconds between a worker's signs of life
 
 # What may differ when a search is resumed: it changes no trial that has been made.
 CHANGEABLE = {"trials", "trial_timeout", "trial_memory", "data_dir", "tensorboard"}
@@ -107,8 +112,11 @@ class Settings:
         _one_of("tuner", self.tuner, TUNERS)
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("scoring", self.scoring, ("last", "best"))
-        if not self.families:
-            raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}.")
+        if not isinstance(self.families, tuple | list) or not self.families:
+            raise SearchError(
+                f"families must be a list of at least one of {', '.join(FAMILIES)}. Received: "
+                f"{self.families!r}"
+            )
         for family in self.families:
             _one_of("families", family, FAMILIES)
         if "fast" in self.families and self.data == "digits":
@@ -119,9 +127,27 @@ class Settings:
         _at_least("seed", self.seed, 0)
         for name in ("subset", "max_parameters", "max_flops", "trial_timeout", "trial_memory"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise SearchError(f"{name} must be a number above 0. Received: {name}={value!r}")
-        if not 0 < self.validation < 1:
+        if self.subset is not None:
+            _at_least("subset", self.subset, 1)
+        for name in ("prune", "tensorboard"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SearchError(f"{name} must be True or False. Received: {name}={value!r}")
+        if not isinstance(self.space, str):
+            raise SearchError(
+                "space must be a name, for the processes of a search import it: 'images', "
+                f"'module:function' or 'file.py:function'. Received: space={self.space!r}"
+            )
+        if not isinstance(self.fixed, Mapping):
+            raise SearchError(
+                f"fixed must be a mapping, hyperparameter -> value. Received: fixed={self.fixed!r}"
+            )
+        for name in ("refine", "data_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike | None):
+                raise SearchError(f"{name} must be a folder. Received: {name}={value!r}")
+        if not (_is_number(self.validation) and 0 < self.validation < 1):
             raise SearchError(
                 "validation is the fraction of the training images that is held out, between 0 "
                 f"and 1. Received: validation={self.validation!r}"
@@ -144,7 +170,7 @@ class Settings:
                 f"A search has no option {unknown[0]!r}. It has: {', '.join(sorted(names))}."
             )
         given = dict(options)
-        if "families" in given:
+        if isinstance(given.get("families"), list):
             given["families"] = tuple(given["families"])
         return cls(**given)
 
@@ -177,8 +203,12 @@ def hyperband(epochs: int, factor: int) -> int:
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise SearchError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at_least(name: str, value: Any, least: int) -> None:
@@ -210,7 +240,7 @@ def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: b
     if resume and not exists:
         raise SearchError(f"There is no search to resume in {str(out)!r}.")
     if not exists:
-        if out.is_dir() and not {p.name for p in out.iterdir()} <= {".lock", "processes.txt"}:
+        if out.is_dir() and not all(map(_is_left_over, out.iterdir())):
             raise SearchError(
                 f"{str(out)!r} holds other files and no search: choose a new or an empty folder."
             )
@@ -223,6 +253,11 @@ def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: b
             "begin anew, or choose another folder."
         )
     return _resumed(out, options)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a search leaves it that is killed before it has begun."""
+    return path.name in (".lock", "processes.txt") or path.match(".search.*.json")
 
 
 def _begun(options: Mapping[str, Any]) -> Settings:
@@ -322,8 +357,9 @@ def absolute_space(space: str) -> str:
 
 def clear(out: Path) -> None:
     """Removes what a search has made, and nothing else."""
-    made = ["search.json", "oracle.json", "report", "retrained", "tensorboard"]
-    for path in [*map(out.joinpath, made), *out.glob("trial_*")]:
+    made = ["oracle.json", "report", "retrained", "tensorboard", "tested.json"]
+    # search.json last: without it, the rest would be taken for somebody's files.
+    for path in [*map(out.joinpath, made), *out.glob("trial_*"), out / "search.json"]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -473,6 +509,25 @@ def record_of(state: Mapping[str, Any]) -> TrialRecord:
         values=dict(state["hyperparameters"]["values"]),
         history=history,
     )
+
+
+def checkpoints_done_with(trial_id: str, values: Mapping[str, Any]) -> list[str]:
+    """The trials whose checkpoints nobody needs once this one has ended.
+
+    A trial of Hyperband may be gone on from by another, of the next round of its bracket.
+    """
+    needless = [values["tuner/trial_id"]] if "tuner/trial_id" in values else []
+    if values.get("tuner/round", 0) == values.get("tuner/bracket", 0):
+        needless.append(trial_id)
+    return needless
+
+
+def clear_checkpoints(out: Path, settings: Settings) -> None:
+    """Removes what a worker that was killed has left, once all trials have ended."""
+    records = read_trials(out)
+    if all(r.status != "running" for r in records) and len(records) >= settings.planned:
+        for path in out.glob("trial_*/checkpoint.npz"):
+            path.unlink(missing_ok=True)
 
 
 def ranked(records: list[TrialRecord], direction: str) -> list[TrialRecord]:

@@ -33,6 +33,7 @@ __all__ = [
     "SmoothedCrossentropy",
     "Task",
     "count_flops",
+    "defaults",
     "explore",
     "hyperparameters",
     "images",
@@ -40,6 +41,7 @@ __all__ = [
     "pin",
     "space_of",
     "strangers",
+    "unchanged",
 ]
 
 _MOST_CALLS = 2000  # of a space, before no more is begun to find what it hides
@@ -79,11 +81,12 @@ class Candidate:
     """A model to train, and how; what a space returns.
 
     Args:
-        model: a function that makes the model, compiled, with the metric "accuracy". (Or the
-            model itself: then it is built also where only its hyperparameters are asked for.)
-            With a metric named "crossentropy", that is what the objective "val_loss" and the test
-            loss are taken from: the compiled loss has the penalties and the label smoothing of
-            the trial in it, and says little about another trial's.
+        model: a function that makes the model: functional or Sequential, with its input shape, and
+            compiled, with the metric "accuracy". (Or the model itself: then it is built also where
+            only its hyperparameters are asked for.) With a metric named "crossentropy", that is
+            what the objective "val_loss" and the test loss are taken from: the compiled loss has
+            the penalties and the label smoothing of the trial in it, and says little about another
+            trial's.
         batch_size: images per batch.
         augment: of `Split.batches`. Default: None.
         callbacks: of `fit`, in front of those of the search. Default: none.
@@ -435,6 +438,16 @@ def hyperparameters(space: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     return keras_tuner.HyperParameters.from_config(config)
 
 
+def defaults(space: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of each hyperparameter that there is when all have theirs."""
+    hp = hyperparameters({"space": []}, {})
+    for entry in hyperparameters(space, {}).space:
+        hp.merge([entry])
+        if hp.is_active(entry):
+            hp.values.setdefault(entry.name, entry.default)
+    return dict(hp.values)
+
+
 # Narrower spaces ----------------------------------------------------------------------------
 
 
@@ -512,6 +525,21 @@ def narrow(space: Mapping[str, Any], best: Sequence[TrialRecord]) -> dict[str, A
         ]
         entries.append(_narrowed(entry, own) if own else entry)
     return _possible(entries)
+
+
+def unchanged(space: Mapping[str, Any], best: Sequence[TrialRecord], earlier: str) -> str:
+    """Why to narrow a space around these trials leaves it as it is."""
+    names = {e["config"]["name"] for e in space["space"]}
+    if not any(names & set(r.values) for r in best):
+        own = sorted({n for r in best for n in r.hyperparameters})
+        return (
+            f"refine={earlier!r} has no hyperparameter in common with this space: it has "
+            f"{', '.join(own)}; the space has {', '.join(sorted(names))}."
+        )
+    return (
+        f"refine={earlier!r} narrows nothing: its best {len(best)} lie all over the space. Take "
+        "fewer of them by refine_top, or leave refine out."
+    )
 
 
 def _narrowed(entry: Mapping[str, Any], own: Sequence[Any]) -> Mapping[str, Any]:

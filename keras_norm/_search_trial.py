@@ -8,19 +8,22 @@ from the search and the trial's number, and the order of the images from seed an
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import keras
 import numpy as np
@@ -28,7 +31,7 @@ import numpy as np
 from keras_norm import datasets, models, statistics
 from keras_norm._files import replace_file
 from keras_norm._kinds import has_statistics
-from keras_norm._search_process import Channel, can_fork
+from keras_norm._search_process import Channel, can_fork, introduce
 from keras_norm._search_settings import (
     SearchError,
     Settings,
@@ -39,12 +42,14 @@ from keras_norm._search_space import (
     Candidate,
     Task,
     count_flops,
+    defaults,
     explore,
     hyperparameters,
     narrow,
     pin,
     space_of,
     strangers,
+    unchanged,
 )
 from keras_norm.callbacks import ReestimateStatistics
 
@@ -71,8 +76,15 @@ EVALUATION_BATCH = 500
 _REESTIMATED_FROM = 10_000  # images
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 class TrialError(Exception):
     """The trial failed, for the reason given."""
+
+
+class StateError(Exception):
+    """The state of the trial cannot be written: no fault of the trial."""
 
 
 # Data and model -----------------------------------------------------------------------------
@@ -105,47 +117,71 @@ def preload(spec: dict[str, Any]) -> None:
     """In a nursery: the data and the space, for all its children.
 
     To read the data may start threads; so a child does that, and leaves it in a file, from which
-    the nursery maps it into its memory.
+    the nursery maps it into its memory. The file has no name: whoever is killed, nothing stays.
     """
     settings, all_images = Settings.of(spec["settings"]), spec.get("all_images", False)
     space_of(settings.space)
     if not can_fork():
         return
-    with tempfile.TemporaryDirectory(dir=spec["folder"], prefix=".data") as folder:
-        pid = os.fork()
-        if pid == 0:
-            _leave(Path(folder), functools.partial(load, settings, all_images=all_images))
-        os.waitpid(pid, 0)
-        outcome = _found(Path(folder))
-    if isinstance(outcome, str):
-        raise SearchError(outcome)
+    make = functools.partial(load, settings, all_images=all_images)
+    with tempfile.TemporaryFile(dir=spec["folder"]) as arrays:
+        data = _made_elsewhere(make, arrays, spec["folder"])
     _LOADED.clear()
-    _LOADED[_key(settings, all_images)] = outcome
+    _LOADED[_key(settings, all_images)] = data
 
 
-def _leave(folder: Path, make: Callable[[], Any]) -> None:
-    """Pickles what is made, its arrays in files of their own; or the reason. Never returns."""
+def _made_elsewhere(make: Callable[[], Any], arrays: IO[bytes], folder: str) -> Any:
+    """What a child makes; its arrays, in a file, are mapped, read-only."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        introduce("kn-data")
+        _leave(make, arrays, writing, folder)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        told = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if not told:
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        raise SearchError(f"The process that read the data has died {how}.")
+    content, places = pickle.loads(told)
+    if places is None:
+        raise SearchError(content)
+    size = arrays.seek(0, os.SEEK_END)
+    view = memoryview(mmap.mmap(arrays.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+    return pickle.loads(content, buffers=[view[start:end] for start, end in places])
+
+
+def _leave(make: Callable[[], Any], arrays: IO[bytes], writing: int, folder: str) -> None:
+    """Writes the arrays of what is made into a file, and the rest into a pipe; never returns.
+
+    The rest is (pickle, where the arrays begin and end), or (what went wrong, None).
+    """
+    told: tuple[Any, Any]
     try:
-        buffers: list[pickle.PickleBuffer] = []
         try:
+            buffers: list[pickle.PickleBuffer] = []
             content = pickle.dumps(make(), protocol=5, buffer_callback=buffers.append)
+            try:
+                told = content, [_appended(buffer.raw(), arrays) for buffer in buffers]
+                arrays.flush()
+            except OSError as error:
+                told = f"The data cannot be kept in {folder!r}: {error.strerror}.", None
         except Exception as error:
-            traceback.print_exc()
-            content = pickle.dumps(brief(error))
-        for i, buffer in enumerate(buffers):
-            (folder / f"{i}.bin").write_bytes(buffer.raw())
-        (folder / "content.pickle").write_bytes(content)
+            told = brief(error), None
+            print_traceback()
+        with open(writing, "wb") as pipe:
+            pickle.dump(told, pipe)
     finally:
         os._exit(0)
 
 
-def _found(folder: Path) -> Any:
-    """What `_leave` left. The arrays are mapped, read-only; the files may go."""
-    if not (folder / "content.pickle").exists():
-        return "the process that read the data has died"
-    count = len(list(folder.glob("*.bin")))
-    buffers = [np.memmap(folder / f"{i}.bin", mode="r") for i in range(count)]
-    return pickle.loads((folder / "content.pickle").read_bytes(), buffers=buffers)
+def _appended(raw: memoryview, file: IO[bytes]) -> tuple[int, int]:
+    """Where it begins, at a multiple of 64 bytes, and ends."""
+    start = -(-file.tell() // 64) * 64
+    file.seek(start)
+    file.write(raw)
+    return start, start + len(raw)
 
 
 def task_of(settings: Settings, data: datasets.Data) -> Task:
@@ -169,9 +205,13 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
         space: Mapping[str, Any] = whole
         if settings.refine is not None and not spec["resume"]:
             space = narrow(whole, refined_from(settings))
-        channel.send({"space": pin(space, settings.fixed), "whole": whole})
+            if space == narrow(whole, []):
+                raise SearchError(unchanged(whole, refined_from(settings), settings.refine))
+        space = pin(space, settings.fixed)
+        require_candidate(settings, space, load(settings))
+        channel.send({"space": space, "whole": whole})
     except Exception as error:
-        traceback.print_exc()
+        print_traceback()
         channel.send({"error": brief(error)})
 
 
@@ -208,6 +248,48 @@ def check_names(settings: Settings, names: list[str], data: datasets.Data) -> No
             f"{settings.space!r} is not the space of the search: {differ[0]!r} is in one of them "
             "alone. Name the file or module as it was then with --space."
         )
+
+
+def require_candidate(settings: Settings, space: Mapping[str, Any], data: datasets.Data) -> None:
+    """Refuses a space none of whose trials could succeed, by the one of all defaults."""
+    if settings.space == "images":
+        return
+    where = f"the space {settings.space!r}, with the default of each hyperparameter"
+    candidate = make_candidate(settings, space, defaults(space), data)
+    if not isinstance(candidate, Candidate):
+        raise SearchError(
+            "A space must return a keras_norm.tuning.Candidate, such as Candidate(model, "
+            f"batch_size=64). Received: {type(candidate).__name__} from {where}."
+        )
+    size = candidate.batch_size
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise SearchError(
+            f"batch_size must be a whole number, at least 1. Received: {size!r} from {where}."
+        )
+    try:
+        model = candidate.build()
+    except Exception as error:
+        print_traceback()
+        raise SearchError(f"No model can be built from {where}: {brief(error)}.") from None
+    rule = (
+        "The model of a Candidate must be functional or Sequential with its input shape, and "
+        f"compiled with a loss and metrics=['accuracy']. Received from {where}: "
+    )
+    if not isinstance(model, keras.Model):
+        raise SearchError(f"{rule}{type(model).__name__}.")
+    if not model.compiled:
+        raise SearchError(f"{rule}a model that is not compiled.")
+    if not model.built:
+        raise SearchError(f"{rule}{type(model).__name__} that is not built.")
+    try:
+        count_flops(model)
+        model.run_eagerly = True  # to trace it would take longer than the answer
+        told = model.test_on_batch(data.train.x[:2], data.train.y[:2], return_dict=True)
+    except Exception as error:
+        print_traceback()
+        raise SearchError(f"{rule}{type(model).__name__}, {brief(error)}.") from None
+    if "accuracy" not in told:
+        raise SearchError(f"{rule}a model that reports {', '.join(told)}.")
 
 
 def measure(channel: Channel, spec: dict[str, Any]) -> None:
@@ -433,7 +515,10 @@ class Trial:
         if self.settings.objective == "val_accuracy_reestimated":
             metrics["val_accuracy_reestimated"] = metrics["val_accuracy"]
         self.history.append(metrics)
-        save_state(self.folder / "checkpoint.npz", self.model, self.history, self.origin)
+        try:
+            save_state(self.folder / "checkpoint.npz", self.model, self.history, self.origin)
+        except OSError as error:
+            raise StateError(error.strerror or str(error)) from error
         if self.settings.tensorboard:
             from keras_norm._search_tensorboard import write
 
@@ -454,20 +539,31 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of a trial.
 
     Sends {"report": metrics} after each epoch, also after those of an earlier attempt, and waits
-    for {"go": whether to go on}; last {"done": true} or {"failed": reason}.
+    for {"go": whether to go on}; last {"done": true}, {"failed": reason}, or {"stopped": reason}
+    where the trial cannot go on for what is none of its faults.
     """
     folder = Path(spec["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        try:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
             Trial(channel, spec).train()
-        except TrialError as error:
-            channel.send({"failed": str(error)})
-        except (MemoryError, Exception) as error:
-            traceback.print_exc()
-            channel.send({"failed": brief(error)})
-        else:
             channel.send({"done": True})
+    except TrialError as error:
+        channel.send({"failed": str(error)})
+    except (MemoryError, Exception) as error:
+        print_traceback()
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            error = StateError(os.strerror(error.errno))
+        if isinstance(error, StateError):
+            channel.send({"stopped": f"{error}: {str(folder)!r}"})
+        else:
+            channel.send({"failed": brief(error)})
+
+
+def print_traceback() -> None:
+    """Into the log, where there is room for it."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
 
 
 def brief(error: BaseException) -> str:

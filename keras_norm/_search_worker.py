@@ -16,12 +16,11 @@ from typing import Any
 
 from keras_norm._search_chief import COMPLETED, FAILED, IDLE, SERVICE, STOPPED
 from keras_norm._search_process import Channel, Child, Nursery
-from keras_norm._search_settings import Settings
+from keras_norm._search_settings import BEAT, Settings, checkpoints_done_with
 
 __all__ = ["about", "run"]
 
-_BEAT = 2.0  # seconds between signs of life
-_LOOK = 0.5  # seconds between looks at a trial's memory
+_LOOK = 0.5  # seconds between looks at a trial that says nothing
 _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # gRPC's, when the chief cannot be reached
 
 
@@ -56,9 +55,10 @@ class Chief:
         answer = self._until_there(lambda: self.oracle.update_trial(trial_id, metrics, step=epoch))
         return bool(answer.status != STOPPED)
 
-    def finish(self, trial_id: str, status: str, message: str) -> None:
+    def finish(self, trial_id: str, status: str, message: str) -> bool:
+        """Returns whether that has ended the trial; not if it was another worker's by now."""
         ask = {"worker": self.worker, "trial": trial_id, "status": status, "message": message}
-        self.ask("Finish", ask)
+        return bool(self.ask("Finish", ask)["ended"])
 
     def owns(self, trial_id: str | None) -> bool:
         """A sign of life. Returns whether the trial is still this worker's."""
@@ -117,9 +117,10 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
             if trial.status == IDLE:
                 time.sleep(0.3)
                 continue
-            status, reason = Attempt(chief, nursery, spec, trial).run()
-            chief.finish(trial.trial_id, status, reason)
-    except ConnectionError as error:
+            attempt = Attempt(chief, nursery, spec, trial)
+            if chief.finish(trial.trial_id, *attempt.run()):
+                attempt.clear()
+    except OSError as error:  # the chief is away for too long, or the disk is full
         channel.send({"error": str(error)})
     else:
         channel.send({"over": True})
@@ -153,19 +154,30 @@ class Attempt:
         """Returns status and reason."""
         folder = self._folder(self.trial.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").touch()
         name, target = f"kn-trial-{self.trial.trial_id}", "keras_norm._search_trial:run"
         child = self.nursery.start(name, target, self._spec(), folder / "log.txt")
         try:
             self._watch(child)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             pass  # the process is gone: its status says more
-        finally:
-            if self.end is not None:
-                child.kill()
-            code = child.wait()
+        except OSError:
+            child.kill()
+            child.wait()
+            raise
+        if self.end is not None:
+            child.kill()
+        code = child.wait()
         if self.end is not None:
             return self.end
         return FAILED, _why(code)
+
+    def clear(self) -> None:
+        """Removes the states that no trial goes on from any more, now that this one has ended."""
+        for trial_id in checkpoints_done_with(
+            self.trial.trial_id, self.trial.hyperparameters.values
+        ):
+            (self._folder(trial_id) / "checkpoint.npz").unlink(missing_ok=True)
 
     def _folder(self, trial_id: str) -> Path:
         return self.folder / f"trial_{trial_id}"
@@ -195,10 +207,10 @@ class Attempt:
             message = child.channel.receive(_LOOK)
             if message is not None:
                 self._hear(child, message)
-                continue
             now = time.monotonic()
-            self._check_limits(child, now - began)
-            if self.end is None and now - beaten > _BEAT:
+            if self.end is None:  # also of a trial that never falls silent
+                self._check_limits(child, now - began)
+            if self.end is None and now - beaten > BEAT:
                 beaten = now
                 if not self.chief.owns(self.trial.trial_id):
                     self.end = FAILED, "given to another worker"  # nobody will hear it
@@ -208,6 +220,9 @@ class Attempt:
             metrics = dict(message["report"])
             epoch = int(metrics.pop("epoch"))
             child.channel.send({"go": self.chief.report(self.trial.trial_id, metrics, epoch)})
+        elif "stopped" in message:
+            number = self.trial.trial_id
+            raise OSError(f"trial {number} cannot be kept, and goes on later: {message['stopped']}")
         elif "failed" in message:
             self.end = FAILED, str(message["failed"])
         else:

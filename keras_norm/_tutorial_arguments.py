@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keras_norm._files import replace_file
+from keras_norm._files import replace_file, require_writable
 from keras_norm._machine import in_notebook
 
 T = TypeVar("T")
@@ -157,8 +157,6 @@ def _positive(text: str) -> int:
 
 def _check_writable(folder: Path, parser: argparse.ArgumentParser) -> None:
     try:
-        with replace_file(folder / ".writable") as probe:
-            probe.touch()
-        (folder / ".writable").unlink()
+        require_writable(folder)
     except OSError as error:
         parser.error(f"argument --out: cannot write to {str(folder)!r}: {error.strerror}")

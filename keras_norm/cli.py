@@ -7,6 +7,8 @@ Ctrl-C is 130. Nothing heavy is imported before it is needed, `--help` least of 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import shlex
 import signal
 import sys
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments. Default: those of the process.
 
     Returns:
-        Exit status: 0, or 130 after Ctrl-C.
+        Exit status: 0; 1 for a search none of whose trials has a score; 2 for what the user can put
+        right; 130 after Ctrl-C.
 
     Raises:
         SystemExit: status 2 and one line for wrong arguments; 0 after --help and --version; 143
@@ -153,10 +156,12 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add("--chief", metavar="HOST:PORT", help="let workers of other machines join")
     add("--join", metavar="HOST:PORT", help="work for the chief there")
     add("--time-limit", type=float, metavar="MINUTES", help="begin no trial after that")
-    add("--trial-timeout", type=float, metavar="SECONDS", help="a trial that hangs has failed")
-    add("--trial-memory", type=float, metavar="GIB", help="a trial that takes more has failed")
+    add("--trial-timeout", type=_limit, metavar="SECONDS",
+        help="a trial that hangs has failed; none takes it off")  # fmt: skip
+    add("--trial-memory", type=_limit, metavar="GIB",
+        help="a trial that takes more has failed; none takes it off")  # fmt: skip
     add("--worker-timeout", type=float, metavar="SECONDS",
-        help="silence after which a worker's trial is given to another, default: 60")  # fmt: skip
+        help="silence after which another gets a worker's trial, from 10, default: 60")  # fmt: skip
     add("--tensorboard", action="store_true", default=argparse.SUPPRESS,
         help="write logs for its HParams plugin")  # fmt: skip
     add("--quiet", action="store_false", dest="progress", help="no table")
@@ -183,15 +188,28 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     try:
         found = tuning.search(out, **options)
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted. Finished trials and epochs are kept; go on with:\n"
-            f"  keras-norm tune --out {shlex.quote(out)} --resume",
-            file=sys.stderr,
-        )
+        print(f"\nInterrupted. {_after_interrupt(options, out)}", file=sys.stderr)
         return 130
-    if options.get("progress", True) and "join" not in options:
+    if "join" in options:
+        return 0
+    if options.get("progress", True):
         _conclude(found, out)
-    return 0
+    if found.best():
+        return 0
+    print("keras-norm: error: No trial has a score: see the reasons above and, for each trial, "
+          f"{shlex.quote(out)}/trial_N/log.txt", file=sys.stderr)  # fmt: skip
+    return 1
+
+
+def _after_interrupt(options: dict[str, Any], out: str) -> str:
+    if "join" in options:
+        return "The chief gives the trials that were running here to others."
+    if not (Path(out).expanduser() / "search.json").exists():
+        return "The search had not begun: the same command begins it."
+    return (
+        "Finished trials and epochs are kept; go on with:\n"
+        f"  keras-norm tune --out {shlex.quote(out)} --resume"
+    )
 
 
 def _terminated(*_: Any) -> NoReturn:
@@ -205,6 +223,8 @@ def _conclude(found: Any, out: str) -> None:
     print(f"\n{len(found.trials)} trials, {failed} of them failed.")
     for trial in found.best(3):
         print(f"  #{trial.number}: {trial.score:.4f}  {describe(trial.hyperparameters)[:120]}")
+    if not found.best():
+        return
     print(f"\nkeras-norm report {shlex.quote(out)}\nkeras-norm retrain {shlex.quote(out)} --top 1")
 
 
@@ -254,17 +274,26 @@ def _run_retrain(arguments: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
-    return number
+    return _whole(text, 1)
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, least: int = 0) -> int:
+    """Also of "1e6"."""
     plain = text.strip().replace("_", "")
-    if not plain.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0; got {text!r}")
-    return int(plain)
+    number = float(plain) if re.fullmatch(r"\d+(\.\d*)?[eE]\d{1,2}", plain) else math.nan
+    if plain.isdecimal() or number.is_integer():
+        found = int(plain if plain.isdecimal() else number)
+        if found >= least:
+            return found
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
+
+
+def _limit(text: str) -> float | None:
+    """A number, or "none"."""
+    try:
+        return None if text.strip().lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or none; got {text!r}") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -30,6 +30,9 @@ __all__ = ["EvaluateTogether", "train_together"]
 Array = npt.NDArray[Any]
 Tensor = Any
 
+_NOT_CARRIED = ("_constraint", "_quantizer", "lora_rank")
+_SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)  # over all weights
+
 _PLAIN = (keras.layers.Activation, keras.layers.ReLU)  # the same for all nets, and without weights
 
 
@@ -55,8 +58,9 @@ def train_together(
         models: S >= 1 built functional or Sequential models, which are a chain of `Flatten`,
             `Dense`, `Activation`, `ReLU` and `keras_norm.layers.BatchNormalization` and
             `LayerNormalization` with axis -1, and end in logits; such as `models.MLP` without
-            dropout. Their weights are where training begins; at its end they hold the trained
-            ones.
+            dropout. They have no constraints, activity regularizers or frozen layers, and no
+            penalties but L1 and L2. Their weights are where training begins; at its end they hold
+            the trained ones.
         x: (M, ...), the inputs of all examples.
         y: (M,), their classes, integers.
         rows: for each model an array of as many different row numbers of x and y.
@@ -73,8 +77,8 @@ def train_together(
 
     Raises:
         ValueError: for models without weights or of different structures, other layers than these,
-            a model that is no chain, numbers of rows and seeds that do not fit. Nothing has
-            changed then.
+            layers with what is excluded above, a model that is no chain, numbers of rows and seeds
+            that do not fit. Nothing has changed then.
 
     Example:
         >>> from keras_norm import datasets, models, optimizers
@@ -262,8 +266,28 @@ class _StackedLayerNormalization(keras.layers.Layer):  # type: ignore[misc]
         return y + self.beta[:, None] if self.like["center"] else y
 
 
+def _check_plain(layer: Any) -> None:
+    """Refuses what would not be done for all nets as it is for one."""
+    config = layer.get_config()
+    used = [n for n, v in config.items() if v is not None and n.endswith(_NOT_CARRIED)]
+    if not all(sub.trainable for sub in layer._flatten_layers()):
+        used.append("trainable=False")
+    if layer.activity_regularizer is not None:
+        used.append("activity_regularizer")
+    regularizers = [v for n, v in config.items() if n.endswith("_regularizer") and v is not None]
+    if any(type(keras.regularizers.get(r)) not in _SUMS for r in regularizers):
+        used.append("a regularizer other than L1, L2 and L1L2")
+    if used:
+        raise ValueError(
+            "Models that are trained together may have no constraints, no activity regularizers, "
+            "no frozen layers, and no penalties but L1 and L2. Received: layer "
+            f"{layer.name!r} with {used[0]}. Train such models one by one."
+        )
+
+
 def _stacked(layer: Any) -> Any:
     """The layer that does for all nets what this one does for its own."""
+    _check_plain(layer)
     if type(layer) is keras.layers.Dense:
         return _StackedDense(layer)
     if type(layer) is BatchNormalization and layer.axis == -1:

@@ -34,7 +34,7 @@ from keras import ops
 
 from keras_norm import callbacks, datasets, kernels, models, optimizers, statistics
 from keras_norm._experiment_short import classification_metrics
-from keras_norm._files import replace_file
+from keras_norm._files import replace_file, require_writable
 from keras_norm._machine import describe_machine
 
 __all__ = [
@@ -368,8 +368,9 @@ def train(
         data: with a validation part, that judges; without, the test part does. Default:
             CIFAR-10, all 50,000 images, judged by the test images.
         seed: of initialization, order and augmentation, int >= 0. Default: 0.
-        backup: .npz file that is written after every epoch, and gone on from if it exists;
-            removed at the end. Default: none.
+        backup: .npz file that is written after every epoch, and gone on from if it exists. It
+            stays at the end, for the training is nowhere else until the outcome is saved: then
+            remove it. Default: none.
         on_epoch: called with the number of epochs done and the metrics of the last one, also
             within an epoch (then with no metrics); to show progress. Default: none.
         dtype_policy: "float32", "mixed_bfloat16" or another of Keras's; or "auto" for
@@ -423,9 +424,7 @@ def train(
         verbose=0,
         callbacks=[c for c in (lookahead, clock, saved) if c is not None],
     )
-    outcome = _judge(recipe, seed, model, data, clock, batches, saved.policy)
-    saved.remove()
-    return outcome
+    return _judge(recipe, seed, model, data, clock, batches, saved.policy)
 
 
 def judge(nets: Sequence[Any], data: datasets.Data, views: int = 1) -> dict[str, float]:
@@ -677,11 +676,6 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
         with replace_file(self.path) as temporary, temporary.open("wb") as file:
             np.savez(file, notes=np.array(json.dumps(notes)), **values)
 
-    def remove(self) -> None:
-        """The training is over."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
 
 # The command --------------------------------------------------------------------------------------
 
@@ -716,11 +710,14 @@ def command(arguments: argparse.Namespace) -> int:
         Exit status: 0, or 2 after one line about what was wrong with the arguments.
     """
     recipe, out = RECIPES[arguments.recipe], Path(arguments.out)
+    backup = out / "backup.npz"
     try:
         data = load(arguments.data, data_dir=arguments.data_dir, validation=arguments.validation)
+        _require_writable(out)
         print(data)
-        outcome = _shown(recipe, data, arguments, out / "backup.npz")
+        outcome = _shown(recipe, data, arguments, backup)
         path = outcome.save(out)
+        backup.unlink()
     except (ValueError, OSError) as error:
         print(f"keras-norm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -734,6 +731,17 @@ def command(arguments: argparse.Namespace) -> int:
         f"{path} and card.json are written"
     )
     return 0
+
+
+def _require_writable(out: Path) -> None:
+    """Before the training, which would be lost."""
+    try:
+        require_writable(out)
+        for name in ("model.keras", "card.json"):
+            if (out / name).is_dir():
+                raise IsADirectoryError(0, f"{name} is a folder there")
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {str(out)!r}: {error.strerror}") from None
 
 
 def _shown(recipe: Recipe, data: datasets.Data, arguments: Any, backup: Path) -> Outcome:

@@ -172,13 +172,15 @@ def search(
         join: "HOST:PORT" of a chief whose trials to run; `out` then holds logs and checkpoints, in
             a folder of its own for each search.
         time_limit: minutes after which no new trial begins. Default: none.
-        worker_timeout: seconds of silence after which the trial of a worker is given to another.
+        worker_timeout: seconds >= 10 of silence after which the trial of a worker is given to
+            another. Default: 60.
         progress: whether to print a table with a progress bar. Default: True.
         **options: what decides on the trials:
 
             data: "cifar10", "fashion_mnist", "mnist" or "digits". Default: "cifar10".
             data_dir: folder of the data sets, as in `keras_norm.datasets.load`.
-            subset: number of images to train on, drawn by seed and class. Default: all.
+            subset: number of images to train on, drawn by class; the same ones for every seed of
+                a search. Default: all.
             validation: fraction of all training images that is held out first. Default: 0.1.
             space: "images", or a function of one's own, "file.py:function" or
                 "module:function", from (`keras_tuner.HyperParameters`, `Task`) to `Candidate`.
@@ -200,7 +202,8 @@ def search(
                 (default 5) others have got there. Default: False.
             seed: int >= 0. Default: 0.
             max_parameters, max_flops: budget; proposals beyond it do not become trials.
-            trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux).
+            trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux). With `resume`,
+                None takes them off.
             tensorboard: write logs for TensorBoard and its HParams plugin into out/tensorboard.
 
     Returns:
@@ -208,9 +211,10 @@ def search(
 
     Raises:
         SearchError: a `ValueError`; for options out of their range, a folder that holds something
-            else or cannot be written, an address that is in use or does not answer, data that
-            cannot be had; with `resume`, for another space, seed, or other setting that would mix
-            two searches. Then nothing has been changed.
+            else or cannot be written, a space whose defaults make no trial, an address that is in
+            use or does not answer, data that cannot be had; with `resume`, for another space, seed,
+            or other setting that would mix two searches. Then nothing has been changed. Also where
+            a disk is full: the search stops, and `resume` goes on.
         KeyboardInterrupt: after all processes have ended; `resume` goes on.
 
     Numerics: with one worker, equal settings and `threads` give equal trials to the last bit on one
@@ -289,13 +293,15 @@ def retrain(
     Args:
         search: a `Search`, or its folder.
         top: int >= 1, how many trials. Default: 1.
-        seeds: int >= 1, trainings of each, with seeds of their own. Default: 1.
+        seeds: int >= 1, trainings of each, with seeds of their own. More of them may be added
+            later, to the same choice; what has been trained is kept. Default: 1.
         epochs: of each. Default: those of the search.
         subset: number of images to train on. Default: all, also where the search had a subset.
         space: where the function of a space of one's own is now, if its file or module has moved.
             Default: where it was. If its code has changed, a warning says so.
         out: folder to write to. Default: "retrained" in that of the search.
-        overwrite: do it again, although the test set has been used.
+        overwrite: do it again, although the test set has been used. What is there is replaced
+            when all of the new is done, not before.
         progress: whether to show a bar. Default: True.
 
     Returns:
@@ -304,7 +310,8 @@ def retrain(
 
     Raises:
         SearchError: if there is no trial with a score; if the test set has been used for this
-            search already; if a training fails; if `space` is another function, or has other
+            search already and another choice (also one for another `out`); if the data or the
+            space are not there; if a training fails; if `space` is another function, or has other
             hyperparameters.
     """
     from keras_norm._search_retrain import write_retrained

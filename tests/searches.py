@@ -8,11 +8,14 @@ would be a new nursery in them is a fork. Everything else is as it is for a user
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
-from keras_norm import _search_process, cli
+import numpy as np
+
+from keras_norm import _search_process, _search_trial, cli
 from keras_norm._search_process import Nursery
-from keras_norm._search_settings import environment
+from keras_norm._search_settings import SearchError, environment
 
 
 class Command:
@@ -106,6 +109,40 @@ def command(channel, spec):
 def _forked(environment, log):
     os.environ.update(environment)
     return Nursery.forked()
+
+
+def trial(channel, spec):
+    """The process of a trial, without a worker."""
+    os.environ.update(spec["environment"])
+    _search_trial.run(channel, spec["spec"])
+
+
+def keep_data(channel, spec):
+    """Sends what becomes of several data sets that are read for a folder."""
+    folder = spec["folder"]
+
+    def kept(make, file):
+        try:
+            return _search_trial._made_elsewhere(make, file, folder)
+        except SearchError as error:
+            return str(error)
+
+    def in_folder():
+        return {"files": os.listdir(folder), "x": np.arange(5.0), "y": np.zeros(3, "int8")}
+
+    def bad():
+        raise ValueError("no such data")
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        found = kept(in_folder, file)
+        arrays = [found["x"].tolist(), found["y"].tolist(), found["x"].flags.writeable]
+        channel.send({"files": found["files"], "arrays": arrays})
+        channel.send({"bad": kept(bad, file), "killed": kept(killed, file)})
+    with open("/dev/full", "r+b", buffering=0) as full:
+        channel.send({"full": kept(in_folder, full)})
 
 
 def serve(channel, spec):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_norm import __version__
+from keras_norm import __version__, tuning
 from keras_norm.cli import main
 
 
@@ -56,13 +56,18 @@ def test_version(capsys):
         (["tune", "--out", "x", "--trails", "3"], "unrecognized arguments: --trails 3"),
         (["tune", "--out", "x", "--tria", "3"], "unrecognized arguments: --tria 3"),
         (["tune", "--out", "x", "--trials", "0"], "must be a whole number, at least 1; got '0'"),
+        (["tune", "--out", "x", "--max-parameters", "0.5e0"], "at least 1; got '0.5e0'"),
+        (["tune", "--out", "x", "--trial-memory", "all"], "must be a number, or none; got 'all'"),
+        (["tune", "--out", "x", "--join", "a:1", "--resume"], "The chief decides on resume"),
+        (["tune", "--out", "x", "--join", "a:1", "--time-limit", "1"], "decides on time_limit"),
+        (["tune", "--out", "x", "--join", "a:1", "--overwrite"], "The chief decides on overwrite"),
         (["tune", "--out", "x", "--fix", "family"], "must be NAME=VALUE; got 'family'"),
         (["tune", "--out", "x", "--resume", "--overwrite"], "not allowed with argument"),
         (["tune", "--out", "x", "--validation", "2"], "between 0 and 1. Received: validation=2.0"),
         (["tune", "--out", "x", "--chief", "8100"], "An address is HOST:PORT"),
         (["tune", "--out", "x", "--workers", "0"], "workers must be a whole number, at least 1"),
         (["tune", "--out", "x", "--threads", "0"], "threads must be a whole number from 1 to "),
-        (["tune", "--out", "x", "--worker-timeout", "0"], "worker_timeout must be seconds above 0"),
+        (["tune", "--out", "x", "--worker-timeout", "9"], "must be seconds, at least 10, for"),
         (["tune", "--out", "x", "--resume"], "There is no search to resume in 'x'"),
         (["tune", "--out", "x", "--refine", "y"], "There is no search in '"),
         (["tune", "--out", "x", "--tuner", "hyperband", "--trials", "9"], "30: leave out trials"),
@@ -74,6 +79,33 @@ def test_wrong_arguments(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_without_a_score_has_failed(capsys, tmp_path, monkeypatch):
+    failed = tuning.TrialRecord(0, "failed", "no luck", None, {}, {})
+    found = tuning.Search(tmp_path, tuning.Settings(), [failed])
+    monkeypatch.setattr(tuning, "search", lambda *arguments, **options: found)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    assert main(["tune", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "1 trials, 1 of them failed" in said.out
+    assert "retrain" not in said.out
+    assert "No trial has a score" in said.err
+
+
+def test_numbers_and_limits_that_are_taken_off(tmp_path, monkeypatch):
+    given = {}
+
+    def search(out, **options):
+        given.update(options)
+        raise tuning.SearchError("enough")
+
+    monkeypatch.setattr(tuning, "search", search)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    limits = ["--max-parameters", "1.5e3", "--trials", "1_0", "--trial-timeout", "none"]
+    assert main(["tune", "--out", str(tmp_path), *limits]) == 2
+    found = {name: given[name] for name in ("max_parameters", "trials", "trial_timeout")}
+    assert found == {"max_parameters": 1500, "trials": 10, "trial_timeout": None}
 
 
 def test_folder_that_cannot_be_written(capsys, tmp_path):
@@ -110,7 +142,7 @@ def heeds_interrupts():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
+def test_interrupt_before_a_search_has_begun_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "keras_norm", "tune", "--data", "digits", "--out", "a b"]
     search = subprocess.Popen(
         command,
@@ -134,5 +166,6 @@ def test_interrupt_ends_all_processes_and_says_how_to_resume(tmp_path):
         search.kill()
         search.communicate()
     assert search.returncode == 130
-    assert "keras-norm tune --out 'a b' --resume" in said
+    assert "The search had not begun: the same command begins it." in said
+    assert not (tmp_path / "a b").exists()
     assert not os.path.exists(f"/proc/{nursery}")

@@ -103,6 +103,22 @@ def test_each_net_is_what_it_would_be_alone(options, optimizer):
     assert np.abs(different[0] - different[1]).max() > 0.01
 
 
+def dense(frozen=False, **options):
+    """One net, with something that training together does not carry over."""
+    layer = keras.layers.Dense(6, **options)
+    net = keras.Sequential(
+        [keras.Input((4, 2)), keras.layers.Flatten(), layer, keras.layers.Dense(3)]
+    )
+    layer.trainable = not frozen
+    return net
+
+
+def frozen_net():
+    net = dense()
+    net.trainable = False
+    return net
+
+
 def together(nets, **changes):
     x, y = problem()
     rows = [rows_of(seed) for seed in range(len(nets))]
@@ -119,6 +135,15 @@ def together(nets, **changes):
         (lambda: [make(0)], {"batch_size": 91}, "batch_size=91"),
         (lambda: [make(0), make(1, hidden=(12, 8))], {}, "2 different structures"),
         (lambda: [make(0, normalization="rms")], {}, "type RMSNormalization"),
+        (lambda: [dense(frozen=True)], {}, "with trainable=False"),
+        (lambda: [frozen_net()], {}, "with trainable=False"),
+        (lambda: [dense(kernel_constraint="non_neg")], {}, "with kernel_constraint"),
+        (lambda: [dense(activity_regularizer="l2")], {}, "with activity_regularizer"),
+        (
+            lambda: [dense(kernel_regularizer="orthogonal_regularizer")],
+            {},
+            "with a regularizer other than",
+        ),
         (
             lambda: [make(0), make(1)],
             {"callbacks": [EvaluateTogether(np.zeros(150), {"val": [range(9)]})]},

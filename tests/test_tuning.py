@@ -33,12 +33,14 @@ pytestmark = [
 
 # Each epoch that begins is a line in a file, named after the trial by its learning rate.
 SPACE = """
+import errno
 import os
 import time
 
 import keras
 from keras import layers
 
+from keras_norm import _search_trial
 from keras_norm.tuning import Candidate
 
 
@@ -97,6 +99,21 @@ class Misbehave(keras.callbacks.Callback):
         if self.how == "memory":
             hoard = [b"x" * (1 << 26) for _ in range(24)]
             time.sleep(600)
+
+
+def no_room(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Full(Note):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch)
+        if epoch == 1 and os.environ["ROOM"] == "False":
+            _search_trial.save_state = no_room
+
+
+def full(hp, task):
+    return net(hp.Choice("rate", [0.1]), 8, task, callbacks=[Full("full")])
 
 
 def misbehaving(hp, task):
@@ -266,6 +283,7 @@ def test_killed_worker_chief_and_search(folder, imported, undisturbed, notes, mo
     assert search.wait() == 0, search.said()
     assert table(tuning.load(out)) == table(undisturbed)
     assert len(list(out.glob("trial_*"))) == TRIALS
+    assert not list(out.glob("trial_*/checkpoint.npz"))  # nobody needs them any more
     times = Counter(notes.read_text().splitlines())
     assert len(times) == TRIALS * EPOCHS
     repeated = sum(n - 1 for n in times.values())
@@ -300,6 +318,53 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
     log = next(t.number for t in search.trials if t.values["how"] == "raise")
     assert "second line" in (folder / f"failing/trial_{log}/log.txt").read_text()
     assert [t.score is None for t in search.trials].count(True) == 5
+
+
+def test_a_full_disk_is_no_fault_of_a_trial(folder, imported, notes):
+    """The trial has not failed, and goes on when there is room."""
+    values = {"rate": 0.1}
+    settings = {
+        "data": "digits",
+        "subset": 200,
+        "epochs": 2,
+        "space": f"{folder / 'space.py'}:full",
+    }
+    spec = {"settings": settings, "space": {"space": []}, "values": values, "number": 0, "root": 0}
+    spec |= {"folder": str(folder / "full/trial_0"), "ancestor": None}
+
+    def said(room):
+        request = {"spec": spec, "environment": dict(os.environ, NOTES=str(notes), ROOM=str(room))}
+        log = folder / "full.txt"
+        child = imported.nursery.start("kn-trial-0", "searches:trial", request, log)
+        messages = []
+        while not messages or "report" in messages[-1]:
+            messages.append(child.channel.receive(60))
+            if "report" in messages[-1]:
+                child.channel.send({"go": True})
+        child.wait()
+        return messages
+
+    first, last = said(room=False)
+    assert first["report"]["epoch"] == 1
+    assert last == {"stopped": f"No space left on device: {spec['folder']!r}"}
+    again, second, last = said(room=True)
+    assert again == first
+    assert second["report"]["epoch"] == 2
+    assert last == {"done": True}
+    assert notes.read_text().splitlines() == ["full 1", "full 2", "full 2"]
+
+
+def test_data_that_are_read_leave_nothing_behind(imported, tmp_path):
+    """They lie in a file without a name; what goes wrong with them has its reason."""
+    log = imported.folder / "data.txt"
+    child = imported.nursery.start("kn-data", "searches:keep_data", {"folder": str(tmp_path)}, log)
+    kept, wrong, full = (child.channel.receive(60) for _ in range(3))
+    assert child.wait() == 0
+    assert kept == {"files": [], "arrays": [[0, 1, 2, 3, 4], [0, 0, 0], False]}
+    assert wrong["bad"] == "ValueError: no such data"
+    assert wrong["killed"] == "The process that read the data has died by SIGKILL."
+    kept_where = f"The data cannot be kept in {str(tmp_path)!r}"
+    assert full["full"] == f"{kept_where}: No space left on device."
 
 
 def test_benchmark_sees_all_processes_that_last(imported, tmp_path, monkeypatch):
@@ -450,3 +515,20 @@ def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, shared, tmp_p
     assert "that of the last epoch" in text
     with pytest.raises(SearchError, match="The test set has been used"):
         tuning.retrain(undisturbed, out=out)
+    with pytest.raises(SearchError, match="The test set has been used"):
+        tuning.retrain(undisturbed, out=tmp_path / "elsewhere", top=2)
+    tuning.retrain(undisturbed, seeds=3, epochs=4, out=out, progress=False)
+    more = json.loads((out / "model_card.json").read_text())
+    assert more["results"][0]["test_accuracy"][:2] == accuracies
+    assert more["training"]["seeds"] == len(more["results"][0]["test_accuracy"]) == 3
+
+    before = {
+        p: p.read_bytes() for p in out.rglob("*") if p.name != "processes.txt" and p.is_file()
+    }
+    with pytest.raises(SearchError, match="100000"):
+        tuning.retrain(undisturbed, subset=100_000, out=out, overwrite=True, progress=False)
+    assert {p: p.read_bytes() for p in before} == before
+    tuning.retrain(undisturbed, epochs=1, out=out, overwrite=True, progress=False)
+    assert json.loads((out / "model_card.json").read_text())["training"]["epochs"] == 1
+    assert len(list(out.rglob("model.keras"))) == 2
+    assert not (out / "next").exists()

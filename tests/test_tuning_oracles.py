@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_norm import _search_run, _search_trial, datasets, tuning
+from keras_norm import _search_run, _search_trial, _search_worker, datasets, tuning
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance, own_seconds
 from keras_norm._search_settings import (
+    checkpoints_done_with,
     code_of,
     hyperband,
     prepare,
@@ -327,6 +329,14 @@ def test_budget_refuses_before_there_is_a_trial(tmp_path):
     assert oracle.exhausted == "the budget refused 200 proposals in a row"
 
 
+def test_a_space_that_is_used_up_is_told(tmp_path):
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("x", [0.0, 1.0])
+    oracle = oracle_in(tmp_path, dict(hp.get_config(), values={}), trials=3)
+    assert len(run(oracle, peak, 3)) == 2
+    assert oracle.exhausted.startswith("what is proposed has all been tried")
+
+
 def test_bayesian_search_learns_the_budget(tmp_path):
     """The best lies beyond it: to ask there again and again would make the search a random one."""
 
@@ -364,14 +374,20 @@ def test_bayesian_search_learns_what_fails(tmp_path):
 @pytest.mark.parametrize(("epochs", "factor"), [(4, 2), (9, 3), (10, 3)])
 def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
     oracle = oracle_in(tmp_path, tuner="hyperband", epochs=epochs, factor=factor)
-    trials = {}
+    trials, kept = {}, set()  # checkpoints
     while (trial := oracle.create_trial("w")).status != "STOPPED":
         values = values_of(trial)
+        assert values.get("tuner/trial_id") in {None, *kept}
+        kept = (kept | {trial.trial_id}) - set(checkpoints_done_with(trial.trial_id, values))
         trials[trial.trial_id] = values
         for epoch in range(1, values["tuner/epochs"] + 1):
             oracle.update_trial(trial.trial_id, {"val_accuracy": peak({"x": values["x"]})}, epoch)
         oracle.finish("w", trial.trial_id, "COMPLETED", "")
     assert len(trials) == hyperband(epochs, factor)
+    assert all("tuner/trial_id" in v or v["tuner/round"] == 0 for v in trials.values())
+    final = [n for n, v in trials.items() if v["tuner/round"] == v["tuner/bracket"]]
+    assert final
+    assert not kept & set(final)
     promoted = [v for v in trials.values() if "tuner/trial_id" in v]
     assert promoted
     for values in promoted:
@@ -588,6 +604,74 @@ def test_worker_does_not_work_for_the_chief_of_another_search(monkeypatch):
     assert len(calls) == 1
 
 
+class Endless:
+    """A trial whose epochs take no time: process, its channel and the chief, in one."""
+
+    def __init__(self):
+        self.pid, self.channel, self.trial_id = 0, self, "0"
+        self.hyperparameters, self.values, self.killed = self, {}, False
+        self.seconds, self.beats = 0.0, []
+
+    def receive(self, timeout):
+        assert self.seconds < 60, "nobody looks after the trial"
+        self.seconds += 0.1
+        return {"report": {"val_accuracy": 0.5, "epoch": round(10 * self.seconds)}}
+
+    def send(self, message):
+        assert message == {"go": True}
+
+    def report(self, trial_id, metrics, epoch):
+        return True
+
+    def owns(self, trial_id):
+        self.beats.append(self.seconds)
+        return len(self.beats) < 3
+
+    def watched(self, monkeypatch, **options):
+        monkeypatch.setattr(_search_worker.time, "monotonic", lambda: self.seconds)
+        settings = Settings(data="digits", **options).to_dict()
+        spec = {"settings": settings, "folder": "x", "space": line()}
+        attempt = _search_worker.Attempt(self, None, spec, self)
+        attempt._watch(self)
+        return attempt.end
+
+
+def test_a_trial_that_is_never_silent_is_looked_after(monkeypatch):
+    """Its limits hold, and its worker gives signs of life."""
+    trial = Endless()
+    assert trial.watched(monkeypatch, trial_timeout=3)[1] == "timeout: not done after 3 s"
+    assert trial.seconds == pytest.approx(3, abs=0.15)
+    trial = Endless()
+    assert trial.watched(monkeypatch)[1] == "given to another worker"
+    assert np.diff([0, *trial.beats]) == pytest.approx(2, abs=0.15)
+    monkeypatch.setattr(_search_worker, "_gibibytes", lambda pid: 2.5)
+    assert "2.50 GiB resident" in Endless().watched(monkeypatch, trial_memory=2)[1]
+
+
+class Unwritable(Endless):
+    """A trial whose state cannot be written."""
+
+    def receive(self, timeout):
+        return {"stopped": "No space left on device"}
+
+    def start(self, *arguments):
+        return self
+
+    def kill(self):
+        self.killed = True
+
+    def wait(self):
+        return -9
+
+
+def test_a_trial_that_cannot_be_kept_stops_its_worker(tmp_path):
+    trial = Unwritable()
+    spec = {"settings": {"data": "digits"}, "folder": str(tmp_path), "space": line()}
+    with pytest.raises(OSError, match="trial 0 cannot be kept, and goes on later: No space left"):
+        _search_worker.Attempt(trial, trial, spec, trial).run()
+    assert trial.killed
+
+
 # Spaces -------------------------------------------------------------------------------------
 
 TASKS = {
@@ -700,6 +784,81 @@ def test_space_of_images_is_what_it_was(explored):
         assert hp.get_config()["space"] == explored[name]["space"]
 
 
+UNFIT = """
+import keras
+
+from keras_norm.tuning import Candidate
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(10)
+
+    def call(self, x):
+        return self.dense(keras.ops.reshape(x, (-1, 64)))
+
+
+def made(model, metrics=(), build=True):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=list(metrics))
+    return model
+
+
+def sequential(units=10):
+    return keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(units)]
+    )
+
+
+def fine(hp, task):
+    deep = hp.Boolean("deep")
+    size = hp.Choice("size", [50, 60], parent_name="deep", parent_values=[False])
+    assert hp.Int("more", 1, 3, parent_name="deep", parent_values=[True]) is None or deep
+    return Candidate(lambda: made(sequential(), ["accuracy"]), size or 70)
+
+
+plain = lambda hp, task: made(sequential(), ["accuracy"])
+subclassed = lambda hp, task: Candidate(lambda: made(Subclassed(), ["accuracy"]), 50)
+silent = lambda hp, task: Candidate(lambda: made(sequential()), 50)
+uncompiled = lambda hp, task: Candidate(sequential, 50)
+broken = lambda hp, task: Candidate(lambda: sequential("ten"), 50)
+boundless = lambda hp, task: Candidate(sequential, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fine", None),
+        (
+            "plain",
+            "must return a keras_norm.tuning.Candidate.* Received: Sequential from the space",
+        ),
+        ("subclassed", "must be functional or Sequential .*: Subclassed that is not built"),
+        ("silent", r"metrics=\['accuracy'\].*: a model that reports loss"),
+        ("uncompiled", "a model that is not compiled"),
+        ("broken", "No model can be built from the space .*: ValueError"),
+        ("boundless", "batch_size must be a whole number, at least 1. Received: 0"),
+    ],
+)
+def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, monkeypatch, name, message):
+    (tmp_path / "unfit.py").write_text(UNFIT)
+    data = datasets.load("digits", validation=0.1)
+    settings = Settings(data="digits", space=f"{tmp_path / 'unfit.py'}:{name}")
+    monkeypatch.delitem(sys.modules, "keras_norm_space_unfit", raising=False)
+    space = spaces.explore(settings, TASKS["digits"])
+
+    def check():
+        _search_trial.require_candidate(settings, space, data)
+
+    if message is None:
+        check()
+        return
+    with pytest.raises(SearchError, match=message):
+        check()
+
+
 def test_space_has_no_mirrored_digits(explored):
     assert named(explored["digits"], "augmentation")[0]["config"]["values"] == ["none", "shift"]
     assert "flip" in named(explored["cifar10"], "augmentation")[0]["config"]["values"]
@@ -756,6 +915,17 @@ def test_narrow(explored):
         assert 1e-3 / tenth <= sample(space, seed).values["learning_rate"] <= 4e-3 * tenth
 
 
+def test_what_cannot_narrow_says_so(explored):
+    best = [TrialRecord(0, "completed", "", 0.5, {"x": 0.1}, {})]
+    space = explored["digits"]
+    assert spaces.narrow(space, best) == spaces.narrow(space, [])
+    told = spaces.unchanged(space, best, "first")
+    assert told.startswith("refine='first' has no hyperparameter in common with this space: it has")
+    whole = [TrialRecord(i, "completed", "", 0.5, {"x": float(i)}, {}) for i in range(2)]
+    assert spaces.narrow(line(), whole) == spaces.narrow(line(), [])
+    assert "narrows nothing: its best 2" in spaces.unchanged(line(), whole, "first")
+
+
 def test_smoothed_crossentropy():
     rng = np.random.default_rng(0)
     logits, y = rng.normal(size=(6, 4)).astype("float32"), np.array([0, 1, 2, 3, 0, 1])
@@ -786,6 +956,20 @@ def test_importance_finds_what_matters_and_says_when_nothing_does():
     assert importance(trials[:11]) == {}
 
 
+def test_report_of_pruned_trials_alone(tmp_path):
+    write_search(tmp_path, Settings(data="digits", prune=True), line(), line())
+    history = {"val_accuracy": {1: 0.5}, "seconds": {1: 2.0}, "parameters": {1: 10.0}}
+    pruned = [
+        TrialRecord(n, "pruned", "pruned after epoch 1", 0.5 + n, {"x": 0.1 * n}, history)
+        for n in range(2)
+    ]
+    found = tuning.Search(tmp_path, Settings(data="digits", prune=True), pruned)
+    text = tuning.report(found, tmp_path / "report").read_text()
+    assert "pareto.png" not in text
+    assert "Not beaten" not in text
+    assert 'src="curves.png"' in text
+
+
 # Settings and folders -----------------------------------------------------------------------
 
 
@@ -798,7 +982,16 @@ def test_importance_finds_what_matters_and_says_when_nothing_does():
         ({"tuner": "hyperband", "prune": True}, "leave out prune"),
         ({"trial_timeout": -1}, "trial_timeout must be a number above 0"),
         ({"trails": 3}, "no option 'trails'"),
-        ({"families": []}, "families must name at least one"),
+        ({"families": []}, "families must be a list of at least one"),
+        ({"families": "cnn"}, "families must be a list .* Received: 'cnn'"),
+        ({"space": print}, "space must be a name, .* Received: space=<built-in"),
+        ({"subset": "x"}, "subset must be a number above 0. Received: subset='x'"),
+        ({"subset": 10.5}, "subset must be a whole number"),
+        ({"validation": "0.1"}, "between 0 and 1. Received: validation='0.1'"),
+        ({"objective": ["val_loss"]}, r"objective must be one of .* Received: \['val_loss'\]"),
+        ({"fixed": ["family=cnn"]}, "fixed must be a mapping"),
+        ({"prune": "yes"}, "prune must be True or False. Received: prune='yes'"),
+        ({"data_dir": 3}, "data_dir must be a folder. Received: data_dir=3"),
         ({"families": ["fast"], "data": "digits"}, "'fast' needs images larger"),
     ],
 )
@@ -809,6 +1002,10 @@ def test_settings_are_checked(options, message):
 
 def test_what_may_change_when_a_search_is_resumed(tmp_path):
     write_search(tmp_path, Settings(data="digits", trials=5), line(), line())
+    limited = Settings(data="digits", trials=5, trial_timeout=3)
+    write_search(tmp_path, limited, line(), line())
+    freed = prepare(tmp_path, {"trial_timeout": None}, resume=True, overwrite=False)
+    assert freed.trial_timeout is None
     settings = prepare(tmp_path, {"trials": 9}, resume=True, overwrite=False)
     assert (settings.data, settings.trials) == ("digits", 9)
     with pytest.raises(SearchError, match="another epochs: it began with 10, and now received 3"):
@@ -819,3 +1016,7 @@ def test_what_may_change_when_a_search_is_resumed(tmp_path):
     (tmp_path / "other/mine.txt").touch()
     with pytest.raises(SearchError, match="holds other files and no search"):
         prepare(tmp_path / "other", {}, resume=False, overwrite=True)
+    (tmp_path / "killed").mkdir()
+    for name in (".lock", "processes.txt", ".search.12ab34cd.json"):  # before it had begun
+        (tmp_path / "killed" / name).touch()
+    assert prepare(tmp_path / "killed", {}, resume=False, overwrite=False) == Settings()
