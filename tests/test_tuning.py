@@ -113,7 +113,7 @@ class Full(Note):
 
 
 def full(hp, task):
-    return net(hp.Choice("rate", [0.1]), 8, task, callbacks=[Full("full")])
+    return net(0.1, 8, task, callbacks=[Full("full")])
 
 
 def misbehaving(hp, task):
@@ -322,15 +322,14 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
 
 def test_a_full_disk_is_no_fault_of_a_trial(folder, imported, notes):
     """The trial has not failed, and goes on when there is room."""
-    values = {"rate": 0.1}
     settings = {
         "data": "digits",
         "subset": 200,
         "epochs": 2,
         "space": f"{folder / 'space.py'}:full",
     }
-    spec = {"settings": settings, "space": {"space": []}, "values": values, "number": 0, "root": 0}
-    spec |= {"folder": str(folder / "full/trial_0"), "ancestor": None}
+    spec = {"settings": settings, "space": {"space": []}, "values": {}, "number": 0, "root": 0}
+    spec |= {"folder": str(folder / "full/trial_0"), "ancestor": None, "identity": "one"}
 
     def said(room):
         request = {"spec": spec, "environment": dict(os.environ, NOTES=str(notes), ROOM=str(room))}
@@ -475,7 +474,6 @@ def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
     identity = json.loads((folder / "undisturbed/search.json").read_text())["identity"]
     (own,) = (folder / "elsewhere").glob("search_*")  # of this search alone
     assert own.name == f"search_{identity}"
-    assert len(list(own.glob("trial_*/checkpoint.npz"))) == TRIALS
     for trial in undisturbed.trials[:2]:
         events = EventAccumulator(str(own / f"tensorboard/trial_{trial.number:04d}"))
         events.Reload()

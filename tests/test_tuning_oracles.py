@@ -630,7 +630,7 @@ class Endless:
     def watched(self, monkeypatch, **options):
         monkeypatch.setattr(_search_worker.time, "monotonic", lambda: self.seconds)
         settings = Settings(data="digits", **options).to_dict()
-        spec = {"settings": settings, "folder": "x", "space": line()}
+        spec = {"settings": settings, "folder": "x", "space": line(), "identity": "one"}
         attempt = _search_worker.Attempt(self, None, spec, self)
         attempt._watch(self)
         return attempt.end
@@ -667,6 +667,7 @@ class Unwritable(Endless):
 def test_a_trial_that_cannot_be_kept_stops_its_worker(tmp_path):
     trial = Unwritable()
     spec = {"settings": {"data": "digits"}, "folder": str(tmp_path), "space": line()}
+    spec["identity"] = "one"
     with pytest.raises(OSError, match="trial 0 cannot be kept, and goes on later: No space left"):
         _search_worker.Attempt(trial, trial, spec, trial).run()
     assert trial.killed
