@@ -106,14 +106,15 @@ class Sample:
         x = keras.utils.unpack_x_y_sample_weight(data)[0] if isinstance(data, tuple) else data
         x = tree.map_structure(as_numpy, x[0] if isinstance(x, list) and len(x) == 1 else x)
         leaves = tree.flatten(x)
-        if not all(np.ndim(v) for v in leaves) or (isinstance(x, list) and inputs == 1):
+        single = isinstance(x, list) and inputs == 1
+        lengths = {len(v) if np.ndim(v) else 0 for v in leaves}
+        if not all(np.ndim(v) for v in leaves) or (single and len(lengths) == 1):
             raise ValueError(
                 "Examples must be arrays with the examples along axis 0; a list is several inputs. "
                 f"Received: {len(leaves)} of shapes {[np.shape(v) for v in leaves[:3]]} and so on, "
                 "for a model with one input. Pass one array (np.array, np.concatenate), "
                 "or an iterator over batches, iter(batches)."
             )
-        lengths = {len(v) for v in leaves}
         if len(lengths) != 1:
             raise ValueError(
                 "All inputs must have the same number of examples. Received: arrays of lengths "

@@ -63,7 +63,9 @@ class LiveNumbers:
         them, and so must the numbers here.
         """
         found = None if self._vector is None else autodiff.peek(self._vector)
-        if found is None or np.array_equal(found, self._as_array().astype(found.dtype)):
+        if found is None or len(found) < len(self._values):  # made while a function is traced
+            return False
+        if np.array_equal(found, self._as_array().astype(found.dtype)):
             return False
         # The shortest text that stands for a number of float32: .99, not .9900000095.
         self._values = {name: float(str(v)) for name, v in zip(self._values, found, strict=True)}

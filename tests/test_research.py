@@ -766,7 +766,7 @@ class TestErrors:
             ({"iterations": 0}, "Received: iterations=0"),
             ({"group_size": 0}, "Received: group_size=0"),
             ({"group_size": 2.0}, "Received: group_size=2.0"),
-            ({"momentum": 1}, "Received: momentum=1"),
+            ({"momentum": 2}, "Received: momentum=2"),
             ({"update_statistics": None}, "Received: update_statistics=None"),
             ({"use_batch_statistics": 1}, "Received: use_batch_statistics=1"),
             ({"dtype": "int32"}, "Received: dtype='int32'"),
