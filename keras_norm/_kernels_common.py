@@ -12,7 +12,6 @@ from keras import ops
 from keras_norm.autodiff import in_transform
 
 Array = Any
-Axis = int | Sequence[int]
 
 # Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
 FEWEST_CHANNELS_FUSED = 12

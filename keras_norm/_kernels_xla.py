@@ -31,18 +31,28 @@ def _sum_by_halves(v: Array) -> Array:
     return ops.sum(v, axis=1, keepdims=True)
 
 
+def _for_these(
+    halves: Any,
+    case: tuple[Any, ...],
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    epsilon: float,
+) -> tuple[Any, Any]:
+    """Forward and backward that `halves`, with a cache, makes for arrays like these."""
+    dtype = functional.compute_dtype(x)
+    halves_of_case: tuple[Any, Any] = halves(
+        *case, dtype, epsilon, gamma is not None, beta is not None
+    )
+    return halves_of_case
+
+
 def batch(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
     """(y, mean, variance) of batch normalization, the channels on the last axis."""
-    forward, backward = _halves_of_batch(
-        tuple(x.shape[1:]),
-        functional.compute_dtype(x),
-        epsilon,
-        gamma is not None,
-        beta is not None,
-    )
-    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    halves = _for_these(_halves_of_batch, (tuple(x.shape[1:]),), x, gamma, beta, epsilon)
+    y, mean, variance = custom_vjp(*halves, x, gamma, beta)
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
 
 
@@ -157,13 +167,7 @@ def training_step(
         ...     y, (mean, variance, skipped) = training_step(x, None, None, moving, switches)
         ...     assert float(mean[0]) == 0.5 and float(variance[0]) == 1 and float(skipped) == 0
     """
-    halves = _halves_with_moving(
-        tuple(x.shape[1:]),
-        functional.compute_dtype(x),
-        epsilon,
-        gamma is not None,
-        beta is not None,
-    )
+    halves = _for_these(_halves_with_moving, (tuple(x.shape[1:]),), x, gamma, beta, epsilon)
     y, *moved = custom_vjp(*halves, x, gamma, beta, *moving, switches)
     mean, variance, skipped = (ops.stop_gradient(v) for v in moved)
     return y, (mean, variance, skipped)
@@ -222,16 +226,9 @@ def rows(
 ) -> Array:
     """Layer normalization (RMS without `centers`) over the last `axes` axes."""
     functional.check_epsilon(epsilon)
-    forward, backward = _halves_of_rows(
-        len(x.shape),
-        tuple(x.shape[len(x.shape) - axes :]),
-        functional.compute_dtype(x),
-        epsilon,
-        centers,
-        gamma is not None,
-        beta is not None,
-    )
-    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    case = len(x.shape), tuple(x.shape[len(x.shape) - axes :]), centers
+    halves = _for_these(_halves_of_rows, case, x, gamma, beta, epsilon)
+    (y,) = custom_vjp(*halves, x, gamma, beta)
     return y
 
 
@@ -239,9 +236,9 @@ def rows(
 def _halves_of_rows(
     rank: int,
     sizes: tuple[int, ...],
+    centers: bool,
     dtype: str,
     epsilon: float,
-    centers: bool,
     scales: bool,
     shifts: bool,
 ) -> tuple[Any, Any]:
@@ -308,15 +305,9 @@ def by_channel(
 ) -> Array:
     """Group normalization, the channels on the last axis."""
     functional.check_epsilon(epsilon)
-    forward, backward = _halves_by_channel(
-        tuple(x.shape[1:]),
-        groups,
-        functional.compute_dtype(x),
-        epsilon,
-        gamma is not None,
-        beta is not None,
-    )
-    (y,) = custom_vjp(forward, backward, x, gamma, beta)
+    case = tuple(x.shape[1:]), groups
+    halves = _for_these(_halves_by_channel, case, x, gamma, beta, epsilon)
+    (y,) = custom_vjp(*halves, x, gamma, beta)
     return y
 
 

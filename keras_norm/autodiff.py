@@ -84,7 +84,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     function, too, and differentiable like any other. Those who pass the same function share what
     was compiled: hand over one that is kept, not one that is made for each call.
 
-    Compiling takes a hundred times as long as running. Where the first size of the first array is
+    Compiling takes much longer than running. Where the first size of the first array is
     not known while the function around it is traced, the batches of a graph's nodes or of what a
     detector found may all be of different sizes: only those that `is_usual` says yes to are
     compiled, and the others run as TensorFlow runs any function.
