@@ -5,6 +5,7 @@
     python benchmarks/layers.py --layers layer rms group   # others, on their natural shapes
     python benchmarks/layers.py --compiled eager           # or xla; TensorFlow only
     python benchmarks/layers.py --dtype bfloat16           # inputs; weights and statistics float32
+    python benchmarks/layers.py --keep-memory              # arrays get memory that was used before
     KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
 
 One process, nothing else running. The contestants take turns, shape by shape, so that what else
@@ -31,6 +32,7 @@ from keras import ops
 from tqdm import tqdm
 
 from keras_norm import experiments, kernels, layers
+from keras_norm._machine import keep_memory
 
 IMAGES = [
     (128, 32, 32, 32),
@@ -227,12 +229,10 @@ def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
 
 def taken(kind, shape, mode, dtype):
     """The implementation that ours chose."""
-    function = LAYERS[kind][1]
-    if function != "batch_normalization":
-        return kernels.choose_within(function, shape, dtype, training=mode == "training")
-    if mode == "training":
-        return kernels.choose(shape, dtype, training=True)
-    return kernels.choose_within("normalize", shape, dtype)
+    function, training = LAYERS[kind][1], mode == "training"
+    if function == "batch_normalization" and not training:
+        function = "normalize"
+    return kernels.choose(function, shape, dtype, training=training)
 
 
 def row_of(kind, shape, mode, compiled, dtype, times):
@@ -338,6 +338,11 @@ def arguments_of_command_line():
     parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the layer's own")
     parser.add_argument("--compiled", choices=["graph", "eager", "xla"], default="graph")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="keep freed memory for arrays to come, instead of returning it (glibc)",
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
     arguments = parser.parse_args()
     if arguments.repeats < 3:
@@ -351,6 +356,8 @@ def arguments_of_command_line():
 
 def main():
     arguments = arguments_of_command_line()
+    if arguments.keep_memory and not keep_memory():
+        raise SystemExit("--keep-memory needs the C library glibc, which this Python runs without.")
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     cases = [
@@ -360,7 +367,8 @@ def main():
         for mode in SWEEPS
     ]
     for case in tqdm(cases, desc="shapes", unit="case"):
-        rows.append(row_of(*case, measure(*case, arguments.repeats, 0.002)))
+        row = row_of(*case, measure(*case, arguments.repeats, 0.002))
+        rows.append(row | {"memory": "kept" if arguments.keep_memory else "returned"})
         save(rows, arguments.out)
     plot(rows, arguments.out)
     show(rows)

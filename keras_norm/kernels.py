@@ -25,47 +25,32 @@
                      the groups afterwards, so that scale and shift are one number for each
                      example and channel, and touch x in two sweeps
 
-Here is the choice; "fused" is in `_kernels_fused`, "native" in `_kernels_torch`, "compiled" in
-`_kernels_xla`, the rest in `_kernels_sums`.
-
-`choose` and `choose_within` say which is taken; what that rests on is measured by
-benchmarks/layers.py. The environment variable KERAS_NORM_IMPLEMENTATION, read whenever a function
-is traced, names one to take wherever it can do what is asked (`make test-implementations`).
+"fused" is in `_kernels_fused`, "native" in `_kernels_torch`, "compiled" in `_kernels_xla`, the rest
+in `_kernels_sums`. Which one is taken where is the table in `_kernels_choice`, and `choose` tells.
+The environment variable KERAS_NORM_IMPLEMENTATION, read whenever a function is traced, names one to
+take wherever it can do what is asked (`make test-implementations`).
 
 All of them give the numbers of `functional` to rounding, in at least float32; where a sum would
 round more, the work is done anew by the composed one (`FARTHEST_MEAN`).
 The mean and variance that come back are for moving statistics: no gradient flows through them.
 """
 
-import functools
-import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import keras
 from keras import ops
 
-from keras_norm import (
-    _kernels_fused,
-    _kernels_sums,
-    _kernels_torch,
-    _kernels_xla,
-    autodiff,
-    functional,
-)
-from keras_norm._kernels_common import FEWEST_CHANNELS_FUSED, are_finite, dtype_name, on_gpu, tensor
+from keras_norm import _kernels_fused, _kernels_sums, _kernels_torch, _kernels_xla, functional
+from keras_norm._kernels_choice import TABLE, check_possible, implementation_for
+from keras_norm._kernels_common import are_finite, dtype_name, on_gpu, tensor
 from keras_norm._kernels_xla import training_step
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
-    "IMPLEMENTATIONS",
     "are_finite",
     "batch_normalization",
     "choose",
     "choose_for",
-    "choose_within",
     "dtype_name",
     "group_normalization",
     "instance_normalization",
@@ -80,15 +65,9 @@ __all__ = [
 Array = Any
 Axis = int | Sequence[int]
 
-# TensorFlow's fused kernel for bfloat16 on a CPU takes ten times as long where the channels are not
-# a multiple of this (AVX-512's vectors of float32): 23.4 ms for 24 of them, 2.2 ms for 32.
-CHANNELS_OF_BFLOAT16 = 16
-# Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
-# sweeps that it saves.
-FEWEST_ELEMENTS_FUSED = 2**18
-
 
 def choose(
+    function: str,
     shape: Sequence[int | None],
     dtype: str,
     *,
@@ -96,119 +75,67 @@ def choose(
     weighted: bool = False,
     training: bool = False,
 ) -> str:
-    """The implementation that `batch_normalization` takes when none is asked for.
+    """The implementation that a function takes when none is asked for.
 
     Args:
+        function: "batch_normalization", "normalize", "layer_normalization", "rms_normalization",
+            "group_normalization" or "instance_normalization".
         shape: of the input; None for what is unknown.
         dtype: of the input, such as "float32".
-        axis: as in `functional.batch_normalization`.
+        axis: as the function takes it.
         weighted: whether there are weights (a mask).
-        training: as in `batch_normalization`.
+        training: as the function takes it.
 
     Returns:
-        A key of `IMPLEMENTATIONS`.
+        The name of an implementation; "composed" where no other can be taken, or pays.
+
+    Raises:
+        ValueError: for a function that is not one of these, for axes that the shape lacks, and
+            for an unknown name in KERAS_NORM_IMPLEMENTATION.
 
     Example:
-        >>> choose((256, 32, 32, 64), "float64", weighted=True)
+        >>> choose("batch_normalization", (256, 32, 32, 64), "float64", weighted=True)
+        'composed'
+        >>> choose("layer_normalization", (32, 128, None), "float32")
         'composed'
     """
-    return _choose(shape, dtype, axis, weighted, training, on_gpu())
-
-
-def _choose(
-    shape: Sequence[int | None],
-    dtype: str,
-    axis: Axis,
-    weighted: bool,
-    training: bool,
-    accelerated: bool,
-) -> str:
-    forced = _forced()
-    if forced in IMPLEMENTATIONS and _can(forced, shape, dtype, axis, weighted):
-        return forced
-    axes = functional.canonical_axes(axis, len(shape))
-    channels = shape[axes[0]]
-    if weighted or len(axes) > 1 or len(shape) < 2 or channels is None:
-        return "composed"
-    last, backend = axes[0] == len(shape) - 1, keras.backend.backend()
-    if accelerated or not (dtype in ("float32", "float64") or _is_half_here(dtype)):
-        return "composed"
-    if backend == "torch":
-        return "native"
-    if not last:
-        return "composed"
-    if backend == "jax":
-        if keras.distribution.distribution() is not None or None in shape:
-            return "composed"
-        return "folded" if len(shape) == 2 else "staged"
-    known = math.prod(size or 1 for size in shape)
-    large = len(shape) > 2 or known >= FEWEST_ELEMENTS_FUSED
-    suits = large and channels >= FEWEST_CHANNELS_FUSED and _is_quick_fused(channels, dtype)
-    if suits and _fused_by() == "oneDNN":
-        return "fused"
-    if training and _pays_to_compile(shape) and autodiff.can_compile():
-        return "compiled"
-    return "fused" if suits else "folded"
-
-
-@functools.lru_cache(maxsize=1)
-def _fused_by() -> str:
-    """Whose kernel TensorFlow's fused one is on this CPU.
-
-    TensorFlow takes oneDNN's by itself where there are AVX-512's later instructions, for which it
-    was written, and elsewhere when TF_ENABLE_ONEDNN_OPTS=1 tells it to.
-    """
-    try:
-        from tensorflow.python.util import _pywrap_util_port
-
-        if not _pywrap_util_port.IsMklEnabled():
-            return "Eigen"
-    except (ImportError, AttributeError):
-        return "Eigen"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "oneDNN"
-    return "oneDNN" if "avx512" in flags else "oneDNN without AVX-512"
-
-
-def _is_half_here(dtype: str) -> bool:
-    """Whether CPUs have kernels for it: bfloat16 on TensorFlow, float16 nowhere."""
-    return dtype == "bfloat16" and keras.backend.backend() == "tensorflow"
-
-
-def _is_quick_fused(columns: int, dtype: str) -> bool:
-    if _is_half_here(dtype):
-        return columns % CHANNELS_OF_BFLOAT16 == 0
-    return dtype == "float32"
-
-
-def _forced() -> str | None:
-    name = os.environ.get("KERAS_NORM_IMPLEMENTATION")
-    if not name:
-        return None
-    known = {*IMPLEMENTATIONS, *_FAST_WITHIN.values(), "compiled"}
-    if name not in known:
+    if function not in TABLE:
         raise ValueError(
-            "The environment variable KERAS_NORM_IMPLEMENTATION must name an implementation, one "
-            f"of {sorted(known)}, or be empty. Received: KERAS_NORM_IMPLEMENTATION={name!r}."
+            f"`function` must be one of {sorted(TABLE)}. Received: function={function!r}."
         )
-    return name
+    return implementation_for(function, shape, dtype, axis, weighted=weighted, training=training)
 
 
 def choose_for(
-    x: Array, *, axis: Axis = -1, weights: Array | None = None, training: bool = False
+    function: str,
+    x: Array,
+    *,
+    axis: Axis = -1,
+    weights: Array | None = None,
+    training: bool = False,
+    implementation: str | None = None,
 ) -> str:
-    """`choose` for an array: the implementation that `batch_normalization` takes for it.
+    """`choose` for an array: the implementation that a function takes for it.
 
     Args:
-        x, axis, weights, training: as in `batch_normalization`.
+        function: as in `choose`.
+        x: an array.
+        axis, weights, training: as the function takes them.
+        implementation: what is asked of the function, if anything is.
 
     Returns:
-        A key of `IMPLEMENTATIONS`.
+        As `choose`; `implementation`, if it is given.
+
+    Raises:
+        ValueError: as `choose`, and for an implementation that cannot do what is asked of it.
     """
-    dtype = dtype_name(x.dtype)
-    return _choose(tuple(x.shape), dtype, axis, weights is not None, training, on_gpu(x))
+    shape, dtype, weighted = tuple(x.shape), dtype_name(x.dtype), weights is not None
+    if implementation is not None:
+        check_possible(implementation, function, shape, dtype, axis, weighted)
+        return implementation
+    return implementation_for(
+        function, shape, dtype, axis, weighted=weighted, training=training, x=x
+    )
 
 
 def batch_normalization(
@@ -228,7 +155,7 @@ def batch_normalization(
         x, gamma, beta, axis, epsilon, weights: as there.
         training: bool, whether this is a step of training, of which many will follow, so that it
             pays to compile it (TensorFlow). The numbers are the same to rounding.
-        implementation: a key of `IMPLEMENTATIONS`, to force one. Default: what `choose` names.
+        implementation: the name of one, to force it. Default: what `choose` names.
 
     Returns:
         (y, mean, variance) as there; no gradient flows through mean and variance.
@@ -245,91 +172,29 @@ def batch_normalization(
     """
     functional.check_epsilon(epsilon)
     x = tensor(x)
-    if implementation is None:
-        implementation = choose_for(x, axis=axis, weights=weights, training=training)
-    else:
-        dtype = dtype_name(x.dtype)
-        _check(implementation, tuple(x.shape), dtype, axis, weights is not None)
-    if implementation == "composed":
+    name = choose_for(
+        "batch_normalization",
+        x,
+        axis=axis,
+        weights=weights,
+        training=training,
+        implementation=implementation,
+    )
+    if name == "composed":
         y, mean, variance = functional.batch_normalization(
             x, gamma, beta, axis=axis, epsilon=epsilon, weights=weights
         )
         return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
-    return IMPLEMENTATIONS[implementation](x, gamma, beta, axis, epsilon)
+    return _BATCH[name](x, gamma, beta, axis, epsilon)
 
 
-def _is_traced() -> bool:
-    """Whether PyTorch records a graph; `torch.compile` warns of functions with a cache."""
-    if keras.backend.backend() != "torch":
-        return False
-    import torch
-
-    return bool(torch.compiler.is_compiling())
-
-
-def _check(
-    implementation: str, shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool
-) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"`implementation` must be one of {sorted(IMPLEMENTATIONS)}, or None for the fastest. "
-            f"Received: implementation={implementation!r}."
-        )
-    if not _can(implementation, shape, dtype, axis, weighted):
-        wanted = _BACKENDS[implementation]
-        raise ValueError(
-            f"implementation={implementation!r} needs the backend {' or '.join(wanted)}, channels "
-            "on one axis of known size"
-            + ("" if implementation == "native" else ", the last one")
-            + (", known sizes of an example" if implementation == "compiled" else "")
-            + ", and no weights"
-            + (", and no float64" if implementation == "fused" else "")
-            + ("" if keras.backend.backend() == "tensorflow" else ", and float32 or float64")
-            + f". Received: backend={keras.backend.backend()!r}, shape={tuple(shape)}, "
-            f"axis={axis!r}, dtype={dtype!r}, weighted={weighted}. Leave it to None."
-        )
-
-
-_BACKENDS = {
-    "compiled": ("tensorflow",),
-    "fused": ("tensorflow",),
-    "folded": ("tensorflow", "jax"),
-    "native": ("torch",),
-    "staged": ("jax",),
-}
-
-
-def _can(
-    implementation: str, shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool
-) -> bool:
-    """Whether it can be done at all, quickly or not."""
-    if implementation == "composed":
-        return True
-    axes = functional.canonical_axes(axis, len(shape))
-    last = axes == (len(shape) - 1,)
-    backend = keras.backend.backend()
-    return (
-        not weighted
-        and backend in _BACKENDS[implementation]
-        and len(shape) >= 2
-        and (last or (implementation == "native" and len(axes) == 1))
-        and shape[axes[0]] is not None
-        and not (implementation == "fused" and dtype == "float64")
-        and (backend == "tensorflow" or dtype in ("float32", "float64"))
-        and not (implementation == "staged" and None in shape)
-        and not (implementation == "compiled" and None in shape[1:])
-    )
-
-
-IMPLEMENTATIONS: dict[str, Any] = {
+_BATCH: dict[str, Any] = {
     "compiled": _kernels_xla.batch,
-    "composed": functional.batch_normalization,
     "fused": _kernels_fused.batch,
     "folded": _kernels_sums.folded,
     "native": _kernels_torch.batch,
     "staged": _kernels_sums.staged,
 }
-"""Those of `batch_normalization` by name."""
 
 
 # By given statistics: batch normalization in inference ------------------------------------------
@@ -346,12 +211,12 @@ def normalize(
     epsilon: float = 1e-3,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.normalize`, on the implementation that `choose_within` names.
+    """As `functional.normalize`, on the implementation that `choose` names.
 
     Args:
         x, mean, variance, gamma, beta, axis, epsilon: as there.
         implementation: "composed", or "fused" ("native" on PyTorch). Default: what
-            `choose_within` names.
+            `choose` names.
 
     Returns:
         y, of the shape and dtype of x; differentiable in every array that was given.
@@ -365,7 +230,7 @@ def normalize(
         1.0
     """
     x = tensor(x)
-    chosen = _chosen("normalize", x, axis, implementation)
+    chosen = choose_for("normalize", x, axis=axis, implementation=implementation)
     if chosen == "composed":
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     functional.check_epsilon(epsilon)
@@ -394,181 +259,6 @@ def normalize(
 
 # Within each example ------------------------------------------------------------------------------
 
-# Of fewer elements a step has too little to gain to wait for the compiler. A batch of unknown size
-# counts as Keras's default for it.
-FEWEST_ELEMENTS_COMPILED = 2**14
-UNKNOWN_SIZE = 32
-# Outside of graphs, so many shapes are compiled for each number of channels.
-SHAPES_COMPILED = 6
-
-_FAST_WITHIN = {
-    "normalize": "fused",
-    "layer_normalization": "products",
-    "rms_normalization": "products",
-    "group_normalization": "by_channel",
-    "instance_normalization": "by_channel",
-}
-
-
-_NEEDS = {
-    "fused": "TensorFlow, the channels on the last axis, and float32 or half precision",
-    "normalize": "channels on one axis of known size",
-    "layer_normalization": "known sizes on `axis`, the last axes",
-    "rms_normalization": "known sizes on `axis`, the last axes",
-    "group_normalization": "the channels on the last of >= 3 axes",
-    "instance_normalization": "the channels on the last of >= 3 axes",
-}
-
-
-def _fast_within(function: str) -> str:
-    fast = _FAST_WITHIN[function]
-    return "native" if keras.backend.backend() == "torch" else fast
-
-
-def choose_within(
-    function: str,
-    shape: Sequence[int | None],
-    dtype: str,
-    *,
-    axis: Axis = -1,
-    training: bool = False,
-) -> str:
-    """The implementation that a function other than `batch_normalization` takes by itself.
-
-    Args:
-        function: "normalize", "layer_normalization", "rms_normalization", "group_normalization"
-            or "instance_normalization".
-        shape: of the input; None for what is unknown.
-        dtype: of the input, such as "float32".
-        axis: as the function takes it.
-        training: as the function takes it.
-
-    Returns:
-        "composed", or a faster one: "fused", "native", "products", "compiled" or "by_channel".
-
-    Example:
-        >>> choose_within("layer_normalization", (32, 128, None), "float32")
-        'composed'
-    """
-    return _choose_within(function, shape, dtype, axis, training, None)
-
-
-def _choose_within(
-    function: str,
-    shape: Sequence[int | None],
-    dtype: str,
-    axis: Axis,
-    training: bool,
-    x: Array | None,
-) -> str:
-    axes: Any = tuple(axis) if isinstance(axis, list | tuple) else axis
-    asked = (function, tuple(shape), dtype, axes, bool(training), _forced(), on_gpu(x))
-    if _is_traced():  # symbolic sizes cannot be looked up
-        return _decide_within(*asked)
-    return _decided_within(*asked)
-
-
-def _decide_within(
-    function: str,
-    shape: tuple[int | None, ...],
-    dtype: str,
-    axis: int | tuple[int, ...],
-    training: bool,
-    forced: str | None,
-    accelerated: bool,
-) -> str:
-    fast = _fast_within(function)
-    able = [i for i in ("compiled", fast) if _possible(function, i, shape, dtype, axis)]
-    if forced == "composed" or forced in able:
-        return forced
-    if not able or accelerated:
-        return "composed"
-    if fast == "fused":
-        known = math.prod(size or 1 for size in shape)
-        small = len(shape) == 2 and known < FEWEST_ELEMENTS_FUSED
-        if small or not _is_quick_fused(_kernels_fused.columns_of(shape), dtype):
-            return "composed"
-    if training and "compiled" in able and _pays_to_compile(shape) and autodiff.can_compile():
-        return "compiled"
-    return fast
-
-
-def _pays_to_compile(shape: Sequence[int | None]) -> bool:
-    """Where sequences are of many lengths, each would be compiled for itself."""
-    if None in shape[1:]:
-        return False
-    sizes = (UNKNOWN_SIZE if size is None else size for size in shape)
-    return math.prod(sizes) >= FEWEST_ELEMENTS_COMPILED and _comes_again(tuple(shape))
-
-
-def _comes_again(shape: tuple[int | None, ...]) -> bool:
-    """Whether to believe that: without a graph, every size is known, and may never be met again."""
-    import tensorflow as tf
-
-    if not tf.executing_eagerly():
-        return True
-    met = _MET.setdefault((len(shape), shape[-1]), set())
-    if len(met) < SHAPES_COMPILED:
-        met.add(shape)
-    return shape in met
-
-
-_MET: dict[tuple[int, int | None], set[tuple[int | None, ...]]] = {}
-
-
-_decided_within = functools.lru_cache(maxsize=1024)(_decide_within)
-
-
-def _possible(
-    function: str, fast: str, shape: Sequence[int | None], dtype: str, axis: Axis
-) -> bool:
-    """Whether it can be done at all, on this backend, quickly or not."""
-    axes = functional.canonical_axes(axis, len(shape))
-    last = axes == (len(shape) - 1,)
-    if fast == "compiled" and (function == "normalize" or keras.backend.backend() != "tensorflow"):
-        return False
-    if fast == "fused":
-        tensorflow = keras.backend.backend() == "tensorflow"
-        half = ("float16", "bfloat16")
-        known = last and len(shape) > 1 and shape[-1] is not None
-        return known and tensorflow and dtype in ("float32", *half)
-    if fast == "native" and dtype not in ("float32", "float64"):
-        return False
-    if function == "normalize":
-        return len(axes) == 1 and len(shape) > 1 and shape[axes[0]] is not None
-    if function in ("group_normalization", "instance_normalization"):
-        known = None not in (shape[1:] if fast == "compiled" else shape[-1:])
-        return last and len(shape) > 2 and known
-    trailing = axes == tuple(range(len(shape) - len(axes), len(shape)))
-    return trailing and len(axes) < len(shape) and all(shape[a] is not None for a in axes)
-
-
-def _chosen(
-    function: str, x: Array, axis: Axis, implementation: str | None, training: bool = False
-) -> str:
-    shape, dtype = tuple(x.shape), dtype_name(x.dtype)
-    if implementation is None:
-        return _choose_within(function, shape, dtype, axis, training, x)
-    fast = _fast_within(function)
-    known = ["composed", fast]
-    if function != "normalize" and keras.backend.backend() == "tensorflow":
-        known.append("compiled")
-    if implementation not in known:
-        raise ValueError(
-            f"`implementation` of {function} must be one of {known}, or None for the "
-            f"fastest. Received: implementation={implementation!r}."
-        )
-    if implementation != "composed" and not _possible(function, implementation, shape, dtype, axis):
-        raise ValueError(
-            f"implementation={implementation!r} needs "
-            + _NEEDS["fused" if fast == "fused" else function]
-            + (", and float32 or float64" if fast == "native" else "")
-            + (", known sizes of an example" if implementation == "compiled" else "")
-            + f". Received: shape={shape}, axis={axis!r}, dtype={dtype!r}. Leave it to None."
-        )
-    return implementation
-
-
 _ROWS: dict[str, Any] = {"products": _kernels_sums.products, "compiled": _kernels_xla.rows}
 
 _GROUPED: dict[str, Any] = {
@@ -589,13 +279,13 @@ def layer_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.layer_normalization`, on the implementation that `choose_within` names.
+    """As `functional.layer_normalization`, on the implementation that `choose` names.
 
     Args:
         x, gamma, beta, axis, epsilon, rms_scaling: as there. With `rms_scaling` always composed.
         training: as in `batch_normalization`.
         implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
-            "native" on PyTorch). Default: what `choose_within` names.
+            "native" on PyTorch). Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -609,7 +299,8 @@ def layer_normalization(
         [[-1.0, 1.0]]
     """
     x = tensor(x)
-    chosen = _chosen("layer_normalization", x, axis, implementation, training)
+    options: dict[str, Any] = {"training": training, "implementation": implementation}
+    chosen = choose_for("layer_normalization", x, axis=axis, **options)
     if chosen != "composed" and not rms_scaling:
         axes = len(axis) if isinstance(axis, list | tuple) else 1
         if chosen != "native":
@@ -631,13 +322,13 @@ def rms_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.rms_normalization`, on the implementation that `choose_within` names.
+    """As `functional.rms_normalization`, on the implementation that `choose` names.
 
     Args:
         x, gamma, axis, epsilon: as there.
         training: as in `batch_normalization`.
         implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
-            "native" on PyTorch). Default: what `choose_within` names.
+            "native" on PyTorch). Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -651,7 +342,8 @@ def rms_normalization(
         [[0.8485 1.1314]]
     """
     x = tensor(x)
-    chosen = _chosen("rms_normalization", x, axis, implementation, training)
+    options: dict[str, Any] = {"training": training, "implementation": implementation}
+    chosen = choose_for("rms_normalization", x, axis=axis, **options)
     if chosen == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
     axes = len(axis) if isinstance(axis, list | tuple) else 1
@@ -671,13 +363,13 @@ def group_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.group_normalization`, on the implementation that `choose_within` names.
+    """As `functional.group_normalization`, on the implementation that `choose` names.
 
     Args:
         x, gamma, beta, groups, axis, epsilon: as there.
         training: as in `batch_normalization`.
         implementation: "composed", "by_channel" or, on TensorFlow, "compiled" ("composed" or
-            "native" on PyTorch). Default: what `choose_within` names.
+            "native" on PyTorch). Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -693,7 +385,8 @@ def group_normalization(
     """
     x = tensor(x)
     functional.channel_axis(axis, len(x.shape))
-    chosen = _chosen("group_normalization", x, axis, implementation, training)
+    options: dict[str, Any] = {"training": training, "implementation": implementation}
+    chosen = choose_for("group_normalization", x, axis=axis, **options)
     if chosen != "composed":
         count = functional.number_of_groups(groups, x.shape[-1])
         y = _GROUPED[chosen](x, gamma, beta, count, epsilon)
@@ -712,13 +405,13 @@ def instance_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.instance_normalization`, on the implementation that `choose_within` names.
+    """As `functional.instance_normalization`, on the implementation that `choose` names.
 
     Args:
         x, gamma, beta, axis, epsilon: as there.
         training: as in `batch_normalization`.
         implementation: "composed", "by_channel" or, on TensorFlow, "compiled" ("composed" or
-            "native" on PyTorch). Default: what `choose_within` names.
+            "native" on PyTorch). Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -734,7 +427,8 @@ def instance_normalization(
     x = tensor(x)
     functional.check_spatial(len(x.shape))
     functional.channel_axis(axis, len(x.shape))
-    chosen = _chosen("instance_normalization", x, axis, implementation, training)
+    options: dict[str, Any] = {"training": training, "implementation": implementation}
+    chosen = choose_for("instance_normalization", x, axis=axis, **options)
     if chosen != "composed":
         y = _GROUPED[chosen](x, gamma, beta, x.shape[-1], epsilon)
         if y is not None:

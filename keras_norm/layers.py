@@ -396,7 +396,8 @@ class BatchNormalization(MovingStatistics):
             not special
             and weights is None
             and self.virtual_batch_size is None
-            and kernels.choose_for(x, axis=self.axis, training=True) == "compiled"
+            and kernels.choose_for("batch_normalization", x, axis=self.axis, training=True)
+            == "compiled"
             and distributed.replicas() == 1
         )
 
@@ -436,7 +437,11 @@ class BatchNormalization(MovingStatistics):
         ghost = self.virtual_batch_size is not None and updates
         if not ghost and use_moving is False:
             return kernels.batch_normalization(x, gamma, beta, **options, training=updates)
-        if not ghost and kernels.choose_for(x, axis=self.axis, weights=weights) != "composed":
+        if (
+            not ghost
+            and kernels.choose_for("batch_normalization", x, axis=self.axis, weights=weights)
+            != "composed"
+        ):
             return self._normalize_by_kernel(x, gamma, beta, use_moving, updates)
         if use_moving is not False:
             options["given"] = self.moving_mean, self.moving_variance

@@ -41,16 +41,21 @@ def test_layers(run, tmp_path, compiled, dtype):
     ]
     for row in rows:
         assert float(row["speedup over keras"]) > 0
-        assert (row["repeats"], row["dtype"]) == ("3", dtype)
+        assert (row["repeats"], row["dtype"], row["memory"]) == ("3", dtype, "returned")
     assert (tmp_path / "layers.png").stat().st_size > 1000
     assert "group, inference: Keras/ours, geometric mean" in printed
 
 
-def test_training(run, tmp_path):
-    printed = run("training.py", "--nets", "mlp 5x100", "--turns", "3", "--out", tmp_path)
+def test_training(run, tmp_path, monkeypatch):
+    options = ["--nets", "mlp 5x100", "--turns", "3", "--batch-size", "50", "--keep-memory"]
+    monkeypatch.setattr("keras_norm._machine.keep_memory", lambda: False)
+    with pytest.raises(SystemExit, match="--keep-memory needs the C library glibc"):
+        run("training.py", *options, "--out", tmp_path)
+    monkeypatch.setattr("keras_norm._machine.keep_memory", lambda: True)  # not in this process
+    printed = run("training.py", *options, "--out", tmp_path)
     with (tmp_path / "training.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["net"] == "mlp 5x100"
+    assert (row["net"], row["batch size"], row["memory"]) == ("mlp 5x100", "50", "kept")
     assert float(row["pipeline /s"]) > 0
     assert "ours/Keras" in printed
 

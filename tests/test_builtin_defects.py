@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from arrays import array
 
-from keras_norm import kernels, statistics
+from keras_norm import _kernels_choice, statistics
 from keras_norm.layers import BatchNormalization, GroupNormalization
 
 pytestmark = pytest.mark.core
@@ -219,7 +219,7 @@ def test_fused_kernel_in_the_graph(monkeypatch):
     import tensorflow as tf
 
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
-    monkeypatch.setattr(kernels, "_fused_by", lambda: "oneDNN")  # what it is taken for
+    monkeypatch.setattr(_kernels_choice, "fused_by", lambda: "oneDNN")  # what it is taken for
 
     def check(cls):
         layer = cls()

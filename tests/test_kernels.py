@@ -6,7 +6,7 @@ import pytest
 from arrays import ROUNDING
 from keras import ops
 
-from keras_norm import _kernels_common, autodiff, functional, kernels, layers
+from keras_norm import _kernels_choice, _kernels_common, autodiff, functional, kernels, layers
 from keras_norm._gradients import gradients
 
 pytestmark = pytest.mark.core
@@ -178,27 +178,27 @@ def test_the_table(monkeypatch):
         "torch": ["native"] * 5,
     }[BACKEND]
     asked = [
-        kernels.choose(shape, "float32"),
-        kernels.choose(shape, "float64"),
-        kernels.choose(rows, "float32"),
-        kernels.choose(few, "float32"),
-        kernels.choose(shape, "float32", axis=1),
+        kernels.choose("batch_normalization", shape, "float32"),
+        kernels.choose("batch_normalization", shape, "float64"),
+        kernels.choose("batch_normalization", rows, "float32"),
+        kernels.choose("batch_normalization", few, "float32"),
+        kernels.choose("batch_normalization", shape, "float32", axis=1),
     ]
     assert asked == expected
     large = {"tensorflow": "fused", "jax": "folded", "torch": "native"}[BACKEND]
-    assert kernels.choose((1024, 1024), "float32") == large
-    assert kernels.choose(shape, "float32", weighted=True) == "composed"
-    assert kernels.choose(shape, "float32", axis=(1, 3)) == "composed"
+    assert kernels.choose("batch_normalization", (1024, 1024), "float32") == large
+    assert kernels.choose("batch_normalization", shape, "float32", weighted=True) == "composed"
+    assert kernels.choose("batch_normalization", shape, "float32", axis=(1, 3)) == "composed"
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 @pytest.mark.parametrize("library", ["oneDNN", "oneDNN without AVX-512", "Eigen"])
 def test_the_table_in_training(library, monkeypatch):
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
-    monkeypatch.setattr(kernels, "_fused_by", lambda: library)
+    monkeypatch.setattr(_kernels_choice, "fused_by", lambda: library)
 
     def taken(*shape, dtype="float32"):
-        return kernels.choose(shape, dtype, training=True)
+        return kernels.choose("batch_normalization", shape, dtype, training=True)
 
     fused = "fused" if library == "oneDNN" else "compiled"
     assert taken(256, 32, 32, 64) == taken(None, 8, 8, 256) == taken(1024, 1024) == fused
@@ -223,8 +223,8 @@ def test_whose_the_fused_kernel_is(enabled, flags, library, monkeypatch, tmp_pat
 
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
     monkeypatch.setattr(_pywrap_util_port, "IsMklEnabled", lambda: enabled)
-    monkeypatch.setattr(kernels, "Path", lambda path: tmp_path / "cpuinfo")
-    assert kernels._fused_by.__wrapped__() == library
+    monkeypatch.setattr(_kernels_choice, "Path", lambda path: tmp_path / "cpuinfo")
+    assert _kernels_choice.fused_by.__wrapped__() == library
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="bfloat16 is composed there")
@@ -232,29 +232,34 @@ def test_the_table_for_bfloat16(monkeypatch):
     """The fused kernel takes multiples of 16 channels quickly, and no others."""
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
     images = {c: (128, 16, 16, c) for c in (6, 16, 24, 40, 64)}
-    trained = {c: kernels.choose(shape, "bfloat16") for c, shape in images.items()}
+    trained = {
+        c: kernels.choose("batch_normalization", shape, "bfloat16") for c, shape in images.items()
+    }
     assert trained == {6: "folded", 16: "fused", 24: "folded", 40: "folded", 64: "fused"}
     inferred = {
-        c: kernels.choose_within("normalize", (None, None, None, c), "bfloat16") for c in (64, 100)
+        c: kernels.choose("normalize", (None, None, None, c), "bfloat16") for c in (64, 100)
     }
     assert inferred == {64: "fused", 100: "composed"}
-    assert kernels.choose_within("normalize", images[6], "bfloat16") == "fused"  # 16 rows, 96
-    assert kernels.choose(images[64], "float16") == "composed"
+    assert kernels.choose("normalize", images[6], "bfloat16") == "fused"  # 16 rows, 96
+    assert kernels.choose("batch_normalization", images[64], "float16") == "composed"
 
 
 def test_the_environment_names_an_implementation(monkeypatch):
     for name in POSSIBLE:
         monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", name)
-        assert kernels.choose((256, 32, 32, 64), "float32") == name
-        assert kernels.choose((256, 32, 32, 64), "float32", weighted=True) == "composed"
+        assert kernels.choose("batch_normalization", (256, 32, 32, 64), "float32") == name
+        assert (
+            kernels.choose("batch_normalization", (256, 32, 32, 64), "float32", weighted=True)
+            == "composed"
+        )
     monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", "composed")
-    assert kernels.choose_within("normalize", (256, 32, 32, 64), "float32") == "composed"
+    assert kernels.choose("normalize", (256, 32, 32, 64), "float32") == "composed"
     monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", "products")
     products = "native" if BACKEND == "torch" else "products"  # which cannot be taken there
-    assert kernels.choose_within("layer_normalization", (8, 4), "float32") == products
+    assert kernels.choose("layer_normalization", (8, 4), "float32") == products
     monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", "quick")
     with pytest.raises(ValueError, match="KERAS_NORM_IMPLEMENTATION='quick'"):
-        kernels.choose((8, 4), "float32")
+        kernels.choose("batch_normalization", (8, 4), "float32")
 
 
 def test_what_cannot_be_done_is_said():
@@ -417,19 +422,19 @@ def test_the_table_within_an_example(monkeypatch):
     shape = (32, 32, 32, 64)
     for name, faster in FASTER.items():
         fast = (BACKEND, name) != ("jax", "normalize")
-        assert kernels.choose_within(name, shape, "float32") == (faster if fast else "composed")
+        assert kernels.choose(name, shape, "float32") == (faster if fast else "composed")
         half = fast and faster in ("products", "by_channel")
-        assert kernels.choose_within(name, shape, "float16") == (faster if half else "composed")
-        of_other_axis = kernels.choose_within(name, shape, "float32", axis=1)
+        assert kernels.choose(name, shape, "float16") == (faster if half else "composed")
+        of_other_axis = kernels.choose(name, shape, "float32", axis=1)
         assert of_other_axis == (
             "native" if (BACKEND, name) == ("torch", "normalize") else "composed"
         )
-        training = kernels.choose_within(name, shape, "float32", training=True)
+        training = kernels.choose(name, shape, "float32", training=True)
         compiled = BACKEND == "tensorflow" and name != "normalize"
         assert training == ("compiled" if compiled else faster if fast else "composed")
     if BACKEND != "torch":
-        assert kernels.choose_within("normalize", (256, 84), "float32") == "composed"
-    assert kernels.choose_within("group_normalization", (256, 84), "float32") == "composed"
+        assert kernels.choose("normalize", (256, 84), "float32") == "composed"
+    assert kernels.choose("group_normalization", (256, 84), "float32") == "composed"
 
 
 def test_what_cannot_be_done_within_an_example_is_said():
@@ -463,15 +468,14 @@ def test_training_is_the_same_compiled(name, monkeypatch):
     weights, taken = [], []
 
     def recorded(function):
-        def record(*arguments):
-            taken.append(function(*arguments))
+        def record(*arguments, **options):
+            taken.append(function(*arguments, **options))
             return taken[-1]
 
         return record
 
-    for name_of_choice in ("_choose", "_decided_within"):
-        function = getattr(kernels, name_of_choice)
-        monkeypatch.setattr(kernels, name_of_choice, recorded(function))
+    choice = recorded(kernels.implementation_for)
+    monkeypatch.setattr(kernels, "implementation_for", choice)
     for implementation in ("", "composed"):
         monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", implementation)
         keras.utils.set_random_seed(0)
@@ -556,10 +560,13 @@ def test_compiled_within_control_flow(name, within, monkeypatch):
     import tensorflow as tf
 
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
-    monkeypatch.setattr(kernels, "_fused_by", lambda: "Eigen")
-    assert kernels.choose((16, 8, 8, 16), "float32", training=True) == "compiled"
+    monkeypatch.setattr(_kernels_choice, "fused_by", lambda: "Eigen")
+    assert (
+        kernels.choose("batch_normalization", (16, 8, 8, 16), "float32", training=True)
+        == "compiled"
+    )
     layer_of = "layer_normalization", (16, 8, 8, 16), "float32"
-    assert kernels.choose_within(*layer_of, training=True) == "compiled"
+    assert kernels.choose(*layer_of, training=True) == "compiled"
     layer = TRAINED[name]()
     x = tf.constant(np.random.default_rng(8).standard_normal((2, 16, 8, 8, 16)), "float32")
     layer.build(x.shape[1:])
@@ -654,12 +661,12 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
     import tensorflow as tf
 
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
-    monkeypatch.setattr(kernels, "_fused_by", lambda: "Eigen")
-    monkeypatch.setattr(kernels, "_MET", {})
+    monkeypatch.setattr(_kernels_choice, "fused_by", lambda: "Eigen")
+    monkeypatch.setattr(_kernels_choice, "_MET", {})
 
     def taken(length):
         x = tf.zeros((8, length, 77))
-        return kernels.choose_for(x, training=True)
+        return kernels.choose_for("batch_normalization", x, training=True)
 
     assert [taken(length) for length in range(64, 72)] == ["compiled"] * 6 + ["fused"] * 2
     assert taken(64) == "compiled"
@@ -671,15 +678,13 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
     monkeypatch.setattr("keras_norm.autodiff.can_compile", lambda: False)
-    kernels._decided_within.cache_clear()
-    taken = kernels.choose_within("layer_normalization", (64, 999), "float32", training=True)
-    kernels._decided_within.cache_clear()
+    taken = kernels.choose("layer_normalization", (64, 999), "float32", training=True)
     assert taken == "products"
 
 
 def test_small_arrays_and_unknown_sizes_are_not_compiled():
     def taken(*shape, function="layer_normalization"):
-        return kernels.choose_within(function, shape, "float32", training=True)
+        return kernels.choose(function, shape, "float32", training=True)
 
     assert "compiled" not in (taken(64, 64), taken(None, 128), taken(None, None, 512))
     assert taken(None, None, None, 64, function="group_normalization") != "compiled"

@@ -1,0 +1,354 @@
+"""The table of implementations, and how one is chosen from it.
+
+`TABLE` lists for each function what there is, the fastest first. An entry states its needs, without
+which it cannot be taken, and where it pays, which is measured by benchmarks/layers.py. The first
+entry that pays, and has what it needs, is taken; where there is none, the composed function is,
+which needs nothing.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_norm import autodiff, functional
+from keras_norm._kernels_common import FEWEST_CHANNELS_FUSED, on_gpu
+from keras_norm._kernels_fused import columns_of
+
+Shape = tuple[int | None, ...]
+Axis = int | Sequence[int]
+
+# TensorFlow's fused kernel for bfloat16 on a CPU takes ten times as long where the channels are not
+# a multiple of this (AVX-512's vectors of float32): 23.4 ms for 24 of them, 2.2 ms for 32.
+CHANNELS_OF_BFLOAT16 = 16
+# Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
+# sweeps that it saves.
+FEWEST_ELEMENTS_FUSED = 2**18
+# Of fewer elements a step has too little to gain to wait for the compiler. A batch of unknown size
+# counts as Keras's default for it.
+FEWEST_ELEMENTS_COMPILED = 2**14
+UNKNOWN_SIZE = 32
+# Outside of graphs, so many shapes are compiled for each number of channels.
+SHAPES_COMPILED = 6
+
+HALVES = ("float16", "bfloat16")
+
+
+class Here(NamedTuple):
+    """What a choice depends on beside the case: see `here`."""
+
+    backend: str
+    accelerated: bool
+    distributed: bool
+    compiles: bool
+    fused_by: str
+
+
+class Case(NamedTuple):
+    """What is asked. `shape` has None for what is unknown; `axes` are >= 0 and ascend."""
+
+    function: str
+    shape: Shape
+    dtype: str
+    axes: tuple[int, ...]
+    weighted: bool
+    training: bool
+    here: Here
+
+    @property
+    def channels(self) -> int | None:
+        return self.shape[self.axes[0]]
+
+    @property
+    def known_elements(self) -> int:
+        """Of an array in which every size that is unknown is 1."""
+        return math.prod(size or 1 for size in self.shape)
+
+    @property
+    def rows(self) -> bool:
+        """Whether there is nothing but examples and channels."""
+        return len(self.shape) == 2
+
+
+class Need(NamedTuple):
+    """A rule, in the words of an error, and whether a case keeps it."""
+
+    rule: str
+    holds: Callable[[Case], bool]
+
+
+def _on(*backends: str) -> Need:
+    return Need(f"the backend {' or '.join(backends)}", lambda case: case.here.backend in backends)
+
+
+TENSORFLOW, TORCH, JAX = _on("tensorflow"), _on("torch"), _on("jax")
+SUMS = _on("tensorflow", "jax")
+CHANNELS = Need(
+    "channels of known size on one of two axes or more",
+    lambda case: len(case.axes) == 1 and len(case.shape) > 1 and case.channels is not None,
+)
+CHANNELS_LAST = Need(
+    "channels of known size on the last of two axes or more",
+    lambda case: CHANNELS.holds(case) and case.axes == (len(case.shape) - 1,),
+)
+POSITIONS = Need("three axes or more", lambda case: len(case.shape) > 2)
+LAST_AXES = Need(
+    "known sizes on `axis`, the last axes",
+    lambda case: (
+        case.axes == tuple(range(len(case.shape) - len(case.axes), len(case.shape)))
+        and len(case.axes) < len(case.shape)
+        and None not in (case.shape[a] for a in case.axes)
+    ),
+)
+KNOWN_EXAMPLE = Need("known sizes of an example", lambda case: None not in case.shape[1:])
+ALL_KNOWN = Need("known sizes", lambda case: None not in case.shape)
+NO_WEIGHTS = Need("no weights", lambda case: not case.weighted)
+NO_HALF = Need("float32 or float64", lambda case: case.dtype in ("float32", "float64"))
+NO_HALF_ON_JAX = Need(
+    "float32 or float64 on JAX", lambda case: case.here.backend != "jax" or NO_HALF.holds(case)
+)
+NO_DOUBLE = Need("float32 or half precision", lambda case: case.dtype in ("float32", *HALVES))
+
+
+class Entry(NamedTuple):
+    """An implementation by name, what it needs, and whether it is then the fastest of the rest."""
+
+    name: str
+    needs: tuple[Need, ...]
+    pays: Callable[[Case], bool]
+
+    def is_possible(self, case: Case) -> bool:
+        return all(need.holds(case) for need in self.needs)
+
+
+def _always(case: Case) -> bool:
+    return True
+
+
+def _of_a_dtype_with_kernels(case: Case) -> bool:
+    """CPUs have kernels for bfloat16 on TensorFlow, for float16 nowhere."""
+    return NO_HALF.holds(case) or (case.dtype == "bfloat16" and case.here.backend == "tensorflow")
+
+
+def _suits_the_fused_kernel(case: Case) -> bool:
+    channels = case.channels or 0
+    large = not case.rows or case.known_elements >= FEWEST_ELEMENTS_FUSED
+    return large and channels >= FEWEST_CHANNELS_FUSED and _is_quick_fused(channels, case.dtype)
+
+
+def _suits_the_kernel_of_onednn(case: Case) -> bool:
+    return _suits_the_fused_kernel(case) and case.here.fused_by == "oneDNN"
+
+
+def _suits_inference_by_the_fused_kernel(case: Case) -> bool:
+    small = case.rows and case.known_elements < FEWEST_ELEMENTS_FUSED
+    return not small and _is_quick_fused(columns_of(case.shape), case.dtype)
+
+
+def _is_quick_fused(columns: int, dtype: str) -> bool:
+    return dtype == "float32" or (dtype == "bfloat16" and columns % CHANNELS_OF_BFLOAT16 == 0)
+
+
+def _pays_to_compile(case: Case) -> bool:
+    """Where sequences are of many lengths, each would be compiled for itself."""
+    if not case.training or None in case.shape[1:]:
+        return False
+    elements = math.prod(UNKNOWN_SIZE if size is None else size for size in case.shape)
+    return elements >= FEWEST_ELEMENTS_COMPILED and case.here.compiles
+
+
+def _of_batch(name: str, *needs: Need, pays: Callable[[Case], bool] = _always) -> Entry:
+    return Entry(
+        name, (*needs, NO_WEIGHTS), lambda case: _of_a_dtype_with_kernels(case) and pays(case)
+    )
+
+
+_BATCH = (
+    _of_batch("native", TORCH, CHANNELS, NO_HALF),
+    _of_batch(
+        "staged",
+        JAX,
+        CHANNELS_LAST,
+        NO_HALF,
+        ALL_KNOWN,
+        pays=lambda case: not case.rows and not case.here.distributed,
+    ),
+    _of_batch("fused", TENSORFLOW, CHANNELS_LAST, NO_DOUBLE, pays=_suits_the_kernel_of_onednn),
+    _of_batch("compiled", TENSORFLOW, CHANNELS_LAST, KNOWN_EXAMPLE, pays=_pays_to_compile),
+    _of_batch("fused", TENSORFLOW, CHANNELS_LAST, NO_DOUBLE, pays=_suits_the_fused_kernel),
+    _of_batch(
+        "folded",
+        SUMS,
+        CHANNELS_LAST,
+        NO_HALF_ON_JAX,
+        pays=lambda case: (
+            case.here.backend == "tensorflow"
+            or (ALL_KNOWN.holds(case) and not case.here.distributed)
+        ),
+    ),
+)
+_NORMALIZE = (
+    Entry("native", (TORCH, CHANNELS, NO_HALF), _always),
+    Entry("fused", (TENSORFLOW, CHANNELS_LAST, NO_DOUBLE), _suits_inference_by_the_fused_kernel),
+)
+_LAYER = (
+    Entry("native", (TORCH, LAST_AXES, NO_HALF), _always),
+    Entry("compiled", (TENSORFLOW, LAST_AXES), _pays_to_compile),
+    Entry("products", (SUMS, LAST_AXES), _always),
+)
+_GROUP = (
+    Entry("native", (TORCH, CHANNELS_LAST, POSITIONS, NO_HALF), _always),
+    Entry("compiled", (TENSORFLOW, CHANNELS_LAST, POSITIONS, KNOWN_EXAMPLE), _pays_to_compile),
+    Entry("by_channel", (SUMS, CHANNELS_LAST, POSITIONS), _always),
+)
+
+TABLE: dict[str, tuple[Entry, ...]] = {
+    "batch_normalization": _BATCH,
+    "normalize": _NORMALIZE,
+    "layer_normalization": _LAYER,
+    "rms_normalization": _LAYER,
+    "group_normalization": _GROUP,
+    "instance_normalization": _GROUP,
+}
+
+
+def implementation_for(
+    function: str,
+    shape: Sequence[int | None],
+    dtype: str,
+    axis: Axis,
+    *,
+    weighted: bool = False,
+    training: bool = False,
+    x: Any = None,
+) -> str:
+    """The name of the implementation that is taken when none is asked for."""
+    axes: Any = tuple(axis) if isinstance(axis, list | tuple) else axis
+    forced, shape = forced_implementation(), tuple(shape)
+    # `torch.compile` warns of functions with a cache, and its sizes cannot be looked up.
+    choose = _choose if _is_recorded() else _chosen
+    asked = function, shape, dtype, axes, weighted
+    name = choose(*asked, bool(training), here(x, training), forced)
+    if name == "compiled" and name != forced and not _comes_again(shape):
+        return choose(*asked, False, here(x, False), forced)
+    return name
+
+
+def _choose(
+    function: str,
+    shape: Shape,
+    dtype: str,
+    axis: int | tuple[int, ...],
+    weighted: bool,
+    training: bool,
+    here: Here,
+    forced: str | None,
+) -> str:
+    axes = functional.canonical_axes(axis, len(shape))
+    case = Case(function, shape, dtype, axes, weighted, training, here)
+    able = [entry for entry in TABLE[function] if entry.is_possible(case)]
+    if forced and (forced == "composed" or forced in [entry.name for entry in able]):
+        return forced
+    if here.accelerated:
+        return "composed"
+    return next((entry.name for entry in able if entry.pays(case)), "composed")
+
+
+_chosen = functools.lru_cache(maxsize=1024)(_choose)
+
+
+def here(x: Any = None, training: bool = False) -> Here:
+    """What this process runs on; `x` as in `on_gpu`. Only what the choice will look at."""
+    backend = keras.backend.backend()
+    tensorflow = backend == "tensorflow"
+    return Here(
+        backend,
+        on_gpu(x),
+        backend == "jax" and keras.distribution.distribution() is not None,
+        tensorflow and bool(training) and autodiff.can_compile(),
+        fused_by() if tensorflow else "",
+    )
+
+
+def check_possible(
+    name: str, function: str, shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool
+) -> None:
+    """That an implementation that was asked for can be taken."""
+    if name == "composed":
+        return
+    axes = functional.canonical_axes(axis, len(shape))
+    case = Case(function, tuple(shape), dtype, axes, weighted, False, here())
+    entries = {entry.name: entry for entry in TABLE[function]}
+    if name not in entries:
+        raise ValueError(
+            f"`implementation` of {function} must be one of {['composed', *entries]}, or None for "
+            f"the fastest. Received: implementation={name!r}."
+        )
+    if broken := [need.rule for need in entries[name].needs if not need.holds(case)]:
+        raise ValueError(
+            f"implementation={name!r} of {function} needs {', '.join(broken)}. Received: "
+            f"backend={case.here.backend!r}, shape={case.shape}, axis={axis!r}, dtype={dtype!r}, "
+            f"weighted={weighted}. Leave it to None."
+        )
+
+
+def forced_implementation() -> str | None:
+    """What KERAS_NORM_IMPLEMENTATION names."""
+    name = os.environ.get("KERAS_NORM_IMPLEMENTATION")
+    if not name:
+        return None
+    known = {"composed", *(entry.name for entries in TABLE.values() for entry in entries)}
+    if name not in known:
+        raise ValueError(
+            "The environment variable KERAS_NORM_IMPLEMENTATION must name an implementation, one "
+            f"of {sorted(known)}, or be empty. Received: KERAS_NORM_IMPLEMENTATION={name!r}."
+        )
+    return name
+
+
+def _comes_again(shape: Shape) -> bool:
+    """Whether to believe that: without a graph, every size is known, and may never be met again."""
+    import tensorflow as tf
+
+    if not tf.executing_eagerly():
+        return True
+    met = _MET.setdefault((len(shape), shape[-1]), set())
+    if len(met) < SHAPES_COMPILED:
+        met.add(shape)
+    return shape in met
+
+
+_MET: dict[tuple[int, int | None], set[Shape]] = {}
+
+
+def _is_recorded() -> bool:
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    return bool(torch.compiler.is_compiling())
+
+
+@functools.lru_cache(maxsize=1)
+def fused_by() -> str:
+    """Whose kernel TensorFlow's fused one is on this CPU.
+
+    TensorFlow takes oneDNN's by itself where there are AVX-512's later instructions, for which it
+    was written, and elsewhere when TF_ENABLE_ONEDNN_OPTS=1 tells it to.
+    """
+    try:
+        from tensorflow.python.util import _pywrap_util_port
+
+        if not _pywrap_util_port.IsMklEnabled():
+            return "Eigen"
+    except (ImportError, AttributeError):
+        return "Eigen"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "oneDNN"
+    return "oneDNN" if "avx512" in flags else "oneDNN without AVX-512"
