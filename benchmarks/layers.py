@@ -227,12 +227,23 @@ def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
     return {name: np.array(t) for name, t in times.items()}
 
 
-def taken(kind, shape, mode, dtype):
+def taken(kind, shape, mode, compiled, dtype):
     """The implementation that ours chose."""
     function, training = LAYERS[kind][1], mode == "training"
     if function == "batch_normalization" and not training:
         function = "normalize"
-    return kernels.choose(function, shape, dtype, training=training)
+    names = []
+
+    def choose():
+        names.append(kernels.choose(function, shape, dtype, training=training))
+
+    if BACKEND == "tensorflow" and compiled != "eager":
+        import tensorflow as tf
+
+        tf.function(choose, jit_compile=compiled == "xla").get_concrete_function()
+    else:
+        choose()
+    return names[0]
 
 
 def row_of(kind, shape, mode, compiled, dtype, times):
@@ -243,7 +254,7 @@ def row_of(kind, shape, mode, compiled, dtype, times):
         "shape": "x".join(map(str, shape)),
         "mode": mode,
         "dtype": dtype,
-        "implementation": taken(kind, shape, mode, dtype),
+        "implementation": taken(kind, shape, mode, compiled, dtype),
         "repeats": len(times["keras"]),
     }
     for name, t in times.items():

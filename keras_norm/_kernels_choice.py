@@ -45,6 +45,7 @@ class Here(NamedTuple):
     accelerated: bool
     distributed: bool
     compiles: bool
+    inside_xla: bool
     fused_by: str
 
 
@@ -154,8 +155,11 @@ def _is_quick_fused(columns: int, dtype: str) -> bool:
 
 
 def _pays_to_compile(case: Case) -> bool:
-    """Where sequences are of many lengths, each would be compiled for itself."""
-    if not case.training or None in case.shape[1:]:
+    """In training; and in inference where all around is compiled, too.
+
+    Where sequences are of many lengths, each would be compiled for itself.
+    """
+    if not (case.training or case.here.inside_xla) or None in case.shape[1:]:
         return False
     elements = math.prod(UNKNOWN_SIZE if size is None else size for size in case.shape)
     return elements >= FEWEST_ELEMENTS_COMPILED and case.here.compiles
@@ -264,12 +268,13 @@ _chosen = functools.lru_cache(maxsize=1024)(_choose)
 def here(x: Any = None, training: bool = False) -> Here:
     """What this process runs on; `x` as in `on_gpu`. Only what the choice will look at."""
     backend = keras.backend.backend()
-    tensorflow = backend == "tensorflow"
+    tensorflow, inside_xla = backend == "tensorflow", autodiff.inside_xla()
     return Here(
         backend,
         on_gpu(x),
         backend == "jax" and keras.distribution.distribution() is not None,
-        tensorflow and bool(training) and autodiff.can_compile(),
+        tensorflow and bool(training or inside_xla) and autodiff.can_compile(),
+        inside_xla,
         fused_by() if tensorflow else "",
     )
 

@@ -169,6 +169,23 @@ def can_compile() -> bool:
     return True
 
 
+def inside_xla() -> bool:
+    """Whether TensorFlow traces a function that XLA will compile as a whole (`jit_compile=True`).
+
+    Example:
+        >>> inside_xla()
+        False
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    try:
+        from tensorflow.python.framework.ops import get_default_graph
+        from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+    except ImportError:
+        return False
+    return bool(GraphOrParentsInXlaContext(get_default_graph()))
+
+
 def is_traced(x: Array) -> bool:
     """Whether x stands for an array in a function that is being compiled, to run later.
 

@@ -675,6 +675,26 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+@pytest.mark.parametrize("name", ["layer", "group"])
+def test_in_a_model_that_xla_compiles_inference_is_compiled_too(name, monkeypatch):
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+    chosen, choose = [], kernels.implementation_for
+    monkeypatch.setattr(
+        kernels, "implementation_for", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1]
+    )
+    layer = {"layer": layers.LayerNormalization, "group": layers.GroupNormalization}[name]()
+    model = keras.Sequential([keras.Input((8, 8, 32)), layer])
+    x = np.random.default_rng(0).standard_normal((40, 8, 8, 32)).astype("float32")
+    outputs = []
+    for whole in (False, True):
+        model.compile(jit_compile=whole)
+        del chosen[:]
+        outputs.append(model.predict(x, verbose=0))  # the last batch has 8 images
+        assert {*chosen} == {"compiled" if whole else FASTER[f"{name}_normalization"]}
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
     monkeypatch.setattr("keras_norm.autodiff.can_compile", lambda: False)
