@@ -5,7 +5,6 @@
     python benchmarks/layers.py --layers layer rms group   # others, on their natural shapes
     python benchmarks/layers.py --compiled eager           # or xla; TensorFlow only
     python benchmarks/layers.py --dtype bfloat16           # inputs; weights and statistics float32
-    python benchmarks/layers.py --keep-memory              # arrays get memory that was used before
     KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
 
 One process, nothing else running. The contestants take turns, shape by shape, so that what else
@@ -14,11 +13,18 @@ them, and the ratios are medians of the ratios within a turn. The floor is the t
 tensor of the input's size and write another, counted as two sweeps, times the sweeps that the
 work needs at least: 8 in training (forward 2 reads, 1 write; backward 4 reads, 1 write), 2 in
 inference.
+
+The C library returns arrays of 32 MiB and more to the operating system as soon as they are freed,
+and handing out the next one page by page takes longer than the layers do. To see these alone, let
+it (glibc) keep what was freed:
+
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_ARENA_MAX=1
 """
 
 import argparse
 import csv
 import inspect
+import os
 import pathlib
 import time
 
@@ -32,7 +38,6 @@ from keras import ops
 from tqdm import tqdm
 
 from keras_norm import experiments, kernels, layers
-from keras_norm._machine import keep_memory
 
 IMAGES = [
     (128, 32, 32, 32),
@@ -246,6 +251,11 @@ def taken(kind, shape, mode, compiled, dtype):
     return names[0]
 
 
+def memory():
+    """What becomes of freed memory, by the environment variables above."""
+    return "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
+
+
 def row_of(kind, shape, mode, compiled, dtype, times):
     row = {
         "layer": kind,
@@ -255,6 +265,7 @@ def row_of(kind, shape, mode, compiled, dtype, times):
         "mode": mode,
         "dtype": dtype,
         "implementation": taken(kind, shape, mode, compiled, dtype),
+        "memory": memory(),
         "repeats": len(times["keras"]),
     }
     for name, t in times.items():
@@ -349,11 +360,6 @@ def arguments_of_command_line():
     parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the layer's own")
     parser.add_argument("--compiled", choices=["graph", "eager", "xla"], default="graph")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument(
-        "--keep-memory",
-        action="store_true",
-        help="keep freed memory for arrays to come, instead of returning it (glibc)",
-    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
     arguments = parser.parse_args()
     if arguments.repeats < 3:
@@ -367,8 +373,6 @@ def arguments_of_command_line():
 
 def main():
     arguments = arguments_of_command_line()
-    if arguments.keep_memory and not keep_memory():
-        raise SystemExit("--keep-memory needs the C library glibc, which this Python runs without.")
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     cases = [
@@ -378,8 +382,7 @@ def main():
         for mode in SWEEPS
     ]
     for case in tqdm(cases, desc="shapes", unit="case"):
-        row = row_of(*case, measure(*case, arguments.repeats, 0.002))
-        rows.append(row | {"memory": "kept" if arguments.keep_memory else "returned"})
+        rows.append(row_of(*case, measure(*case, arguments.repeats, 0.002)))
         save(rows, arguments.out)
     plot(rows, arguments.out)
     show(rows)

@@ -3,17 +3,19 @@
     python benchmarks/training.py                     # four nets, on TensorFlow
     python benchmarks/training.py --nets lenet --turns 20
     python benchmarks/training.py --dtype-policy mixed_bfloat16 --out results/bench_training_half
-    python benchmarks/training.py --batch-size 512 --keep-memory
+    python benchmarks/training.py --batch-size 512
     KERAS_BACKEND=jax python benchmarks/training.py --out results/bench_training_jax
 
 One process, nothing else running. The three models of a net train in turns of some steps each, in
 random order; ratios are medians of the ratios within a turn. The images are random numbers in
 memory: speed does not depend on them. "pipeline" is the rate of the batches alone, with no model
-behind them: far above the rest, it cannot be what limits them.
+behind them: far above the rest, it cannot be what limits them. Freed memory is returned or kept
+as layers.py says.
 """
 
 import argparse
 import csv
+import os
 import pathlib
 import time
 
@@ -27,7 +29,6 @@ from keras import layers as keras_layers
 from tqdm import tqdm
 
 from keras_norm import experiments, layers, models
-from keras_norm._machine import keep_memory
 
 NORMALIZATIONS = {
     "keras_norm": layers.BatchNormalization,
@@ -150,11 +151,11 @@ def measure(net, batch_size, turns, bar):
     return {name: np.array(r) for name, r in rates.items()}, pipeline_rate(contestants["keras"])
 
 
-def row_of(net, batch_size, memory, rates, pipeline):
+def row_of(net, batch_size, rates, pipeline):
     row = {
         "net": net,
         "batch size": batch_size,
-        "memory": memory,
+        "memory": "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned",
         "backend": keras.backend.backend(),
         "policy": keras.config.dtype_policy().name,
         "turns": len(rates["keras"]),
@@ -174,20 +175,12 @@ def main():
     parser.add_argument("--turns", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--dtype-policy", default="float32", help="such as mixed_bfloat16")
     parser.add_argument("--batch-size", type=int, help="default: the net's own")
-    parser.add_argument(
-        "--keep-memory",
-        action="store_true",
-        help="keep freed memory for arrays to come, instead of returning it (glibc)",
-    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_training"))
     arguments = parser.parse_args()
     if arguments.batch_size is not None and arguments.batch_size < 1:
         parser.error("--batch-size must be at least 1")
     if arguments.turns < 3:
         parser.error("--turns must be at least 3, for a median with quartiles")
-    if arguments.keep_memory and not keep_memory():
-        raise SystemExit("--keep-memory needs the C library glibc, which this Python runs without.")
-    memory = "kept" if arguments.keep_memory else "returned"
     keras.config.set_dtype_policy(arguments.dtype_policy)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -196,7 +189,7 @@ def main():
             bar.set_description(net)
             batch_size = arguments.batch_size or NETS[net][2]
             measured = measure(net, batch_size, arguments.turns, bar)
-            rows.append(row_of(net, batch_size, memory, *measured))
+            rows.append(row_of(net, batch_size, *measured))
             with (
                 experiments.replace_file(arguments.out / "training.csv") as path,
                 path.open("w", newline="") as file,

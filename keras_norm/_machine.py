@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import math
@@ -96,24 +95,6 @@ def gpu_names() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
-
-
-def keep_memory() -> bool:
-    """Lets this process keep the memory that it frees, for arrays to come (glibc).
-
-    By itself glibc returns blocks of 32 MiB and more to the operating system, which hands out the
-    next ones page by page, zeroed. Memory that was used at most stays in use until the process
-    ends. The environment can say so, too: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647`.
-
-    Returns:
-        Whether it could be set: False with another C library.
-    """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def keras_backend() -> str:

@@ -1148,37 +1148,6 @@ def test_a_pool_refuses_a_structure_that_depends_on_the_seed():
 # ------------------------------------------------------------------ machine and flags
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-def test_memory_is_kept():
-    """The third array of 64 MiB takes the pages of the first: none is asked of the system."""
-    script = """
-        import importlib.util, resource, sys
-        import numpy as np
-        spec = importlib.util.spec_from_file_location("machine", sys.argv[1])
-        machine = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(machine)
-
-        def pages(*_):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            np.ones(2**23)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        returned = [*map(pages, range(3))][-1]
-        assert machine.keep_memory()
-        kept = [*map(pages, range(3))][-1]
-        print(returned, kept)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), _machine.__file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    returned, kept = map(int, done.stdout.split())
-    assert returned > 10 * max(kept, 1)
-
-
-def test_no_other_c_library_is_told(monkeypatch):
-    monkeypatch.setattr(_machine.ctypes, "CDLL", lambda name: object())
-    assert not _machine.keep_memory()
-
-
 def test_describe_machine():
     machine = experiments.describe_machine()
     assert machine["versions"]["keras_norm"] == keras_norm.__version__
