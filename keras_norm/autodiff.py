@@ -169,6 +169,20 @@ def can_compile() -> bool:
     return True
 
 
+def in_graph() -> bool:
+    """Whether TensorFlow traces a function, in place of computing at once.
+
+    Example:
+        >>> in_graph()
+        False
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
 def inside_xla() -> bool:
     """Whether TensorFlow traces a function that XLA will compile as a whole (`jit_compile=True`).
 

@@ -675,6 +675,33 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+def test_small_rows_in_a_graph_are_composed(monkeypatch):
+    """There the calls take longer than the sweeps; outside of a graph a compiled step is one."""
+    import tensorflow as tf
+
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+
+    def taken(*shape, whole=None):
+        names = []
+
+        def choose():
+            for training in (True, False):
+                option = {"training": training}
+                names.append(kernels.choose("rms_normalization", shape, "float32", **option))
+
+        function = choose if whole is None else tf.function(choose, jit_compile=whole)
+        function()
+        return names
+
+    assert taken(256, 256, whole=False) == ["composed", "products"]
+    assert taken(None, 128, whole=False) == ["composed", "products"]
+    assert taken(None, 512, whole=False) == ["compiled", "products"]
+    assert taken(512, 512, whole=False) == ["compiled", "products"]
+    assert taken(256, 256, whole=True) == ["compiled", "compiled"]
+    assert taken(256, 256) == ["compiled", "products"]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 @pytest.mark.parametrize("name", ["layer", "group"])
 def test_in_a_model_that_xla_compiles_inference_is_compiled_too(name, monkeypatch):
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
