@@ -21,6 +21,17 @@ import pytest
 
 # Modules whose doctests need more than the core's dependencies.
 NOT_CORE = {"plotting", "tuning", "cli"}
+# Examples that train nets take JAX long to compile: the other two run them.
+SLOW_ON_JAX = {
+    "InsideMonitor",
+    "TestTimeAugmentation",
+    "judge",
+    "EvaluateTogether",
+    "WideMLP",
+    "MLP",
+    "QuantileNormalization",
+    "diagnose",
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -33,6 +44,8 @@ def pytest_collection_modifyitems(items):
         of_package = isinstance(item, pytest.DoctestItem) and item.path.suffix == ".py"
         if of_package and item.path.stem not in NOT_CORE:
             item.add_marker("core")
+            if item.name.rpartition(".")[2] in SLOW_ON_JAX:
+                item.add_marker("slow_on_jax")
 
 
 def pytest_collection_finish(session):

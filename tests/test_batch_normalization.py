@@ -80,7 +80,13 @@ AS_KERAS = {
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-@pytest.mark.parametrize("arguments", AS_KERAS.values(), ids=AS_KERAS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(a, id=name, marks=pytest.mark.slow_on_jax if name == "renorm" else ())
+        for name, a in AS_KERAS.items()
+    ],
+)
 def test_as_keras_after_100_training_steps(dtype, tolerance, arguments):
     x = normal(400, 3, 5, dtype=dtype) * np.linspace(1, 2, 400)[:, None, None].astype(dtype)
     target = normal(400, 3, 5, seed=1, dtype=dtype)
@@ -166,7 +172,11 @@ MASK = np.array([1, 1, 1, 0, 1], bool)
         ({}, {"training": True}),
         ({}, {"training": False}),
         ({"axis": 1}, {"training": True, "mask": MASK, "sample_weight": SAMPLE_WEIGHT}),
-        ({"virtual_batch_size": 2}, {"training": True, "sample_weight": SAMPLE_WEIGHT}),
+        pytest.param(
+            {"virtual_batch_size": 2},
+            {"training": True, "sample_weight": SAMPLE_WEIGHT},
+            marks=pytest.mark.slow_on_jax,
+        ),
         ({"renorm": True}, {"training": True, "mask": MASK}),
         ({"use_batch_statistics": False}, {"training": True}),
         ({"use_batch_statistics": True}, {"training": False}),

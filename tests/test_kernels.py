@@ -393,7 +393,14 @@ def test_half_precision_within_an_example(name, options, faster, dtype):
         np.testing.assert_allclose(a, b, atol=2 * ROUNDING[dtype] * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize(("name", "options", "faster"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "faster"),
+    [  # on JAX the first of each function, for every other takes as long to compile
+        pytest.param(*case, marks=() if case[1] is WITHIN[case[0]][0] else pytest.mark.slow_on_jax)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_second_derivatives_of_the_faster(name, options, faster):
     dtype, close = ("float32", 1e-4) if name == "normalize" else ("float64", 1e-10)
     arrays = arrays_for(name, options, (2, 3, 2, 6), dtype, True)

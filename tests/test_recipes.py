@@ -54,7 +54,7 @@ def same_weights(a, b):
         np.testing.assert_array_equal(array(v), array(w))
 
 
-@pytest.mark.parametrize("done", [1, 2])
+@pytest.mark.parametrize("done", [pytest.param(1, marks=pytest.mark.slow_on_jax), 2])
 def test_interrupted_after_any_epoch_and_resumed_it_ends_with_the_same_weights(
     digits, outcome, tmp_path, done
 ):
