@@ -15,8 +15,8 @@ work needs at least: 8 in training (forward 2 reads, 1 write; backward 4 reads, 
 inference.
 
 The C library returns arrays of 32 MiB and more to the operating system as soon as they are freed,
-and handing out the next one page by page takes longer than the layers do. To see these alone, let
-it (glibc) keep what was freed:
+and handing out the next one page by page takes longer than the layers do ("pages" in the table
+that is saved: so many for each step). To see the layers alone, let it (glibc) keep what was freed:
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_ARENA_MAX=1
 """
@@ -27,6 +27,11 @@ import inspect
 import os
 import pathlib
 import time
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from keras_norm import quiet
 
@@ -205,8 +210,13 @@ def copying(x, tensor):
     return lambda: np.copyto(target, x)
 
 
+def pages_taken():
+    """Pages of memory that the operating system has handed out to this process, or None."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else None
+
+
 def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
-    """{contestant: seconds of every turn}, the turns alternating."""
+    """{contestant: seconds of every turn}, the turns alternating, and {contestant: pages taken}."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
     tensors = ops.convert_to_tensor(x, dtype=dtype), ops.convert_to_tensor(dy, dtype=dtype)
@@ -222,14 +232,17 @@ def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
         once[name] = min(seconds(turn) for _ in range(3))
     # Short steps are repeated within a turn, so that the clock's resolution does not matter.
     inner = {name: max(1, int(minimum / t)) for name, t in once.items()}
-    times = {name: [] for name in turns}
+    times, pages = ({name: [] for name in turns} for _ in range(2))
     for _ in range(repeats):
         for name in rng.permutation(list(turns)):  # nobody always runs after the same neighbour
             turn, n = turns[name], inner[name]
             turn()
+            before = pages_taken()
             times[name].append(seconds(lambda: [turn() for _ in range(n)]) / n)  # noqa: B023
+            if before is not None:
+                pages[name].append((pages_taken() - before) / n)
     times["floor"] = [t * SWEEPS[mode] / 2 for t in times["floor"]]
-    return {name: np.array(t) for name, t in times.items()}
+    return {name: np.array(t) for name, t in times.items()}, pages
 
 
 def taken(kind, shape, mode, compiled, dtype):
@@ -256,7 +269,7 @@ def memory():
     return "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
 
 
-def row_of(kind, shape, mode, compiled, dtype, times):
+def row_of(kind, shape, mode, compiled, dtype, times, pages):
     row = {
         "layer": kind,
         "backend": BACKEND,
@@ -271,6 +284,8 @@ def row_of(kind, shape, mode, compiled, dtype, times):
     for name, t in times.items():
         low, median, high = (float(1e3 * v) for v in np.quantile(t, [0.25, 0.5, 0.75]))
         row |= {f"{name} ms": median, f"{name} ms 25%": low, f"{name} ms 75%": high}
+        if name != "floor":
+            row[f"{name} pages"] = round(np.median(pages[name])) if pages[name] else ""
         if name not in ("keras_norm", "floor"):
             row[f"speedup over {name}"] = float(np.median(t / times["keras_norm"]))
     return row
@@ -382,7 +397,7 @@ def main():
         for mode in SWEEPS
     ]
     for case in tqdm(cases, desc="shapes", unit="case"):
-        rows.append(row_of(*case, measure(*case, arguments.repeats, 0.002)))
+        rows.append(row_of(*case, *measure(*case, arguments.repeats, 0.002)))
         save(rows, arguments.out)
     plot(rows, arguments.out)
     show(rows)

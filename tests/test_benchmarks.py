@@ -41,6 +41,7 @@ def test_layers(run, tmp_path, compiled, dtype):
     ]
     for row in rows:
         assert float(row["speedup over keras"]) > 0
+        assert int(row["keras_norm pages"] or 0) < 1000
         assert (row["repeats"], row["dtype"], row["memory"]) == ("3", dtype, "returned")
     assert (tmp_path / "layers.png").stat().st_size > 1000
     assert "group, inference: Keras/ours, geometric mean" in printed
