@@ -30,7 +30,8 @@ from keras import ops, tree
 from keras_norm import statistics
 from keras_norm._files import replace_file
 from keras_norm._kinds import copy_of, kind_by_names
-from keras_norm._layerwise import _intercepted, _mask_of, movement, rms
+from keras_norm._layerwise import movement, rms
+from keras_norm._layerwise_program import intercepted, mask_of
 from keras_norm._sample import as_numpy, describe, is_structure
 from keras_norm.moments import Moments
 
@@ -286,7 +287,7 @@ class _Trials:
         def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
             return call(*args, **{**kwargs, "training": id(layer) in chosen})
 
-        with _intercepted(switched.values(), handler):
+        with intercepted(switched.values(), handler):
             return self._run(values, training=False)
 
     def training_losses(self, values: statistics.Snapshot) -> Floats:
@@ -373,7 +374,7 @@ def _first_not_finite(model: Any, batches: Sequence[Batch], training: bool) -> s
         return y
 
     leaves = [y for y in model._flatten_layers(include_self=False) if id(y) in names]
-    with _intercepted(leaves, handler):
+    with intercepted(leaves, handler):
         for x, _, _ in batches:
             y = model(tree.map_structure(ops.convert_to_tensor, x), training=training)
             if found:
@@ -403,7 +404,7 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
     norms = {id(y) for y in trials.norms.values()}
 
     def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = next((m for m in map(_mask_of, tree.flatten(args)[:1]) if m is not None), None)
+        mask = next((m for m in map(mask_of, tree.flatten(args)[:1]) if m is not None), None)
         if mask is not None:
             seen.append(np.asarray(_host(mask)))
         elif args and ops.is_tensor(args[0]):
@@ -424,7 +425,7 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
         for layer in model._flatten_layers(include_self=False)
         if not list(layer._flatten_layers(include_self=False))
     ]
-    with _intercepted(leaves, handler):
+    with intercepted(leaves, handler):
         for x, _, _ in batches[:8]:
             seen.clear()
             model(tree.map_structure(ops.convert_to_tensor, x), training=False)
@@ -528,7 +529,7 @@ def _order_of(model: Any, trials: _Trials, batch: Batch) -> list[str]:
             order.append(names[id(layer)])
         return call(*args, **kwargs)
 
-    with _intercepted(switched.values(), handler):
+    with intercepted(switched.values(), handler):
         model(tree.map_structure(ops.convert_to_tensor, batch[0]), training=False)
     return order
 

@@ -1,21 +1,20 @@
 """How the inputs of all normalization layers of a model are measured, layer by layer.
 
-A model is written as a list of steps (`Plan`), with nested models written out. The steps between
-two normalization layers are compiled as one function (`Program`), which computes what later steps
-need and measures the inputs of the layers whose turn it is. `Solver` runs them in order, gives each
-layer its statistics as soon as they are known, and iterates where layers depend on each other.
-`OnePass` measures all layers at once, each normalizing by the batch.
+A model is written as a list of steps (`Plan`, in `_layerwise_plan`), with nested models written
+out. The steps between two normalization layers are compiled as one function (`Program`, in
+`_layerwise_program`), which computes what later steps need and measures the inputs of the layers
+whose turn it is. `Solver` runs them in order, gives each layer its statistics as soon as they are
+known, and iterates where layers depend on each other. `OnePass` measures all layers at once, each
+normalizing by the batch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops, tree
 
-from keras_norm._kinds import Values, copy_of, kind_of, weights_in
+from keras_norm._kinds import Values, copy_of, kind_of
+from keras_norm._layerwise_plan import Plan, Stage, graph_of
+from keras_norm._layerwise_program import Item, Program, Ref, Step
 from keras_norm._sample import Chunk, Environment, Sample, Store, nothing_came
 from keras_norm.moments import Moments
 
@@ -72,404 +73,6 @@ def error_of(
     total = np.maximum(variance + epsilon, 1e-30)
     of_variance = (error_of_variance / (2 * total)) ** 2
     return rms(np.sqrt(error_of_mean**2 / total + of_variance * variance / total))
-
-
-# The model as a list of steps --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for value number `number` among the arguments of a step."""
-
-    number: int
-
-
-@dataclass
-class Step:
-    """One call in the model."""
-
-    operation: Callable[..., Any]
-    args: Any
-    kwargs: dict[str, Any]
-    outputs: list[int]
-    inside: tuple[int, ...] = ()  # the selected normalization layers that it calls, by number
-    direct: bool = False  # it is itself the one normalization layer
-    level: int = 0
-
-    @functools.cached_property
-    def inputs(self) -> list[int]:
-        """The numbers of the values that it is called on."""
-        leaves = tree.flatten((self.args, self.kwargs))
-        return [leaf.number for leaf in leaves if isinstance(leaf, Ref)]
-
-
-def _graph_of(operation: Any) -> Any:
-    """The functional graph that a call of this operation runs, or None if it is code."""
-    if "call" in vars(operation):
-        return None
-    if isinstance(operation, keras.Sequential):
-        known = type(operation).call is keras.Sequential.call
-        graph = getattr(operation, "_functional", None) if known else None
-    elif isinstance(operation, keras.Model) and isinstance(operation, keras.Function):
-        known = type(operation).call.__module__.startswith("keras.src.models.")
-        graph = operation if known else None
-    else:
-        graph = None
-    usable = hasattr(graph, "_nodes_by_depth") and hasattr(graph, "_standardize_inputs")
-    return graph if usable else None
-
-
-class _Builder:
-    """Writes a model, with its nested models, as steps in topological order."""
-
-    def __init__(self, numbers: Mapping[int, int]) -> None:
-        self._numbers = numbers  # id of a selected layer -> its number
-        self._count = itertools.count()
-        self.steps: list[Step] = []
-
-    def fresh(self) -> int:
-        return next(self._count)
-
-    def call(self, operation: Any, args: Any, kwargs: dict[str, Any], number: int) -> list[int]:
-        """Adds one call with `number` outputs; returns their value numbers."""
-        graph = _graph_of(operation) if len(args) == 1 and not kwargs else None
-        if graph is not None:
-            return self._inline(graph, args[0])
-        inside: tuple[int, ...] = ()
-        direct = id(operation) in self._numbers
-        if direct:
-            inside = (self._numbers[id(operation)],)
-        elif isinstance(operation, keras.Layer):
-            found = {id(y) for y in operation._flatten_layers(include_self=False)}
-            inside = tuple(sorted(self._numbers[i] for i in found if i in self._numbers))
-        outputs = [self.fresh() for _ in range(number)]
-        self.steps.append(Step(operation, args, kwargs, outputs, inside, direct))
-        return outputs
-
-    def _inline(self, graph: Any, argument: Any) -> list[int]:
-        entry = [self.fresh() for _ in graph.inputs]
-        self.steps.append(Step(graph._standardize_inputs, (argument,), {}, entry))
-        values = {id(x): number for x, number in zip(graph.inputs, entry, strict=True)}
-
-        def refer(x: Any) -> Any:
-            return Ref(values[id(x)]) if isinstance(x, keras.KerasTensor) else x
-
-        for depth in sorted(graph._nodes_by_depth, reverse=True):
-            for node in graph._nodes_by_depth[depth]:
-                if node.is_input or any(id(x) not in values for x in node.input_tensors):
-                    continue
-                kwargs = {k: tree.map_structure(refer, v) for k, v in node.arguments.kwargs.items()}
-                if isinstance(node.operation, keras.Layer):
-                    kwargs.pop("training", None)  # False for all, from the outermost call
-                args = tree.map_structure(refer, node.arguments.args)
-                outputs = self.call(node.operation, args, kwargs, len(node.outputs))
-                values.update(zip(map(id, node.outputs), outputs, strict=True))
-        return [values[id(x)] for x in graph.outputs]
-
-
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
-
-
-@dataclass
-class Stage:
-    """What can be done once all layers of lower levels have their statistics."""
-
-    level: int
-    segment: Program | None  # computes and probes
-    layers: tuple[int, ...]  # whose statistics the segment gives
-    keep: frozenset[int]  # values that later stages need
-    groups: list[tuple[tuple[int, ...], Program]]  # layers whose statistics depend on each other
-
-
-class Plan:
-    """In which order the statistics of the selected layers are found.
-
-    Layer v depends on layer u if u stands above an input of v. Layers that depend on each other
-    (a shared layer that feeds itself; all the layers in a call that is code) form a group. Groups
-    and single layers are ordered by level: 0 depends on none, k + 1 on level k. A value has the
-    level at which all statistics above it are known.
-    """
-
-    def __init__(self, model: Any, layers: Sequence[Layer], structure: Any) -> None:
-        self.layers = layers
-        builder = _Builder({id(layer): i for i, layer in enumerate(layers)})
-        leaves = tree.flatten(structure)
-        self.raw = [builder.fresh() for _ in leaves]
-        packed = tree.pack_sequence_as(structure, [Ref(number) for number in self.raw])
-        builder.call(model, (packed,), {}, 0)
-        self.steps = builder.steps
-        self._order()
-        self._prune()
-        top = max((self._level[i] for i in self._reached), default=-1)
-        self.stages = [self._stage(level) for level in range(top + 1)]
-
-    @property
-    def programs(self) -> list[Program]:
-        """All that is compiled."""
-        found = [program for stage in self.stages for _, program in stage.groups]
-        return found + [stage.segment for stage in self.stages if stage.segment is not None]
-
-    def _order(self) -> None:
-        above: dict[int, int] = {}  # value -> bit mask of the layers above it
-        reach = [0] * len(self.layers)
-        self._reached: set[int] = set()
-        for step in self.steps:
-            mask = functools.reduce(lambda m, r: m | above.get(r, 0), step.inputs, 0)
-            own = functools.reduce(lambda m, i: m | 1 << i, step.inside, 0)
-            for i in step.inside:
-                self._reached.add(i)
-                reach[i] |= mask if step.direct else mask | own
-            above.update(dict.fromkeys(step.outputs, mask | own))
-        changed = True
-        while changed:
-            closed = [functools.reduce(lambda m, u: m | reach[u], _bits(m), m) for m in reach]
-            changed, reach = closed != reach, closed
-        self._reach = reach
-        self._level: dict[int, int] = {}
-        for i in sorted(self._reached, key=lambda i: reach[i].bit_count()):
-            below = [u for u in _bits(reach[i]) if not reach[u] >> i & 1]
-            self._level[i] = 1 + max((self._level[u] for u in below), default=-1)
-        self._value_level = dict.fromkeys(self.raw, 0)
-        for step in self.steps:
-            mask = functools.reduce(lambda m, r: m | above.get(r, 0), step.inputs, 0)
-            mask = functools.reduce(lambda m, i: m | 1 << i, step.inside, mask)
-            step.level = 1 + max((self._level[u] for u in _bits(mask)), default=-1)
-            self._value_level.update(dict.fromkeys(step.outputs, step.level))
-
-    def _above(self, values: Iterable[int], level: int) -> set[int]:
-        """Which steps lead to these values from those of up to a level."""
-        producer = {v: n for n, step in enumerate(self.steps) for v in step.outputs}
-        todo, found = list(values), set()
-        while todo:
-            value = todo.pop()
-            if value in producer and self._value_level[value] > level:
-                n = producer[value]
-                if n not in found:
-                    found.add(n)
-                    todo += self.steps[n].inputs
-        return found
-
-    def _prune(self) -> None:
-        wanted = [v for step in self.steps if step.inside for v in step.inputs]
-        self._needed = self._above(wanted, -1)
-
-    def _cyclic(self, i: int) -> bool:
-        return bool(self._reach[i] >> i & 1)
-
-    def _stage(self, level: int) -> Stage:
-        run = [n for n in sorted(self._needed) if self.steps[n].level == level]
-        at_level = [i for i in sorted(self._reached) if self._level[i] == level]
-        single = tuple(i for i in at_level if not self._cyclic(i))
-        probe = [n for n, s in enumerate(self.steps) if s.direct and s.inside[0] in single]
-        groups = {
-            tuple(u for u in at_level if self._reach[i] >> u & 1 and self._reach[u] >> i & 1)
-            for i in at_level
-            if self._cyclic(i)
-        }
-        needs_later = {
-            v for n in self._needed if self.steps[n].level > level for v in self.steps[n].inputs
-        } | {
-            v
-            for s in self.steps
-            for i in s.inside
-            if self._level[i] > level or (self._level[i] == level and self._cyclic(i))
-            for v in s.inputs
-        }
-        keep = frozenset(v for v in needs_later if self._value_level[v] <= level)
-        made = [v for n in run for v in self.steps[n].outputs if v in keep]
-        segment = None
-        if run or probe:
-            items = [Item(self.steps[n], n in run, n in probe) for n in sorted({*run, *probe})]
-            segment = Program(items, self.layers, made)
-        programs = [(group, self._group(group, level)) for group in sorted(groups)]
-        return Stage(level, segment, single, keep, programs)
-
-    def _group(self, group: tuple[int, ...], level: int) -> Program:
-        probe = {n for n, step in enumerate(self.steps) if set(step.inside) & set(group)}
-        run = self._above([v for n in probe for v in self.steps[n].inputs], level)
-        items = [Item(self.steps[n], n in run, n in probe) for n in sorted(run | probe)]
-        return Program(items, self.layers, [])
-
-
-# Compiled pieces -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    step: Step
-    run: bool  # its outputs are used
-    probe: bool  # the inputs of its normalization layers are measured
-
-
-class _ReadMask(keras.layers.Layer):
-    """Gives the mask that Keras has attached to a value to whoever asks."""
-
-    def __init__(self) -> None:
-        super().__init__(autocast=False)
-        self.supports_masking = True
-        self.built = True
-
-    def call(self, inputs: Array, mask: Array | None = None) -> list[Array]:
-        return [] if mask is None else [mask]
-
-    def compute_mask(self, inputs: Array, previous_mask: Array | None) -> None:
-        return None
-
-
-class _AttachMask(keras.layers.Layer):
-    """Attaches a mask to a value as Keras does."""
-
-    def __init__(self) -> None:
-        super().__init__(autocast=False)
-        self.supports_masking = True
-        self.built = True
-
-    def call(self, inputs: list[Array]) -> Array:
-        return inputs[0]
-
-    def compute_mask(self, inputs: list[Array], previous_mask: Any) -> Array:
-        return inputs[1]
-
-
-def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str, Array]:
-    """What is needed of one input of a normalization layer, and of its mask and weights."""
-    x = ops.cast(inputs, layer.compute_dtype)
-    return kind_of(layer).measured(layer, x, weights_in(layer, x, given))
-
-
-@contextlib.contextmanager
-def _intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterator[None]:
-    """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer."""
-    patched = []
-    try:
-        for layer in layers:
-            before = vars(layer).get("call")
-            patched.append((layer, before))
-            object.__setattr__(layer, "call", functools.partial(handler, layer, layer.call))
-        yield
-    finally:
-        for layer, before in patched:
-            if before is not None:
-                object.__setattr__(layer, "call", before)
-            elif "call" in vars(layer):
-                object.__delattr__(layer, "call")
-
-
-class Program(keras.Model):
-    """Some steps of a model as one compiled function, in inference mode.
-
-    From {"v3": value 3, "m3": its mask, ...} to the values that are asked for, in the same form,
-    and for each measured call of a layer "s.(layer).(call).(name)", see `_measured`.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        layers: Sequence[Layer],
-        outputs: Sequence[int],
-        sweep: bool = False,
-    ) -> None:
-        super().__init__(name="statistics", autocast=False)
-        self.supports_masking = True
-        made = {v for item in items if item.run for v in item.step.outputs}
-        self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
-        self._items = tuple(items)
-        self._asked = tuple(outputs)
-        self._sweep = sweep  # one pass: normalized once, by the one or the other
-        self._measures = {i: layers[i] for item in items for i in item.step.inside if item.probe}
-        operations = [item.step.operation for item in items]
-        # Tracked by Keras: their variables are this model's, read anew in every run.
-        self.parts = list({id(y): y for y in operations if isinstance(y, keras.Layer)}.values())
-        self.built = True
-
-    def call(self, inputs: dict[str, Array], training: bool = False) -> dict[str, Array]:
-        values: dict[int, Array] = {}
-        for number in self.needs:
-            value, mask = inputs[f"v{number}"], inputs.get(f"m{number}")
-            values[number] = value if mask is None else _AttachMask()([value, mask])
-        found: dict[str, Array] = {}
-        calls: dict[int, int] = {}
-
-        def fill(leaf: Any) -> Any:
-            return values[leaf.number] if isinstance(leaf, Ref) else leaf
-
-        def record(layer: Layer, value: Array, weights: dict[str, Any]) -> dict[str, Array]:
-            index = next(i for i, y in self._measures.items() if y is layer)
-            call = calls[index] = calls.get(index, -1) + 1
-            sums = _measured(layer, value, weights)
-            found.update({f"s.{index}.{call}.{name}": v for name, v in sums.items()})
-            return sums
-
-        def handler(layer: Layer, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Any:
-            sums = record(layer, inputs, kwargs)
-            if flag is None:
-                return call(inputs, *args, **kwargs)
-            if self._sweep:
-                return _normalized_by_batch(layer, inputs, sums, kwargs, flag)
-            y = call(inputs, *args, **kwargs)
-            return ops.where(flag, _normalized_by_batch(layer, inputs, sums, kwargs), y)
-
-        flag = inputs.get("by_batch")
-        for item in self._items:
-            step = item.step
-            args = tree.map_structure(fill, step.args)
-            kwargs = {k: tree.map_structure(fill, v) for k, v in step.kwargs.items()}
-            if step.direct and not item.run:
-                value = args[0] if args else kwargs["inputs"]
-                mask = kwargs.get("mask")
-                mask = _mask_of(value) if mask is None else mask
-                record(step.operation, value, {**kwargs, "mask": mask})
-                continue
-            inside = [y for i, y in self._measures.items() if i in step.inside]
-            with _intercepted(inside if item.probe else (), handler):
-                result = step.operation(*args, **kwargs)
-            values.update(zip(step.outputs, tree.flatten(result), strict=False))
-        for number in self._asked:
-            found[f"v{number}"] = values[number]
-            mask = _mask_of(values[number])
-            if mask is not None:
-                found[f"m{number}"] = mask
-        return found
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
-        """None: masks are values of their own here."""
-        return None
-
-    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Calls the compiled function; the model's variables are read, never written."""
-        inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
-        self.make_predict_function()
-        if keras.backend.backend() == "jax":
-            # The compiled function consumes the buffers that it is given: it gets copies.
-            state = tuple(
-                [ops.copy(v.value) for v in variables]
-                for variables in (self.trainable_variables, self.non_trainable_variables)
-            )
-            outputs, _ = self.predict_function(state, iter([(inputs,)]))
-            return dict(outputs)
-        return dict(self.predict_function([(inputs,)]))
-
-
-def _normalized_by_batch(
-    layer: Layer,
-    inputs: Array,
-    sums: dict[str, Array],
-    given: Mapping[str, Any],
-    flag: Array | None = None,
-) -> Array:
-    """By the batch's own statistics; with a flag that is not set, by the moving ones."""
-    x = ops.cast(inputs, layer.compute_dtype)
-    y = kind_of(layer).by_batch(layer, x, weights_in(layer, x, given), sums, flag)
-    return ops.cast(y, layer.compute_dtype)
-
-
-def _mask_of(value: Array) -> Array | None:
-    found = _ReadMask()(value)
-    return found[0] if found else None
 
 
 # Solving (J1) and (J2) -------------------------------------------------------------------------
@@ -884,7 +487,7 @@ def _mark(layer: Any) -> tuple[Any, ...]:
         for k, v in vars(layer).items()
         if not k.startswith(("_", "stop_")) and k not in _OF_THE_TRAINER
     }
-    graph = _graph_of(layer) if isinstance(layer, keras.Model) else None
+    graph = graph_of(layer) if isinstance(layer, keras.Model) else None
     compiled = bool(getattr(layer, "compiled", False))
     jit_compile = compiled and bool(getattr(layer, "jit_compile", False))
     model = (id(graph), getattr(layer, "run_eagerly", None), compiled, jit_compile)

@@ -43,7 +43,8 @@ import numpy.typing as npt
 from keras import ops, tree
 
 from keras_norm._gradients import gradients, restored_randomness
-from keras_norm._layerwise import _intercepted, rms
+from keras_norm._layerwise import rms
+from keras_norm._layerwise_program import intercepted
 
 __all__ = [
     "LEVELS",
@@ -356,7 +357,7 @@ def distributions(
         outputs[id(layer)] = call(*args, **kwargs)
         return outputs[id(layer)]
 
-    with _intercepted(chosen, note), restored_randomness(), keras.StatelessScope():
+    with intercepted(chosen, note), restored_randomness(), keras.StatelessScope():
         surface.loss()  # nothing that it assigns stays
     if missing := [y.name for y in chosen if id(y) not in outputs]:
         raise ValueError(f"`layers` must be called by the model. Received: {missing}.")
@@ -367,7 +368,7 @@ def distributions(
         def add(layer: Any, call: Any, *args: Any, **kwargs: Any) -> Tensor:
             return call(*args, **kwargs) + by_layer[id(layer)]
 
-        with _intercepted(chosen, add):
+        with intercepted(chosen, add):
             return surface.loss()
 
     values = [outputs[id(y)] for y in chosen]

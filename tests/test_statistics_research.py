@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_norm import _kinds, _layerwise, statistics
+from keras_norm import _kinds, _layerwise, _layerwise_program, statistics
 from keras_norm.layers import BatchNormalization
 from keras_norm.research import DecorrelatedBatchNormalization, QuantileNormalization
 from keras_norm.statistics import (
@@ -90,7 +90,7 @@ def inputs_of(model, x, names):
         found.setdefault(layer.name, []).append(value)
         return call(inputs, *args, **kwargs)
 
-    with _layerwise._intercepted([known[n] for n in names], handler):
+    with _layerwise_program.intercepted([known[n] for n in names], handler):
         model(x, training=False)
     return {name: np.concatenate(values) for name, values in found.items()}
 

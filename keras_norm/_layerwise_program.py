@@ -1,0 +1,217 @@
+"""Some steps of a model as one compiled function, which measures what normalization layers get."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from keras_norm._kinds import kind_of, weights_in
+
+Array = Any
+Layer = Any
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for value number `number` among the arguments of a step."""
+
+    number: int
+
+
+@dataclass
+class Step:
+    """One call in the model."""
+
+    operation: Callable[..., Any]
+    args: Any
+    kwargs: dict[str, Any]
+    outputs: list[int]
+    inside: tuple[int, ...] = ()  # the selected normalization layers that it calls, by number
+    direct: bool = False  # it is itself the one normalization layer
+    level: int = 0
+
+    @functools.cached_property
+    def inputs(self) -> list[int]:
+        """The numbers of the values that it is called on."""
+        leaves = tree.flatten((self.args, self.kwargs))
+        return [leaf.number for leaf in leaves if isinstance(leaf, Ref)]
+
+
+@dataclass(frozen=True)
+class Item:
+    step: Step
+    run: bool  # its outputs are used
+    probe: bool  # the inputs of its normalization layers are measured
+
+
+class _ReadMask(keras.layers.Layer):
+    """Gives the mask that Keras has attached to a value to whoever asks."""
+
+    def __init__(self) -> None:
+        super().__init__(autocast=False)
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, inputs: Array, mask: Array | None = None) -> list[Array]:
+        return [] if mask is None else [mask]
+
+    def compute_mask(self, inputs: Array, previous_mask: Array | None) -> None:
+        return None
+
+
+class _AttachMask(keras.layers.Layer):
+    """Attaches a mask to a value as Keras does."""
+
+    def __init__(self) -> None:
+        super().__init__(autocast=False)
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, inputs: list[Array]) -> Array:
+        return inputs[0]
+
+    def compute_mask(self, inputs: list[Array], previous_mask: Any) -> Array:
+        return inputs[1]
+
+
+def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str, Array]:
+    """What is needed of one input of a normalization layer, and of its mask and weights."""
+    x = ops.cast(inputs, layer.compute_dtype)
+    return kind_of(layer).measured(layer, x, weights_in(layer, x, given))
+
+
+@contextlib.contextmanager
+def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterator[None]:
+    """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer."""
+    patched = []
+    try:
+        for layer in layers:
+            before = vars(layer).get("call")
+            patched.append((layer, before))
+            object.__setattr__(layer, "call", functools.partial(handler, layer, layer.call))
+        yield
+    finally:
+        for layer, before in patched:
+            if before is not None:
+                object.__setattr__(layer, "call", before)
+            elif "call" in vars(layer):
+                object.__delattr__(layer, "call")
+
+
+class Program(keras.Model):
+    """Some steps of a model as one compiled function, in inference mode.
+
+    From {"v3": value 3, "m3": its mask, ...} to the values that are asked for, in the same form,
+    and for each measured call of a layer "s.(layer).(call).(name)", see `_measured`.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        layers: Sequence[Layer],
+        outputs: Sequence[int],
+        sweep: bool = False,
+    ) -> None:
+        super().__init__(name="statistics", autocast=False)
+        self.supports_masking = True
+        made = {v for item in items if item.run for v in item.step.outputs}
+        self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
+        self._items = tuple(items)
+        self._asked = tuple(outputs)
+        self._sweep = sweep  # one pass: normalized once, by the one or the other
+        self._measures = {i: layers[i] for item in items for i in item.step.inside if item.probe}
+        operations = [item.step.operation for item in items]
+        # Tracked by Keras: their variables are this model's, read anew in every run.
+        self.parts = list({id(y): y for y in operations if isinstance(y, keras.Layer)}.values())
+        self.built = True
+
+    def call(self, inputs: dict[str, Array], training: bool = False) -> dict[str, Array]:
+        values: dict[int, Array] = {}
+        for number in self.needs:
+            value, mask = inputs[f"v{number}"], inputs.get(f"m{number}")
+            values[number] = value if mask is None else _AttachMask()([value, mask])
+        found: dict[str, Array] = {}
+        calls: dict[int, int] = {}
+
+        def fill(leaf: Any) -> Any:
+            return values[leaf.number] if isinstance(leaf, Ref) else leaf
+
+        def record(layer: Layer, value: Array, weights: dict[str, Any]) -> dict[str, Array]:
+            index = next(i for i, y in self._measures.items() if y is layer)
+            call = calls[index] = calls.get(index, -1) + 1
+            sums = _measured(layer, value, weights)
+            found.update({f"s.{index}.{call}.{name}": v for name, v in sums.items()})
+            return sums
+
+        def handler(layer: Layer, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Any:
+            sums = record(layer, inputs, kwargs)
+            if flag is None:
+                return call(inputs, *args, **kwargs)
+            if self._sweep:
+                return _normalized_by_batch(layer, inputs, sums, kwargs, flag)
+            y = call(inputs, *args, **kwargs)
+            return ops.where(flag, _normalized_by_batch(layer, inputs, sums, kwargs), y)
+
+        flag = inputs.get("by_batch")
+        for item in self._items:
+            step = item.step
+            args = tree.map_structure(fill, step.args)
+            kwargs = {k: tree.map_structure(fill, v) for k, v in step.kwargs.items()}
+            if step.direct and not item.run:
+                value = args[0] if args else kwargs["inputs"]
+                mask = kwargs.get("mask")
+                mask = mask_of(value) if mask is None else mask
+                record(step.operation, value, {**kwargs, "mask": mask})
+                continue
+            inside = [y for i, y in self._measures.items() if i in step.inside]
+            with intercepted(inside if item.probe else (), handler):
+                result = step.operation(*args, **kwargs)
+            values.update(zip(step.outputs, tree.flatten(result), strict=False))
+        for number in self._asked:
+            found[f"v{number}"] = values[number]
+            mask = mask_of(values[number])
+            if mask is not None:
+                found[f"m{number}"] = mask
+        return found
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """None: masks are values of their own here."""
+        return None
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Calls the compiled function; the model's variables are read, never written."""
+        inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
+        self.make_predict_function()
+        if keras.backend.backend() == "jax":
+            # The compiled function consumes the buffers that it is given: it gets copies.
+            state = tuple(
+                [ops.copy(v.value) for v in variables]
+                for variables in (self.trainable_variables, self.non_trainable_variables)
+            )
+            outputs, _ = self.predict_function(state, iter([(inputs,)]))
+            return dict(outputs)
+        return dict(self.predict_function([(inputs,)]))
+
+
+def _normalized_by_batch(
+    layer: Layer,
+    inputs: Array,
+    sums: dict[str, Array],
+    given: Mapping[str, Any],
+    flag: Array | None = None,
+) -> Array:
+    """By the batch's own statistics; with a flag that is not set, by the moving ones."""
+    x = ops.cast(inputs, layer.compute_dtype)
+    y = kind_of(layer).by_batch(layer, x, weights_in(layer, x, given), sums, flag)
+    return ops.cast(y, layer.compute_dtype)
+
+
+def mask_of(value: Array) -> Array | None:
+    found = _ReadMask()(value)
+    return found[0] if found else None
