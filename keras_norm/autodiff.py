@@ -190,7 +190,7 @@ def inside_xla() -> bool:
         >>> inside_xla()
         False
     """
-    if keras.backend.backend() != "tensorflow":
+    if not in_graph():
         return False
     try:
         from tensorflow.python.framework.ops import get_default_graph
