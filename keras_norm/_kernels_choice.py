@@ -32,9 +32,14 @@ FEWEST_ELEMENTS_FUSED = 2**18
 # counts as Keras's default for it.
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
-# In a graph, rows of fewer elements take as long as the calls do, and the composed one is quickest.
-# (256, 256): Keras's RMS normalization / compiled .88, / products .81, / composed .99.
-FEWEST_ELEMENTS_OF_ROWS = 2**17
+# A step in a graph on fewer elements takes as long as its calls do, and the composed one is quickest;
+# on more, Keras's batch normalization / compiled jumps from 1.2 (128, 700) to 1.5 (384, 256), and
+# its layer normalization / compiled from 1.0 (128, 500) to 1.8 (768, 100).
+FEWEST_ELEMENTS_OF_BATCH = 3 * 2**15
+FEWEST_ELEMENTS_OF_ROWS = 9 * 2**13
+# Channels so few that a vector of the processor holds several of them are slow one by one: where
+# `compiled` lays them side by side it is quicker on fewer elements, too.
+FEW_CHANNELS = 16
 # Outside of graphs, so many shapes are compiled for each number of channels.
 SHAPES_COMPILED = 6
 
@@ -173,26 +178,28 @@ def _pays_to_compile(case: Case) -> bool:
     return case.likely_elements >= FEWEST_ELEMENTS_COMPILED and case.here.compiles
 
 
-def _are_too_few(case: Case) -> bool:
-    """Rows in a step of a graph that is not compiled as a whole, on TensorFlow."""
+def _is_small_step(case: Case, fewest: int) -> bool:
+    """In a graph of TensorFlow that is not compiled as a whole; `fewest` for known sizes."""
     if not (case.training and case.here.in_graph) or case.here.inside_xla:
         return False
-    known = None not in case.shape
-    return case.likely_elements < (FEWEST_ELEMENTS_OF_ROWS if known else FEWEST_ELEMENTS_COMPILED)
+    return case.likely_elements < (FEWEST_ELEMENTS_COMPILED if None in case.shape else fewest)
 
 
-def _pays_to_compile_rows(case: Case) -> bool:
-    return _pays_to_compile(case) and not _are_too_few(case)
+def _of_rows(name: str, *needs: Need, pays: Callable[[Case], bool] = _always) -> Entry:
+    def pays_for_its_calls(case: Case) -> bool:
+        return pays(case) and not _is_small_step(case, FEWEST_ELEMENTS_OF_ROWS)
 
-
-def _pays_as_products(case: Case) -> bool:
-    return not _are_too_few(case)
+    return Entry(name, needs, pays_for_its_calls)
 
 
 def _of_batch(name: str, *needs: Need, pays: Callable[[Case], bool] = _always) -> Entry:
-    return Entry(
-        name, (*needs, NO_WEIGHTS), lambda case: _of_a_dtype_with_kernels(case) and pays(case)
-    )
+    def pays_for_its_calls(case: Case) -> bool:
+        if not _of_a_dtype_with_kernels(case) or not pays(case):
+            return False
+        narrow = (case.channels or 0) < FEW_CHANNELS
+        return narrow or not _is_small_step(case, FEWEST_ELEMENTS_OF_BATCH)
+
+    return Entry(name, (*needs, NO_WEIGHTS), pays_for_its_calls)
 
 
 _BATCH = (
@@ -224,9 +231,9 @@ _NORMALIZE = (
     Entry("fused", (TENSORFLOW, CHANNELS_LAST, NO_DOUBLE), _suits_inference_by_the_fused_kernel),
 )
 _LAYER = (
-    Entry("native", (TORCH, LAST_AXES, NO_HALF), _always),
-    Entry("compiled", (TENSORFLOW, LAST_AXES), _pays_to_compile_rows),
-    Entry("products", (SUMS, LAST_AXES), _pays_as_products),
+    _of_rows("native", TORCH, LAST_AXES, NO_HALF),
+    _of_rows("compiled", TENSORFLOW, LAST_AXES, pays=_pays_to_compile),
+    _of_rows("products", SUMS, LAST_AXES),
 )
 _GROUP = (
     Entry("native", (TORCH, CHANNELS_LAST, POSITIONS, NO_HALF), _always),

@@ -195,21 +195,35 @@ def _zero_where_not_finite(x: Array) -> Array:
 # The mean and the variance -------------------------------------------------------------------
 
 
-def _moments(x: Array, layout: _Layout, weights: Array | None) -> tuple[Array, Array]:
-    """(B1) and (B2) of x in its compute dtype; see `batch_normalization` for the numerics."""
-    share = layout.share(weights, x.dtype)
+class _Moments(NamedTuple):
+    """(B1) is near + rest, (B2) variance, and centered is x - near: rest is what it lacks."""
 
-    def mean_of(v: Array) -> Array:
-        # What has no weight must not count even if it is infinite: 0 * inf is NaN.
-        return layout.sum(v * share if weights is None else ops.where(share > 0, v * share, 0))
+    near: Array
+    centered: Array
+    rest: Array
+    variance: Array
 
-    first = mean_of(x)
-    centered = x - layout.expand(first)
-    rest = mean_of(centered)  # what rounding left over: of the order of eps * |mean|
-    mean = first + rest  # (B1)
-    # relu, for it can round below 0. (On PyTorch, keras.ops.maximum makes float32 of float64.)
-    variance = ops.relu(mean_of(centered * centered) - rest * rest)  # (B2)
-    return mean, variance
+    @classmethod
+    def of(cls, x: Array, layout: _Layout, weights: Array | None) -> "_Moments":
+        """Of x in its compute dtype; see `batch_normalization` for the numerics."""
+        share = layout.share(weights, x.dtype)
+
+        def mean_of(v: Array) -> Array:
+            if weights is None:
+                return layout.sum(v) * share
+            # What has no weight must not count even if it is infinite: 0 * inf is NaN.
+            return layout.sum(ops.where(share > 0, v * share, 0))
+
+        near = mean_of(x)
+        centered = x - layout.expand(near)
+        rest = mean_of(centered)  # what rounding left over: of the order of eps * |mean|
+        # relu, for it can round below 0. (On PyTorch, keras.ops.maximum makes float32 of float64.)
+        variance = ops.relu(mean_of(centered * centered) - rest * rest)
+        return cls(near, centered, rest, variance)
+
+    @property
+    def mean(self) -> Array:
+        return self.near + self.rest
 
 
 def moments(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple[Array, Array]:
@@ -234,29 +248,34 @@ def moments(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple
 
     def forward(x: Array, weights: Array | None) -> tuple[Any, Any]:
         layout = _Layout.of(x, axis)
-        mean, variance = _moments(ops.cast(x, compute_dtype(x)), layout, weights)
-        return (mean, variance), (x, mean, weights)
+        of_x = _Moments.of(ops.cast(x, compute_dtype(x)), layout, weights)
+        return (of_x.mean, of_x.variance), (x, of_x.mean, weights)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, None]:
         x, mean, weights = residuals
         layout = _Layout.of(x, axis)
-        return _moments_backward(x, mean, weights, layout, *upstream), None
+        centered = _centered(x, mean, weights, layout)
+        dmean, dvariance = upstream
+        return _moments_backward(centered, weights, layout, dmean, 2 * dvariance), None
 
     mean, variance = custom_vjp(forward, backward, x, weights)
     return mean, variance
 
 
+def _centered(x: Array, mean: Array, weights: Array | None, layout: _Layout) -> Array:
+    """x - mean in the dtype of the mean, for the backward passes."""
+    centered = ops.cast(x, mean.dtype) - layout.expand(mean)
+    return centered if weights is None else _zero_where_not_finite(centered)
+
+
 def _moments_backward(
-    x: Array, mean: Array, weights: Array | None, layout: _Layout, a: Array, b: Array
+    centered: Array, weights: Array | None, layout: _Layout, a: Array, twice_b: Array
 ) -> Array:
     """The second half of (B10): (w / W) (a + 2 b (x - mean))."""
-    centered = ops.cast(x, mean.dtype) - layout.expand(mean)
-    if weights is not None:
-        centered = _zero_where_not_finite(centered)
-    share = layout.share(weights, mean.dtype)
+    share = layout.share(weights, centered.dtype)
     if weights is None:  # two small products instead of a sweep over x
-        return layout.expand(a * share) + layout.expand(2 * b * share) * centered
-    return share * (layout.expand(a) + layout.expand(2 * b) * centered)
+        return layout.expand(a * share) + layout.expand(twice_b * share) * centered
+    return share * (layout.expand(a) + layout.expand(twice_b) * centered)
 
 
 def weight_sums(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple[Array, Array]:
@@ -424,13 +443,20 @@ def batch_normalization_forward(
     """
     layout = _Layout.of(x, axis)
     x_ = ops.cast(x, compute_dtype(x))
-    mean, variance = _moments(x_, layout, weights)  # (B1) (B2)
-    used_mean, used_variance, gap = mean, variance, None
-    if use_given is not None:
+    of_batch = _Moments.of(x_, layout, weights)  # (B1) (B2)
+    mean, variance = of_batch.mean, of_batch.variance
+    used_mean, gap = mean, None
+    if use_given is None:
+        inv_std, scale = _scale(variance, gamma, epsilon)  # (B3)
+        shift = of_batch.rest * scale
+        shift = -shift if beta is None else ops.cast(beta, x_.dtype) - shift
+        # (B4) and (B5): centered lacks the rest only, so that nothing large cancels.
+        y = of_batch.centered * layout.expand(scale) + layout.expand(shift)
+    else:
         used_mean = ops.where(use_given, ops.cast(given_mean, x_.dtype), mean)
         used_variance = ops.where(use_given, ops.cast(given_variance, x_.dtype), variance)
         gap = _zero_where_not_finite(used_mean - mean)
-    y, inv_std = _normalize(x_, used_mean, used_variance, gamma, beta, layout, epsilon)
+        y, inv_std = _normalize(x_, used_mean, used_variance, gamma, beta, layout, epsilon)
     residuals = x, used_mean, inv_std, gamma, weights, gap, use_given
     return (ops.cast(y, x.dtype), mean, variance), residuals
 
@@ -444,10 +470,15 @@ def _normalize(
     layout: _Layout,
     epsilon: float,
 ) -> tuple[Array, Array]:
-    inv_std = ops.rsqrt(variance + epsilon)  # (B3)
-    scale = inv_std if gamma is None else inv_std * ops.cast(gamma, x.dtype)
+    inv_std, scale = _scale(variance, gamma, epsilon)  # (B3)
     y = (x - layout.expand(mean)) * layout.expand(scale)  # (B4) (B5)
     return (y if beta is None else y + layout.expand(ops.cast(beta, x.dtype))), inv_std
+
+
+def _scale(variance: Array, gamma: Array | None, epsilon: float) -> tuple[Array, Array]:
+    """inv_std, and gamma inv_std."""
+    inv_std = ops.rsqrt(variance + epsilon)
+    return inv_std, inv_std if gamma is None else inv_std * ops.cast(gamma, variance.dtype)
 
 
 def batch_normalization_backward(
@@ -477,34 +508,27 @@ def batch_normalization_backward(
         (dx, dgamma, dbeta): dx of the shape of x, the others (C,), all in the compute dtype.
     """
     layout = _Layout.of(x, axis)
-    dx, dgamma, dbeta, scale = _normalize_backward(dy, x, mean, inv_std, gamma, weights, layout)
-    to_mean, to_variance = scale * dbeta, scale * inv_std * dgamma / 2
+    centered = _centered(x, mean, weights, layout)
+    dx, dgamma, dbeta, scale = _normalize_backward(dy, centered, inv_std, gamma, layout)
+    to_mean, to_variance = scale * dbeta, scale * inv_std * dgamma
     if use_given is not None:  # the mean and the variance that y was made with are constants
         to_mean, to_variance = (
             ops.where(use_given, ops.zeros_like(v), v) for v in (to_mean, to_variance)
         )
-    a = dmean - to_mean  # (B8)
-    b = dvariance - to_variance  # (B9)
+    minus_a = to_mean - dmean  # (B8)
+    minus_twice_b = to_variance - 2 * dvariance  # (B9)
     if gap is not None:
-        a = a + 2 * b * gap  # the x - mean of (B10) is that of the batch
-    return dx + _moments_backward(x, mean, weights, layout, a, b), dgamma, dbeta  # (B10)
+        minus_a = minus_a + minus_twice_b * gap  # the x - mean of (B10) is that of the batch
+    along = _moments_backward(centered, weights, layout, minus_a, minus_twice_b)
+    return dx - along, dgamma, dbeta  # (B10)
 
 
 def _normalize_backward(
-    dy: Array,
-    x: Array,
-    mean: Array,
-    inv_std: Array,
-    gamma: Array | None,
-    weights: Array | None,
-    layout: _Layout,
+    dy: Array, centered: Array, inv_std: Array, gamma: Array | None, layout: _Layout
 ) -> tuple[Array, Array, Array, Array]:
     """With the mean and the variance held fixed: dx, dgamma, dbeta, and gamma inv_std."""
-    dtype = mean.dtype
+    dtype = inv_std.dtype
     dy = ops.cast(dy, dtype)
-    centered = ops.cast(x, dtype) - layout.expand(mean)
-    if weights is not None:
-        centered = _zero_where_not_finite(centered)
     dbeta = layout.sum(dy)  # (B6)
     dgamma = layout.sum(dy * centered) * inv_std  # (B7)
     scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
@@ -788,9 +812,9 @@ def normalize_backward(
         (dx, dmean, dvariance, dgamma, dbeta): dx of the shape of x, the others (C,), all in the
         compute dtype.
     """
-    dx, dgamma, dbeta, scale = _normalize_backward(
-        dy, x, mean, inv_std, gamma, None, _Layout.of(x, axis)
-    )
+    layout = _Layout.of(x, axis)
+    centered = _centered(x, mean, None, layout)
+    dx, dgamma, dbeta, scale = _normalize_backward(dy, centered, inv_std, gamma, layout)
     dmean = -scale * dbeta
     dvariance = -scale * inv_std * dgamma / 2
     return dx, dmean, dvariance, dgamma, dbeta
