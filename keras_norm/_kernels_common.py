@@ -26,52 +26,6 @@ COLUMNS_FOLDED = 96
 SAMPLED = 16
 
 
-def tensor(x: Any, dtype: Any = None) -> Array:
-    """As `ops.convert_to_tensor`, and quicker on PyTorch, where x stays on its device.
-
-    Args:
-        x: array, tensor or variable.
-        dtype: of the result, as the backend names it (`x.dtype` of a tensor); None for x's own.
-
-    Returns:
-        A tensor, x itself where it is one of that dtype.
-
-    Example:
-        >>> half = tensor(np.ones(3, "float16"))
-        >>> np.asarray(tensor([1.0, 2.0], half.dtype))
-        array([1., 2.], dtype=float16)
-    """
-    if keras.backend.backend() != "torch":
-        return ops.convert_to_tensor(x, dtype)
-    import torch
-
-    x = x.value if isinstance(x, keras.Variable) else x
-    if not isinstance(x, torch.Tensor):  # `ops.convert_to_tensor` takes long to see one
-        x = ops.convert_to_tensor(x)
-    return x if dtype in (None, x.dtype) else x.to(dtype)
-
-
-def dtype_name(dtype: Any) -> str:
-    """As `keras.backend.standardize_dtype`, which takes longer on PyTorch.
-
-    Args:
-        dtype: of a tensor.
-
-    Returns:
-        Keras's name of it.
-
-    Example:
-        >>> dtype_name(tensor(np.ones(3, "float16")).dtype)
-        'float16'
-    """
-    if dtype not in _DTYPE_NAMES:
-        _DTYPE_NAMES[dtype] = str(keras.backend.standardize_dtype(dtype))
-    return _DTYPE_NAMES[dtype]
-
-
-_DTYPE_NAMES: dict[Any, str] = {}
-
-
 def on_gpu(x: Array | None = None) -> bool:
     """Whether an array lies on an accelerator, where the composed implementation is taken.
 

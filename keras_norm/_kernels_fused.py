@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_norm import functional
+from keras_norm._arrays import in_dtype
 from keras_norm._kernels_common import FARTHEST_MEAN, folds_of, on_gpu
 from keras_norm.autodiff import custom_vjp
 
@@ -72,7 +73,7 @@ def batch(
 
 
 def _float32_or(default: Any, v: Array | None, channels: int) -> Array:
-    return default(channels) if v is None else ops.cast(v, "float32")
+    return default(channels) if v is None else in_dtype(v, "float32")
 
 
 def inference(

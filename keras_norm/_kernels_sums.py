@@ -8,6 +8,7 @@ from typing import Any
 from keras import ops
 
 from keras_norm import functional
+from keras_norm._arrays import in_dtype
 from keras_norm._kernels_common import SAMPLED, folds_of
 from keras_norm.autodiff import custom_vjp
 
@@ -32,7 +33,7 @@ def folded(
     as_it_is = len(x.shape) == 2 and folds == 1
 
     def fold(x: Array) -> Array:
-        x = ops.cast(x, dtype)
+        x = in_dtype(x, dtype)
         return x if as_it_is else ops.reshape(x, (-1, columns))  # (N, ..., C) -> (M / f, f C)
 
     def unfold(z: Array, x: Array) -> Array:
@@ -54,7 +55,7 @@ def folded(
         return ops.maximum(ops.cast(rows * folds, dtype), 1)
 
     def row(v: Array) -> Array:
-        return ops.cast(v, dtype)  # (C,) broadcasts as (1, C)
+        return in_dtype(v, dtype)  # (C,) broadcasts as (1, C)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         z = fold(x)
@@ -70,7 +71,7 @@ def folded(
         scale = inv_std if gamma is None else inv_std * row(gamma)
         offset = -rest * scale if beta is None else row(beta) - rest * scale
         y = centered * spread(scale) + spread(offset)  # (B4) (B5)
-        y = ops.cast(unfold(y, x), x.dtype)
+        y = in_dtype(unfold(y, x), x.dtype)
         statistics = (ops.reshape(v, (channels,)) for v in (mean, variance))
         return (y, *statistics), (x, mean, inv_std, scale, n, shares)
 
@@ -116,9 +117,9 @@ def staged(
         # rest is at most four standard deviations, so the difference loses one digit at most.
         variance = ops.maximum(total(centered * centered) / n - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
-        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
         y = (centered - rest) * scale  # (B4)
-        y = y if beta is None else y + ops.cast(beta, dtype)  # (B5)
+        y = y if beta is None else y + in_dtype(beta, dtype)  # (B5)
         return (y, mean, variance), (x, first, rest, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
@@ -126,7 +127,7 @@ def staged(
         dy, centered = upstream[0], x - first  # as forward, so that XLA does not do it again
         dbeta = total(dy)  # (B6)
         dgamma = (total(dy * centered) - rest * dbeta) * inv_std  # (B7)
-        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+        scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
         along = inv_std * dgamma / n
         dx = (dy - dbeta / n - (centered - rest) * along) * scale  # (B8) (B9) (B10)
         return dx, dgamma, dbeta
@@ -166,15 +167,15 @@ class Rows:
         self.as_it_is = len(sizes) == 1 and rank == 2
 
     def of(self, v: Array) -> Array:
-        v = ops.cast(v, self.dtype)
+        v = in_dtype(v, self.dtype)
         return v if self.as_it_is else ops.reshape(v, (-1, self.d))
 
     def like(self, x: Array, rows: Array) -> Array:
-        rows = ops.cast(rows, x.dtype)
+        rows = in_dtype(rows, x.dtype)
         return rows if self.as_it_is else ops.reshape(rows, ops.shape(x))
 
     def parameter(self, v: Array) -> Array:
-        v = ops.cast(v, self.dtype)
+        v = in_dtype(v, self.dtype)
         return v if len(self.sizes) == 1 else ops.reshape(v, (self.d,))  # broadcasts as (1, D)
 
     def share(self, gamma: Array | None) -> Array:
@@ -259,7 +260,7 @@ def by_channel(
         return sums / d
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        d, z = elements(x), ops.cast(x, dtype)
+        d, z = elements(x), in_dtype(x, dtype)
         some = z[:, : (ops.shape(z)[1] + SAMPLED - 1) // SAMPLED]
         first = mean(functional.sum_in_stages(some, positions), elements(some))
         centered = z - first  # by the mean of some rows, within four standard deviations of all
@@ -268,22 +269,22 @@ def by_channel(
         variance = mean(squares, d) - rest * rest
         variance = ops.where(variance < 0, ops.zeros_like(variance), variance)
         inv_std = ops.rsqrt(variance + epsilon)
-        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
-        offset = -rest * scale if beta is None else ops.cast(beta, dtype) - rest * scale
+        scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
+        offset = -rest * scale if beta is None else in_dtype(beta, dtype) - rest * scale
         y = centered * scale + offset  # (GN2) (GN3)
-        return (ops.cast(y, x.dtype),), (x, first, rest, inv_std, gamma)
+        return (in_dtype(y, x.dtype),), (x, first, rest, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, first, rest, inv_std, gamma = residuals
-        dy, centered = ops.cast(upstream[0], dtype), ops.cast(x, dtype) - first
+        dy, centered = in_dtype(upstream[0], dtype), in_dtype(x, dtype) - first
         d = elements(dy)
         s = functional.sum_in_stages(dy, positions)  # of each example and channel, (N, 1, 1, C)
         t = (functional.sum_in_stages(dy * centered, positions) - rest * s) * inv_std
         over = tuple(range(len(dy.shape) - 1))
         dbeta, dgamma = ops.sum(s, axis=over), ops.sum(t, axis=over)  # (GN4)
         if gamma is not None:
-            s, t = s * ops.cast(gamma, dtype), t * ops.cast(gamma, dtype)
-        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+            s, t = s * in_dtype(gamma, dtype), t * in_dtype(gamma, dtype)
+        scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
         a = -inv_std * inv_std * mean(t, d)
         b = -inv_std * mean(s, d) - rest * a
         return dy * scale + (centered * a + b), dgamma, dbeta  # (GN5)

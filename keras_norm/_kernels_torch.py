@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_norm import functional
+from keras_norm._arrays import tensor
 from keras_norm._kernels_common import (
     FARTHEST_MEAN,
     FEWEST_CHANNELS_FUSED,
     can_be_looked_at,
     folds_of,
-    tensor,
 )
 from keras_norm.autodiff import custom_vjp, in_transform
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
+from keras_norm._arrays import in_dtype
 from keras_norm._state import LiveNumbers
 
 __all__ = [
@@ -210,5 +211,5 @@ class MovingStatistics(keras.layers.Layer):
 
     def _assign(self, variable: Any, value: Array, moves: Any) -> None:
         """Where `moves` says so."""
-        value = ops.cast(value, variable.dtype)
+        value = in_dtype(value, variable.dtype)
         variable.assign(ops.where(moves, value, ops.convert_to_tensor(variable)))

@@ -69,7 +69,7 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
         gradients = backward(residuals, upstream)
         given = [g for g, x in zip(gradients, inputs, strict=True) if x is not None]
         return [
-            None if g is None else ops.cast(g, dtype)
+            g if g is None or g.dtype == dtype else ops.cast(g, dtype)
             for g, dtype in zip(given, dtypes, strict=True)
         ]
 
@@ -286,6 +286,11 @@ def _implementation() -> Callable[..., tuple[Array, ...]]:
 def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
     import tensorflow as tf
 
+    # Read the variables out here: `tf.custom_gradient` would want gradients for those it sees.
+    inputs = tuple(tf.convert_to_tensor(x) for x in inputs)
+    if tf.executing_eagerly() and not _is_recorded():
+        return tuple(forward(*inputs)[0])  # what follows takes longer than a small layer
+
     @tf.custom_gradient
     def function(*arrays: Array) -> tuple[Any, Any]:
         outputs, residuals = forward(*arrays)
@@ -295,8 +300,16 @@ def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[A
 
         return outputs, gradient
 
-    # Read the variables out here: `tf.custom_gradient` would want gradients for those it sees.
-    return tuple(function(*(tf.convert_to_tensor(x) for x in inputs)))
+    return tuple(function(*inputs))
+
+
+def _is_recorded() -> bool:
+    """Whether a `tf.GradientTape` or a forward accumulator follows what is computed now."""
+    try:
+        from tensorflow.python.eager.record import could_possibly_record
+    except ImportError:
+        return True
+    return bool(could_possibly_record())
 
 
 def _jax(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:

@@ -63,6 +63,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_norm._arrays import in_dtype
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
@@ -171,7 +172,7 @@ class _Layout(NamedTuple):
         if weights is None:
             n = math.prod([self.shape[a] for a in self.reduced])
             return 1 / max(n, 1) if isinstance(n, int) else 1 / ops.maximum(ops.cast(n, dtype), 1)
-        w = ops.cast(weights, dtype)
+        w = in_dtype(weights, dtype)
         total = self.sum(ops.broadcast_to(w, self.shape))
         return w / self.expand(_one_where_zero(total))
 
@@ -248,7 +249,7 @@ def moments(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple
 
     def forward(x: Array, weights: Array | None) -> tuple[Any, Any]:
         layout = _Layout.of(x, axis)
-        of_x = _Moments.of(ops.cast(x, compute_dtype(x)), layout, weights)
+        of_x = _Moments.of(in_dtype(x, compute_dtype(x)), layout, weights)
         return (of_x.mean, of_x.variance), (x, of_x.mean, weights)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, None]:
@@ -264,7 +265,7 @@ def moments(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple
 
 def _centered(x: Array, mean: Array, weights: Array | None, layout: _Layout) -> Array:
     """x - mean in the dtype of the mean, for the backward passes."""
-    centered = ops.cast(x, mean.dtype) - layout.expand(mean)
+    centered = in_dtype(x, mean.dtype) - layout.expand(mean)
     return centered if weights is None else _zero_where_not_finite(centered)
 
 
@@ -297,7 +298,7 @@ def weight_sums(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> t
         n = ops.cast(math.prod([layout.shape[a] for a in layout.reduced]), dtype)
         n = ops.broadcast_to(n, [layout.shape[a] for a in layout.channels])
         return n, n
-    w = ops.broadcast_to(ops.cast(weights, dtype), layout.shape)
+    w = ops.broadcast_to(in_dtype(weights, dtype), layout.shape)
     return layout.sum(w), layout.sum(w * w)
 
 
@@ -442,23 +443,23 @@ def batch_normalization_forward(
         is the mean that was used less that of the batch; the last two are None without `given`.
     """
     layout = _Layout.of(x, axis)
-    x_ = ops.cast(x, compute_dtype(x))
+    x_ = in_dtype(x, compute_dtype(x))
     of_batch = _Moments.of(x_, layout, weights)  # (B1) (B2)
     mean, variance = of_batch.mean, of_batch.variance
     used_mean, gap = mean, None
     if use_given is None:
         inv_std, scale = _scale(variance, gamma, epsilon)  # (B3)
         shift = of_batch.rest * scale
-        shift = -shift if beta is None else ops.cast(beta, x_.dtype) - shift
+        shift = -shift if beta is None else in_dtype(beta, x_.dtype) - shift
         # (B4) and (B5): centered lacks the rest only, so that nothing large cancels.
         y = of_batch.centered * layout.expand(scale) + layout.expand(shift)
     else:
-        used_mean = ops.where(use_given, ops.cast(given_mean, x_.dtype), mean)
-        used_variance = ops.where(use_given, ops.cast(given_variance, x_.dtype), variance)
+        used_mean = ops.where(use_given, in_dtype(given_mean, x_.dtype), mean)
+        used_variance = ops.where(use_given, in_dtype(given_variance, x_.dtype), variance)
         gap = _zero_where_not_finite(used_mean - mean)
         y, inv_std = _normalize(x_, used_mean, used_variance, gamma, beta, layout, epsilon)
     residuals = x, used_mean, inv_std, gamma, weights, gap, use_given
-    return (ops.cast(y, x.dtype), mean, variance), residuals
+    return (in_dtype(y, x.dtype), mean, variance), residuals
 
 
 def _normalize(
@@ -472,13 +473,13 @@ def _normalize(
 ) -> tuple[Array, Array]:
     inv_std, scale = _scale(variance, gamma, epsilon)  # (B3)
     y = (x - layout.expand(mean)) * layout.expand(scale)  # (B4) (B5)
-    return (y if beta is None else y + layout.expand(ops.cast(beta, x.dtype))), inv_std
+    return (y if beta is None else y + layout.expand(in_dtype(beta, x.dtype))), inv_std
 
 
 def _scale(variance: Array, gamma: Array | None, epsilon: float) -> tuple[Array, Array]:
     """inv_std, and gamma inv_std."""
     inv_std = ops.rsqrt(variance + epsilon)
-    return inv_std, inv_std if gamma is None else inv_std * ops.cast(gamma, variance.dtype)
+    return inv_std, inv_std if gamma is None else inv_std * in_dtype(gamma, variance.dtype)
 
 
 def batch_normalization_backward(
@@ -528,10 +529,10 @@ def _normalize_backward(
 ) -> tuple[Array, Array, Array, Array]:
     """With the mean and the variance held fixed: dx, dgamma, dbeta, and gamma inv_std."""
     dtype = inv_std.dtype
-    dy = ops.cast(dy, dtype)
+    dy = in_dtype(dy, dtype)
     dbeta = layout.sum(dy)  # (B6)
     dgamma = layout.sum(dy * centered) * inv_std  # (B7)
-    scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
+    scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
     return dy * layout.expand(scale), dgamma, dbeta, scale
 
 
@@ -638,13 +639,13 @@ def ghost_batch_normalization(
         )
     cut, valid = _ghost_batches(layout.shape[0], virtual_batch_size, x.dtype)
     if weights is not None:
-        weights = ops.cast(weights, compute_dtype(x))
+        weights = in_dtype(weights, compute_dtype(x))
         missing = len(layout.shape) - len(weights.shape)
         weights = ops.reshape(weights, [1] * missing + list(ops.shape(weights)))
         weights = weights[None] if weights.shape[0] == 1 else cut(weights)
     if valid is not None:
         valid = ops.reshape(valid, list(ops.shape(valid)) + [1] * (len(layout.shape) - 1))
-        weights = valid if weights is None else weights * ops.cast(valid, weights.dtype)
+        weights = valid if weights is None else weights * in_dtype(valid, weights.dtype)
     parts = cut(x)  # (N, ..., C) -> (G, S, ..., C)
     groups, ghost_axis = ops.shape(parts)[0], (0, *(a + 1 for a in layout.channels))
 
@@ -734,9 +735,9 @@ def renormalization(
         Ioffe, 2017, Batch Renormalization, algorithm 1.
     """
     mean, variance = ops.convert_to_tensor(mean), ops.convert_to_tensor(variance)
-    stddev = _clip(ops.cast(renorm_stddev, mean.dtype), epsilon**0.5, None)
+    stddev = _clip(in_dtype(renorm_stddev, mean.dtype), epsilon**0.5, None)
     r = ops.sqrt(variance + epsilon) / stddev  # (B17)
-    d = (mean - ops.cast(renorm_mean, mean.dtype)) / stddev  # (B18)
+    d = (mean - in_dtype(renorm_mean, mean.dtype)) / stddev  # (B18)
     r = _clip(r, rmin, rmax)
     d = d if dmax is None else _clip(d, -dmax, dmax)
     return ops.stop_gradient(r), ops.stop_gradient(d)
@@ -787,9 +788,9 @@ def normalize(
         x: Array = arrays[0]
         mean, variance, gamma, beta = arrays[1:]
         layout, dtype = _Layout.of(x, axis), compute_dtype(x)
-        mean, variance = ops.cast(mean, dtype), ops.cast(variance, dtype)
-        y, inv_std = _normalize(ops.cast(x, dtype), mean, variance, gamma, beta, layout, epsilon)
-        return (ops.cast(y, x.dtype),), (x, mean, inv_std, gamma)
+        mean, variance = in_dtype(mean, dtype), in_dtype(variance, dtype)
+        y, inv_std = _normalize(in_dtype(x, dtype), mean, variance, gamma, beta, layout, epsilon)
+        return (in_dtype(y, x.dtype),), (x, mean, inv_std, gamma)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, ...]:
         return normalize_backward(upstream[0], *residuals, axis=axis)
@@ -835,7 +836,7 @@ class _Scheme(NamedTuple):
         """A parameter as an array that broadcasts against x: (1, 1, 1, C) for images."""
         shape, dtype = ops.shape(x), compute_dtype(x)
         sizes = [shape[a] if a in self.parameters else 1 for a in range(len(shape))]
-        return ops.reshape(ops.cast(v, dtype), sizes)
+        return ops.reshape(in_dtype(v, dtype), sizes)
 
     def mean(self, x: Array) -> Array:
         # Not `ops.mean`, which is in float32 on JAX and PyTorch.
@@ -903,14 +904,14 @@ def _standardize_forward(
     epsilon: float,
 ) -> tuple[tuple[Array], tuple[Array | None, ...]]:
     """(L1) to (L5); of the size of x nothing but x itself is kept for the backward pass."""
-    x_ = ops.cast(x, compute_dtype(x))
+    x_ = in_dtype(x, compute_dtype(x))
     mean, rest, variance = _moments_within(x_, scheme)
     inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
     numerator = _deviation(x_, mean, rest) if scheme.subtracts_mean else x_
     scale = inv_std if gamma is None else inv_std * scheme.expand(gamma, x)
     y = numerator * scale  # (L4) (R3)
     y = y if beta is None else y + scheme.expand(beta, x)  # (L5) (R4)
-    return (ops.cast(y, x.dtype),), (x, mean, rest, inv_std, gamma)
+    return (in_dtype(y, x.dtype),), (x, mean, rest, inv_std, gamma)
 
 
 def _standardize_backward(
@@ -925,7 +926,7 @@ def _standardize_backward(
 ) -> tuple[Array, Array, Array]:
     """dx, dgamma, dbeta: (L6) to (L9), (R5) and (R6)."""
     dtype = inv_std.dtype
-    x_, dy = ops.cast(x, dtype), ops.cast(dy, dtype)
+    x_, dy = in_dtype(x, dtype), in_dtype(dy, dtype)
     deviation = _deviation(x_, mean, rest) * inv_std  # its mean square is 1, but for epsilon
     x_hat = deviation if scheme.subtracts_mean or mean is None else x_ * inv_std
 
@@ -1450,5 +1451,5 @@ def dropout_backward(dy: Array, mask: Array, *, rate: float) -> Array:
 
 
 def _drop(x: Array, mask: Array, rate: float) -> Array:
-    scaled = ops.cast(x, compute_dtype(x)) * (1 / (1 - rate) if rate < 1 else 0.0)
-    return ops.cast(ops.where(mask, scaled, ops.zeros_like(scaled)), x.dtype)
+    scaled = in_dtype(x, compute_dtype(x)) * (1 / (1 - rate) if rate < 1 else 0.0)
+    return in_dtype(ops.where(mask, scaled, ops.zeros_like(scaled)), x.dtype)

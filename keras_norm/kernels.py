@@ -41,8 +41,9 @@ from typing import Any
 from keras import ops
 
 from keras_norm import _kernels_fused, _kernels_sums, _kernels_torch, _kernels_xla, functional
+from keras_norm._arrays import dtype_name, in_dtype, tensor
 from keras_norm._kernels_choice import TABLE, check_possible, implementation_for
-from keras_norm._kernels_common import are_finite, dtype_name, on_gpu, tensor
+from keras_norm._kernels_common import are_finite, on_gpu
 from keras_norm._kernels_xla import training_step
 from keras_norm.autodiff import custom_vjp
 
@@ -242,8 +243,8 @@ def normalize(
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         x: Array = arrays[0]
         dtype = functional.compute_dtype(x)
-        mean, variance = (ops.cast(v, dtype) for v in arrays[1:3])
-        gamma, beta = (None if v is None else ops.cast(v, dtype) for v in arrays[3:])
+        mean, variance = (in_dtype(v, dtype) for v in arrays[1:3])
+        gamma, beta = (None if v is None else in_dtype(v, dtype) for v in arrays[3:])
         if chosen == "native":
             y = _kernels_torch.inference(x, mean, variance, gamma, beta, axis, epsilon)
         else:

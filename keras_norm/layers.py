@@ -20,6 +20,7 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_norm import autodiff, distributed, functional, kernels
+from keras_norm._arrays import in_dtype
 from keras_norm._moving import (
     MovingStatistics,
     check_dtype,
@@ -367,7 +368,7 @@ class BatchNormalization(MovingStatistics):
         sample_weight: Array | None = None,
     ) -> Array:
         """Normalizes; see the class."""
-        x = _in_dtype(inputs, self.compute_dtype)
+        x = in_dtype(inputs, self.compute_dtype)
         updates = bool(training and self.trainable)
         if not self._traced and autodiff.is_traced(x):
             self._traced = True
@@ -484,7 +485,7 @@ class BatchNormalization(MovingStatistics):
         def unless_moving(v: Array, moving: Any) -> Array:
             if use_moving is False:
                 return v
-            moving = ops.stop_gradient(ops.cast(ops.convert_to_tensor(moving), v.dtype))
+            moving = ops.stop_gradient(in_dtype(ops.convert_to_tensor(moving), v.dtype))
             return ops.where(use_moving, moving, v)
 
         if self.renorm and updates:
@@ -574,7 +575,7 @@ class BatchNormalization(MovingStatistics):
     def _move(self, variable: Any, value: Array, keep: Any, rest: Any, moves: Any) -> Array:
         # Of the tensor: PyTorch's keras.Variable * float rounds the float to float32.
         old = ops.stop_gradient(variable.value)  # a tensor, read once
-        value = old * keep + _in_dtype(value, variable.dtype) * rest
+        value = old * keep + in_dtype(value, variable.dtype) * rest
         variable.assign(value if moves is True else ops.where(moves, value, old))
         return value
 
@@ -644,7 +645,7 @@ class _Batch(NamedTuple):
     def elements(self, axis: Any) -> Array:
         """How many each channel has, (), in the dtype of the statistics."""
         n = math.prod(self._sizes(axis, ops.shape(self.x)))
-        return ops.cast(ops.convert_to_tensor(n), self.mean.dtype)
+        return in_dtype(ops.convert_to_tensor(n), self.mean.dtype)
 
     def _sizes(self, axis: Any, shape: Sequence[Any]) -> list[Any]:
         channels = functional.canonical_axes(axis, len(shape))
@@ -653,13 +654,6 @@ class _Batch(NamedTuple):
 
 def _initial_value(variable: Any, initializer: Any) -> Any:
     return ops.convert_to_numpy(initializer(tuple(variable.shape), dtype=variable.dtype))
-
-
-def _in_dtype(x: Any, dtype: str) -> Array:
-    """x as a tensor of that dtype: x itself where it is one, which `ops.cast` takes long to see."""
-    if ops.is_tensor(x) and kernels.dtype_name(x.dtype) == dtype:
-        return x
-    return ops.cast(x, dtype)
 
 
 def _decided(number: Any) -> Any:
@@ -837,7 +831,7 @@ class _WithinExample(keras.layers.Layer):
         if self._sizes:
             self._check_sizes(x.shape)
         is_float = keras.backend.is_float_dtype(kernels.dtype_name(x.dtype))
-        return x if is_float else ops.cast(x, self.compute_dtype)
+        return x if is_float else in_dtype(x, self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The inputs' shape."""
@@ -1007,7 +1001,7 @@ class LayerNormalization(_Affine):
             rms_scaling=self.rms_scaling,
             training=bool(training),
         )
-        return _in_dtype(y, self.compute_dtype)
+        return in_dtype(y, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""
@@ -1093,7 +1087,7 @@ class RMSNormalization(_WithinExample):
             epsilon=self.epsilon,
             training=bool(training),
         )
-        return _in_dtype(y, self.compute_dtype)
+        return in_dtype(y, self.compute_dtype)
 
 
 class _ByChannel(_Affine):
@@ -1220,7 +1214,7 @@ class GroupNormalization(_ByChannel):
             epsilon=self.epsilon,
             training=bool(training),
         )
-        return _in_dtype(y, self.compute_dtype)
+        return in_dtype(y, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""
@@ -1296,7 +1290,7 @@ class InstanceNormalization(_ByChannel):
             epsilon=self.epsilon,
             training=bool(training),
         )
-        return _in_dtype(y, self.compute_dtype)
+        return in_dtype(y, self.compute_dtype)
 
 
 # Dropout -----------------------------------------------------------------------------------------
