@@ -6,6 +6,7 @@ entry that pays, and has what it needs, is taken; where there is none, the compo
 which needs nothing.
 """
 
+import collections
 import functools
 import math
 import os
@@ -40,8 +41,11 @@ FEWEST_ELEMENTS_OF_ROWS = 9 * 2**13
 # Channels so few that a vector of the processor holds several of them are slow one by one: where
 # `compiled` lays them side by side it is quicker on fewer elements, too.
 FEW_CHANNELS = 16
-# Outside of graphs, so many shapes are compiled for each number of channels.
+# Outside of graphs a function is compiled for so many shapes of each number of channels; in
+# inference when they have come so often, for compiling takes some tenths of a second, and a model
+# may be called only once.
 SHAPES_COMPILED = 6
+CALLS_BEFORE_COMPILED = 10
 
 HALVES = ("float16", "bfloat16")
 
@@ -169,11 +173,13 @@ def _is_quick_fused(columns: int, dtype: str) -> bool:
 
 
 def _pays_to_compile(case: Case) -> bool:
-    """In training; and in inference where all around is compiled, too.
+    """In training; and in inference outside of graphs, or where all around is compiled, too.
 
-    Where sequences are of many lengths, each would be compiled for itself.
+    A graph may be exported, to where there is no XLA. Where sequences are of many lengths, each
+    would be compiled for itself.
     """
-    if not (case.training or case.here.inside_xla) or None in case.shape[1:]:
+    in_plain_graph = case.here.in_graph and not case.here.inside_xla
+    if (in_plain_graph and not case.training) or None in case.shape[1:]:
         return False
     return case.likely_elements >= FEWEST_ELEMENTS_COMPILED and case.here.compiles
 
@@ -228,6 +234,15 @@ _BATCH = (
 )
 _NORMALIZE = (
     Entry("native", (TORCH, CHANNELS, NO_HALF), _always),
+    Entry(
+        "compiled",
+        (TENSORFLOW, CHANNELS_LAST),
+        lambda case: (
+            not case.here.in_graph
+            and case.known_elements >= FEWEST_ELEMENTS_OF_BATCH
+            and _pays_to_compile(case)
+        ),
+    ),
     Entry("fused", (TENSORFLOW, CHANNELS_LAST, NO_DOUBLE), _suits_inference_by_the_fused_kernel),
 )
 _LAYER = (
@@ -266,10 +281,10 @@ def implementation_for(
     forced, shape = forced_implementation(), tuple(shape)
     # `torch.compile` warns of functions with a cache, and its sizes cannot be looked up.
     choose = _choose if _is_recorded() else _chosen
-    asked = function, shape, dtype, axes, weighted
-    name = choose(*asked, bool(training), here(x, training), forced)
-    if name == "compiled" and name != forced and not _comes_again(shape):
-        return choose(*asked, False, here(x, False), forced)
+    asked, now = (function, shape, dtype, axes, weighted, bool(training)), here(x, training)
+    name = choose(*asked, now, forced)
+    if name == "compiled" and name != forced and not _comes_again(function, shape, bool(training)):
+        return choose(*asked, now._replace(compiles=False), forced)
     return name
 
 
@@ -300,12 +315,14 @@ def here(x: Any = None, training: bool = False) -> Here:
     """What this process runs on; `x` as in `on_gpu`. Only what the choice will look at."""
     backend = keras.backend.backend()
     tensorflow, inside_xla = backend == "tensorflow", autodiff.inside_xla()
+    in_graph = tensorflow and autodiff.in_graph()
+    may_compile = tensorflow and (training or inside_xla or not in_graph)
     return Here(
         backend,
         on_gpu(x),
         backend == "jax" and keras.distribution.distribution() is not None,
-        tensorflow and bool(training or inside_xla) and autodiff.can_compile(),
-        tensorflow and autodiff.in_graph(),
+        may_compile and autodiff.can_compile(),
+        in_graph,
         inside_xla,
         fused_by() if tensorflow else "",
     )
@@ -347,17 +364,17 @@ def forced_implementation() -> str | None:
     return name
 
 
-def _comes_again(shape: Shape) -> bool:
+def _comes_again(function: str, shape: Shape, training: bool) -> bool:
     """Whether to believe that: without a graph, every size is known, and may never be met again."""
     if autodiff.in_graph():
         return True
-    met = _MET.setdefault((len(shape), shape[-1]), set())
-    if len(met) < SHAPES_COMPILED:
-        met.add(shape)
-    return shape in met
+    met = _MET.setdefault((function, training, len(shape), shape[-1]), collections.Counter())
+    if shape in met or len(met) < SHAPES_COMPILED:
+        met[shape] += 1
+    return met[shape] >= (1 if training else CALLS_BEFORE_COMPILED)
 
 
-_MET: dict[tuple[int, int | None], set[Shape]] = {}
+_MET: dict[tuple[Any, ...], collections.Counter[Shape]] = {}
 
 
 def _is_recorded() -> bool:

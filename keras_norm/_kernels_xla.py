@@ -1,4 +1,4 @@
-"""TensorFlow on a CPU, in training: forward and backward as programs that XLA compiles."""
+"""TensorFlow on a CPU: forward and backward as programs that XLA compiles."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_norm import autodiff, functional
 from keras_norm._kernels_common import SAMPLED, are_finite, folds_of
+from keras_norm._kernels_fused import columns_of
 from keras_norm._kernels_sums import Rows
 from keras_norm.autodiff import custom_vjp
 
@@ -219,6 +220,37 @@ def _halves_with_moving(*case: Any) -> tuple[Any, Any]:
         return *autodiff.compiled(gated)(upstream[0], *residuals), *[None] * 4
 
     return forward, backward
+
+
+def by_given(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """(y, inv_std) by given statistics, the channels on the last axis."""
+    case = columns_of(x.shape), x.shape[-1], functional.compute_dtype(x), epsilon
+    y, inv_std = autodiff.compiled(_program_by_given(*case))(x, mean, variance, gamma, beta)
+    return y, inv_std
+
+
+@functools.lru_cache(maxsize=1024)
+def _program_by_given(columns: int, channels: int, dtype: str, epsilon: float) -> Any:
+    def spread(v: Array) -> Array:
+        return ops.tile(v, columns // channels) if columns > channels else v
+
+    def normalized(x: Array, *vectors: Array | None) -> tuple[Array, Array]:
+        mean, variance, gamma, beta = (None if v is None else ops.cast(v, dtype) for v in vectors)
+        inv_std = ops.rsqrt(variance + epsilon)  # (B3)
+        scale = inv_std if gamma is None else inv_std * gamma
+        z = ops.reshape(ops.cast(x, dtype), (-1, columns))  # rows side by side
+        y = (z - spread(mean)) * spread(scale)  # (B4) (B5)
+        y = y if beta is None else y + spread(beta)
+        return ops.reshape(ops.cast(y, x.dtype), ops.shape(x)), inv_std
+
+    return normalized
 
 
 def rows(

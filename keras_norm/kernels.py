@@ -216,8 +216,8 @@ def normalize(
 
     Args:
         x, mean, variance, gamma, beta, axis, epsilon: as there.
-        implementation: "composed", or "fused" ("native" on PyTorch). Default: what
-            `choose` names.
+        implementation: "composed", or "compiled" or "fused" on TensorFlow, "native" on PyTorch.
+            Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x; differentiable in every array that was given.
@@ -245,6 +245,9 @@ def normalize(
         dtype = functional.compute_dtype(x)
         mean, variance = (in_dtype(v, dtype) for v in arrays[1:3])
         gamma, beta = (None if v is None else in_dtype(v, dtype) for v in arrays[3:])
+        if chosen == "compiled":
+            y, inv_std = _kernels_xla.by_given(x, mean, variance, gamma, beta, epsilon)
+            return (y,), (x, mean, inv_std, gamma)
         if chosen == "native":
             y = _kernels_torch.inference(x, mean, variance, gamma, beta, axis, epsilon)
         else:

@@ -303,7 +303,7 @@ CASES = [(name, options, FASTER[name]) for name in WITHIN for options in WITHIN[
 if BACKEND == "jax":
     CASES = [case for case in CASES if case[0] != "normalize"]
 if BACKEND == "tensorflow":
-    CASES += [(name, o, "compiled") for name in list(WITHIN)[:-1] for o in WITHIN[name]]
+    CASES += [(name, o, "compiled") for name in WITHIN for o in WITHIN[name]]
 
 
 def arrays_for(name, options, shape, dtype, affine):
@@ -440,7 +440,7 @@ def test_the_table_within_an_example(monkeypatch):
             "native" if (BACKEND, name) == ("torch", "normalize") else "composed"
         )
         training = kernels.choose(name, shape, "float32", training=True)
-        compiled = BACKEND == "tensorflow" and name != "normalize"
+        compiled = BACKEND == "tensorflow"
         assert training == ("compiled" if compiled else faster if fast else "composed")
     if BACKEND != "torch":
         assert kernels.choose("normalize", (256, 84), "float32") == "composed"
@@ -682,6 +682,34 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
     assert taken(64) == "compiled"
     with tf.Graph().as_default():
         assert taken(99) == "compiled"
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+def test_outside_of_graphs_inference_is_compiled_when_it_comes_often(monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+    monkeypatch.setattr(_kernels_choice, "_MET", {})
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.standard_normal((96, 8, 8, 32)), "float32")
+    few = _kernels_choice.CALLS_BEFORE_COMPILED - 1
+    for name in ("normalize", "layer_normalization", "group_normalization"):
+        before = FASTER[name]
+        assert [kernels.choose_for(name, x) for _ in range(few)] == [before] * few
+        assert kernels.choose_for(name, x) == "compiled"
+        with tf.Graph().as_default():
+            assert kernels.choose_for(name, x) == before  # it may be exported
+    assert {kernels.choose_for("normalize", x[:, 0, 0]) for _ in range(20)} == {"composed"}
+
+    layer = layers.BatchNormalization()
+    layer(x, training=True)
+    outputs = [layer(x, training=False) for _ in range(few + 2)]
+    np.testing.assert_allclose(outputs[0], outputs[-1], atol=1e-5)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(x, training=False) ** 2)
+    dgamma = tape.gradient(loss, layer.gamma.value)
+    x_hat = (array(outputs[0]) - array(layer.beta)) / array(layer.gamma)
+    np.testing.assert_allclose(dgamma, (2 * array(outputs[0]) * x_hat).sum((0, 1, 2)), rtol=1e-4)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
