@@ -24,6 +24,7 @@ NOT_CORE = {"plotting", "tuning", "cli"}
 # Examples that train nets take JAX long to compile: the other two run them.
 SLOW_ON_JAX = {
     "InsideMonitor",
+    "train_together",
     "TestTimeAugmentation",
     "judge",
     "EvaluateTogether",

@@ -64,6 +64,7 @@ def bits(model):
     return [np.array(v.numpy()).tobytes() for v in model.variables]
 
 
+@pytest.mark.slow_on_jax
 def test_nothing_is_wrong():
     model = network()
     before = bits(model)
@@ -119,6 +120,7 @@ def test_domain_shift():
     assert "adapt" in found.causes[0].remedy
 
 
+@pytest.mark.slow_on_jax
 def test_small_batches():
     found = diagnose(network(), examples(64), batch_size=2)
     assert found.first == "small batches", str(found)

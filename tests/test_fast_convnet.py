@@ -300,7 +300,7 @@ def moved(x, down, right):
     return x[:, at(x.shape[1], down)][:, :, at(x.shape[2], right)]
 
 
-@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("shift", [0, pytest.param(2, marks=pytest.mark.slow_on_jax)])
 def test_views_are_averaged(shift, tmp_path):
     model = FastConvNet((4, 4), input_shape=(9, 9, 3))
     fit_whitening(model, correlated())

@@ -213,6 +213,7 @@ def test_upstream_is_independent_of_an_input_of_the_same_seed():
     assert report["inputs"].analytic_norm > 0.1  # along its own input it vanishes
 
 
+@pytest.mark.slow_on_jax
 def test_untraced_target_gives_the_same_gradients():
     layer, x = layers.BatchNormalization(dtype="float64"), batch_norm_input()
     traced, untraced = (check(layer, x, traced=traced).require(1e-9) for traced in (True, False))
@@ -362,6 +363,7 @@ def test_target_is_left_as_it_was():
     assert again.to_dict() == report.to_dict()
 
 
+@pytest.mark.slow_on_jax
 def test_target_is_left_as_it_was_by_an_exception():
     network, x, calls = noisy_network(), np.random.randn(8, 3), []
 

@@ -87,6 +87,7 @@ def test_without_gamma_or_beta(given_):
         assert relative_error(array(a), b) < 1e-9
 
 
+@pytest.mark.slow_on_jax
 def test_relations():
     """Groups of one channel are instances; one group is an example, but for gamma and beta."""
     x, gamma, beta, _ = data((2, 3, 5, 6), -1)

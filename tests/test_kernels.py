@@ -319,7 +319,13 @@ def arrays_for(name, options, shape, dtype, affine):
 SHAPES_WITHIN = [(2, 3, 4, 6), (3, 5, 6), (2, 3, 2, 2, 9), (0, 2, 2, 6)]
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(
+    "affine",
+    [
+        pytest.param(True, id="affine"),
+        pytest.param(False, id="plain", marks=pytest.mark.slow_on_jax),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES_WITHIN, ids=str)
 @pytest.mark.parametrize(("name", "options", "faster"), CASES, ids=str)
 def test_faster_within_an_example(name, options, faster, shape, affine):
@@ -372,7 +378,9 @@ def test_layer_normalization_whose_first_elements_are_far_away(features, faster)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="half precision is composed there")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow_on_jax)]
+)
 @pytest.mark.parametrize(
     ("name", "options", "faster"), [case for case in CASES if case[0] != "normalize"], ids=str
 )
@@ -398,8 +406,14 @@ def test_half_precision_within_an_example(name, options, faster, dtype):
 
 @pytest.mark.parametrize(
     ("name", "options", "faster"),
-    [  # on JAX the first of each function, for every other takes as long to compile
-        pytest.param(*case, marks=() if case[1] is WITHIN[case[0]][0] else pytest.mark.slow_on_jax)
+    [  # on JAX the first of two functions, for every other takes as long to compile
+        pytest.param(
+            *case,
+            marks=()
+            if case[0] in ("layer_normalization", "instance_normalization")
+            and case[1] is WITHIN[case[0]][0]
+            else pytest.mark.slow_on_jax,
+        )
         for case in CASES
     ],
     ids=str,

@@ -106,6 +106,7 @@ class TestErrors:
             MLP((5, 0))
 
 
+@pytest.mark.slow_on_jax
 def test_published_perceptrons():
     """What is given reaches the `MLP` beneath; without it they are the published nets."""
     small = {"input_shape": (2, 2, 1), "classes": 3}

@@ -677,6 +677,7 @@ def test_half_precision_weights(name, policy):
     assert np.max(np.abs(run(policy) - start)) > 0.03
 
 
+@pytest.mark.slow_on_jax
 def test_half_precision_options():
     """Moving average, accumulation and clipping keep the dtype of the weights."""
     variable = keras.Variable(np.ones(4, "float32"), dtype="bfloat16")

@@ -140,6 +140,7 @@ def test_model_and_card_are_saved(digits, outcome, tmp_path):
     np.testing.assert_array_equal(model.predict(x, verbose=0), outcome.model.predict(x, verbose=0))
 
 
+@pytest.mark.slow_on_jax
 def test_settings_reach_the_training(digits):
     recipe = dataclasses.replace(
         SMALL, epochs=1, lookahead=False, whitening=False, normalization=None, reestimate=0
@@ -179,6 +180,7 @@ def test_an_unknown_recipe():
         recipes.train("fast")
 
 
+@pytest.mark.slow_on_jax
 def test_the_net_of_the_course():
     recipe = recipes.RECIPES["course"]
     model = recipe.model()

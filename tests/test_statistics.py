@@ -1014,7 +1014,9 @@ def test_the_model_can_be_changed_saved_and_estimated_again(tmp_path):
     assert len(statistics._normalizations(copied)) == 2
 
 
-@pytest.mark.parametrize("method", ["layerwise", "one_pass"])
+@pytest.mark.parametrize(
+    "method", ["layerwise", pytest.param("one_pass", marks=pytest.mark.slow_on_jax)]
+)
 def test_what_was_compiled_is_kept_as_long_as_the_model_is_the_same(method):
     model = MLP((3, 5), KINDS["ours"], input_shape=(4,), classes=2)
     x, y = example_data((4,), 400), np.zeros((400, 2), "float32")
@@ -1092,7 +1094,11 @@ def test_adapt_without_prior_is_reestimation():
     assert (report.method, report.data, report.settings["prior"]) == ("adapt", "target", 0)
 
 
-@pytest.mark.parametrize("build", [mlp9, with_code_inside], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(mlp9, marks=pytest.mark.slow_on_jax), with_code_inside],
+    ids=lambda f: f.__name__,
+)
 def test_adapt_blends_by_pseudo_counts(build):
     """Every layer: N / (N + n) of the source, n / (N + n) of the inputs that it now receives."""
     shape, number = MODELS[build]
