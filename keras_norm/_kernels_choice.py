@@ -34,8 +34,9 @@ FEWEST_ELEMENTS_FUSED = 2**18
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
 # A step in a graph on fewer elements takes as long as its calls do, and the composed one is
-# quickest; on more, Keras's batch normalization / compiled jumps from 1.2 (128, 700) to 1.5
-# (384, 256), and its layer normalization / compiled from 1.0 (128, 500) to 1.8 (768, 100).
+# quickest. Keras's batch normalization / composed and / compiled: 1.5 and 1.2 at (128, 700), 1.1
+# and 1.3 at (384, 256); its layer normalization: 1.1 and .96 at (256, 256), 1.3 and 1.4 at
+# (768, 100) (layers_tensorflow_small_rows.csv).
 FEWEST_ELEMENTS_OF_BATCH = 3 * 2**15
 FEWEST_ELEMENTS_OF_ROWS = 9 * 2**13
 # Channels so few that a vector of the processor holds several of them are slow one by one: where

@@ -18,8 +18,9 @@
     products         layer and RMS normalization: forward, sums of x less the mean of an example's
                      first sixteenth; backward, the sums over an example and over the examples as
                      products of matrices with gamma and with ones; x is kept
-    compiled         TensorFlow without a GPU, in training: forward and backward as one program
-                     each, which XLA compiles when it first meets arrays of these shapes; by
+    compiled         TensorFlow without a GPU, in training, and outside of graphs: forward and
+                     backward as one program each, which XLA compiles when it first meets arrays of
+                     these shapes (in inference, when they have come ten times); by
                      `training_step` with the step of batch normalization's moving statistics
     by_channel       group and instance normalization: sums channel by channel, added up within
                      the groups afterwards, so that scale and shift are one number for each
@@ -88,7 +89,8 @@ def choose(
         training: as the function takes it.
 
     Returns:
-        The name of an implementation; "composed" where no other can be taken, or pays.
+        The name of an implementation; "composed" where no other can be taken, or pays. Asked
+        outside of a graph on TensorFlow, it counts as a call with this shape.
 
     Raises:
         ValueError: for a function that is not one of these, for axes that the shape lacks, and
