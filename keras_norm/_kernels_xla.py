@@ -241,13 +241,14 @@ def _program_by_given(columns: int, channels: int, dtype: str, epsilon: float) -
     def spread(v: Array) -> Array:
         return ops.tile(v, columns // channels) if columns > channels else v
 
-    def normalized(x: Array, *vectors: Array | None) -> tuple[Array, Array]:
-        mean, variance, gamma, beta = (None if v is None else ops.cast(v, dtype) for v in vectors)
-        inv_std = ops.rsqrt(variance + epsilon)  # (B3)
-        scale = inv_std if gamma is None else inv_std * gamma
+    def normalized(
+        x: Array, mean: Array, variance: Array, gamma: Array | None, beta: Array | None
+    ) -> tuple[Array, Array]:
+        inv_std = ops.rsqrt(ops.cast(variance, dtype) + epsilon)  # (B3)
+        scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
         z = ops.reshape(ops.cast(x, dtype), (-1, columns))  # rows side by side
-        y = (z - spread(mean)) * spread(scale)  # (B4) (B5)
-        y = y if beta is None else y + spread(beta)
+        y = (z - spread(ops.cast(mean, dtype))) * spread(scale)  # (B4) (B5)
+        y = y if beta is None else y + spread(ops.cast(beta, dtype))
         return ops.reshape(ops.cast(y, x.dtype), ops.shape(x)), inv_std
 
     return normalized
