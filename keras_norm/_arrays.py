@@ -19,7 +19,6 @@ def tensor(x: Any, dtype: Any = None) -> Array:
         A tensor, x itself where it is one of that dtype.
 
     Example:
-        >>> import numpy as np
         >>> half = tensor(np.ones(3, "float16"))
         >>> np.asarray(tensor([1.0, 2.0], half.dtype))
         array([1., 2.], dtype=float16)
@@ -44,8 +43,8 @@ def dtype_name(dtype: Any) -> str:
         Keras's name of it.
 
     Example:
-        >>> dtype_name(tensor([1.0]).dtype)
-        'float32'
+        >>> dtype_name(tensor(np.ones(3, "float16")).dtype)
+        'float16'
     """
     if dtype not in _DTYPE_NAMES:
         _DTYPE_NAMES[dtype] = str(keras.backend.standardize_dtype(dtype))
@@ -66,8 +65,8 @@ def in_dtype(x: Any, dtype: Any) -> Array:
         A tensor, x itself where it is one of that dtype.
 
     Example:
-        >>> x = tensor([1.5, 2.5])
-        >>> in_dtype(x, "float32") is x
+        >>> half = tensor(np.ones(3, "float16"))
+        >>> in_dtype(half, "float16") is half
         True
     """
     if ops.is_tensor(x) and dtype_name(x.dtype) == dtype_name(dtype):
