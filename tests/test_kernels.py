@@ -624,9 +624,10 @@ def test_compiled_within_control_flow(name, within, monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
-def test_layers_share_what_is_compiled():
+def test_layers_share_what_is_compiled(monkeypatch):
     import tensorflow as tf
 
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
     programs = []
     for _ in range(2):
         layer = layers.LayerNormalization()
@@ -790,7 +791,9 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     assert taken == "products"
 
 
-def test_small_arrays_and_unknown_sizes_are_not_compiled():
+def test_small_arrays_and_unknown_sizes_are_not_compiled(monkeypatch):
+    monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
+
     def taken(*shape, function="layer_normalization"):
         return kernels.choose(function, shape, "float32", training=True)
 
