@@ -231,13 +231,14 @@ def by_given(
     epsilon: float,
 ) -> tuple[Array, Array]:
     """(y, inv_std) by given statistics, the channels on the last axis."""
-    case = columns_of(x.shape), x.shape[-1], functional.compute_dtype(x), epsilon
+    # With the rank, for TensorFlow would trace a function of arrays of two ranks for any rank.
+    case = len(x.shape), columns_of(x.shape), x.shape[-1], functional.compute_dtype(x), epsilon
     y, inv_std = autodiff.compiled(_program_by_given(*case))(x, mean, variance, gamma, beta)
     return y, inv_std
 
 
 @functools.lru_cache(maxsize=1024)
-def _program_by_given(columns: int, channels: int, dtype: str, epsilon: float) -> Any:
+def _program_by_given(rank: int, columns: int, channels: int, dtype: str, epsilon: float) -> Any:
     def spread(v: Array) -> Array:
         return ops.tile(v, columns // channels) if columns > channels else v
 

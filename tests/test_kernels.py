@@ -700,6 +700,24 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
+def test_compiled_for_arrays_of_any_rank():
+    """As many channels, on two axes to five, one after the other."""
+    rng = np.random.default_rng(0)
+    vectors = [rng.random(128).astype("float32") + 0.5 for _ in range(4)]
+    for shape in [(6, 128), (2, 3, 128), (2, 3, 4, 128), (2, 2, 2, 2, 128), (5, 128), (3, 5, 128)]:
+        x = rng.standard_normal(shape).astype("float32")
+        ours, expected = (
+            kernels.normalize(x, *vectors, implementation=i) for i in ("compiled", "composed")
+        )
+        compare(ours, expected, 1e-5, str(shape))
+        ours, expected = (
+            kernels.batch_normalization(x, *vectors[:2], implementation=i)[0]
+            for i in ("compiled", "composed")
+        )
+        compare(ours, expected, 1e-4, str(shape))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 def test_outside_of_graphs_inference_is_compiled_when_it_comes_often(monkeypatch):
     import tensorflow as tf
 
