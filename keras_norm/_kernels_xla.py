@@ -376,12 +376,13 @@ def _halves_by_channel(
         scale = inv_std if gamma is None else inv_std * ops.cast(gamma, dtype)
         y = (z - rest) * scale  # (GN2)
         y = y if beta is None else y + ops.cast(beta, dtype)  # (GN3)
-        return like(x, y), near + rest, inv_std
+        return like(x, y), near, rest, inv_std
 
     def gradients(
-        dy: Array, x: Array, gamma: Array | None, first: Array, inv_std: Array
+        dy: Array, x: Array, gamma: Array | None, near: Array, rest: Array, inv_std: Array
     ) -> tuple[Array, Array | None, Array | None]:
-        g, z = examples(dy), examples(x) - first
+        # The mean in two parts: their sum would round where it is large beside a small deviation.
+        g, z = examples(dy), examples(x) - near - rest
         s, t = _sum_by_halves(g), _sum_by_halves(g * z) * inv_std  # (N, 1, C)
         dbeta = ops.sum(s, axis=(0, 1)) if shifts else None  # (GN4)
         dgamma = ops.sum(t, axis=(0, 1)) if scales else None
@@ -394,8 +395,8 @@ def _halves_by_channel(
         return like(dy, dx), dgamma, dbeta
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        y, first, inv_std = autodiff.compiled(normalized)(x, gamma, beta)
-        return (y,), (x, gamma, first, inv_std)
+        y, near, rest, inv_std = autodiff.compiled(normalized)(x, gamma, beta)
+        return (y,), (x, gamma, near, rest, inv_std)
 
     def backward(residuals: Any, upstream: Any) -> Any:
         return autodiff.compiled(gradients)(upstream[0], *residuals)

@@ -699,6 +699,26 @@ def test_outside_of_graphs_few_shapes_are_compiled(monkeypatch):
         assert taken(99) == "compiled"
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="its kernel leaves such means to the composed one")
+def test_gradient_within_groups_far_from_0():
+    """A mean of 1000 beside a deviation of .05: in one float32 it would be off by a thousandth."""
+    rng = np.random.default_rng(0)
+    x = (1000 + 0.05 * rng.standard_normal((4, 6, 8))).astype("float32")
+    dy = rng.standard_normal(x.shape)
+
+    def slope(dtype, implementation):
+        mix = ops.convert_to_tensor(dy.astype(dtype))
+        option = {"groups": 2, "epsilon": 1e-5, "implementation": implementation}
+        _, (dx,) = gradients(
+            lambda x: ops.sum(kernels.group_normalization(x, **option) * mix), [x.astype(dtype)]
+        )
+        return array(dx)
+
+    exact = slope("float64", "composed")
+    for name in ["composed", "by_channel", *["compiled"] * (BACKEND == "tensorflow")]:
+        np.testing.assert_allclose(slope("float32", name), exact, atol=2e-5 * np.abs(exact).max())
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 def test_compiled_for_arrays_of_any_rank():
     """As many channels, on two axes to five, one after the other."""
