@@ -43,8 +43,8 @@ FEWEST_ELEMENTS_OF_ROWS = 9 * 2**13
 # `compiled` lays them side by side it is quicker on fewer elements, too.
 FEW_CHANNELS = 16
 # Outside of graphs a function is compiled for so many shapes of each number of channels; in
-# inference when they have come so often, for compiling takes some tenths of a second, and a model
-# may be called only once.
+# inference when they have come so often, for compiling takes as long as many calls, and a model may
+# be called only once.
 SHAPES_COMPILED = 6
 CALLS_BEFORE_COMPILED = 10
 

@@ -645,7 +645,7 @@ class _Batch(NamedTuple):
     def elements(self, axis: Any) -> Array:
         """How many each channel has, (), in the dtype of the statistics."""
         n = math.prod(self._sizes(axis, ops.shape(self.x)))
-        return in_dtype(ops.convert_to_tensor(n), self.mean.dtype)
+        return ops.cast(ops.convert_to_tensor(n), self.mean.dtype)
 
     def _sizes(self, axis: Any, shape: Sequence[Any]) -> list[Any]:
         channels = functional.canonical_axes(axis, len(shape))
@@ -831,7 +831,7 @@ class _WithinExample(keras.layers.Layer):
         if self._sizes:
             self._check_sizes(x.shape)
         is_float = keras.backend.is_float_dtype(kernels.dtype_name(x.dtype))
-        return x if is_float else in_dtype(x, self.compute_dtype)
+        return x if is_float else ops.cast(x, self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The inputs' shape."""

@@ -110,6 +110,20 @@ def test_the_fused_kernel_alone_loses_a_large_mean():
     np.testing.assert_allclose(array(mean), exact, rtol=2e-7)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="a kernel of PyTorch")
+def test_pytorchs_kernel_alone_loses_a_large_mean():
+    """Of layer normalization: more than a float32 of x less its mean would lose."""
+    import torch
+
+    x = (1000 + np.random.default_rng(0).standard_normal((64, 500))).astype("float32")
+    exact = x.astype("float64")
+    exact = (exact - exact.mean(1, keepdims=True)) / exact.std(1, keepdims=True)
+    alone, *_ = torch.native_layer_norm(torch.from_numpy(x), (500,), None, None, 0.0)
+    assert np.abs(array(alone) - exact).max() > 3e-5
+    ours = kernels.layer_normalization(x, epsilon=0.0)
+    np.testing.assert_allclose(array(ours), exact, atol=3e-6)
+
+
 @pytest.mark.parametrize("implementation", POSSIBLE)
 @pytest.mark.parametrize("shape", [(1, 4), (1, 1, 1, 16)], ids=str)
 def test_one_element_per_channel(implementation, shape):
