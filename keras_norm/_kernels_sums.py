@@ -203,26 +203,28 @@ def _halves_of_products(
         return ops.sum(z, axis=1, keepdims=True) / max(rows.d, 1)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        z, first = rows.of(x), None
+        z = rows.of(x)
+        parts: tuple[Array, ...] = ()
         if centers:
             near = mean(rows.near(z))
             z = z - near
             rest = mean(z)
             # As rest is no larger, the difference loses one digit at most.
             variance = ops.relu(mean(z * z) - rest * rest)  # (L2)
-            z, first = z - rest, near + rest  # (L1)
+            z, parts = z - rest, (near, rest)  # (L1)
         else:
             variance = mean(z * z)  # (R1)
         inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
         y = z * inv_std  # (L4) (R3)
         y = y if gamma is None else y * rows.parameter(gamma)  # (R4)
         y = y if beta is None else y + rows.parameter(beta)  # (L5)
-        return (rows.like(x, y),), (x, inv_std, gamma, first)
+        return (rows.like(x, y),), (x, inv_std, gamma, *parts)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        x, inv_std, gamma, first = residuals
+        x, inv_std, gamma, *parts = residuals
         dy, z = rows.of(upstream[0]), rows.of(x)
-        z = z if first is None else z - first  # x_hat / inv_std
+        for part in parts:  # of the mean: their sum would round where the deviation is small
+            z = z - part  # -> x_hat / inv_std
         # `@`, for `ops.matmul` rounds float64 to float32 on PyTorch.
         dy_z = dy * z
         dbeta = ops.reshape(ops.ones_like(ops.transpose(inv_std)) @ dy, sizes)  # (L6)

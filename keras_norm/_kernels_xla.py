@@ -292,27 +292,28 @@ def _halves_of_rows(
 
     def normalized(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, ...]:
         z, share = rows.of(x), rows.share(None)
-        first = None
+        mean: tuple[Array, ...] = ()
         if centers:
-            near = ops.mean(rows.near(z), axis=1, keepdims=True) if rows.d else 0.0
+            near = ops.mean(rows.near(z), axis=1, keepdims=True) if rows.d else z[:, :1]
             z = z - near
             rest = z @ share
             variance = ops.relu((z * z) @ share - rest * rest)  # (L2)
-            z, first = z - rest, near + rest  # (L1)
+            z, mean = z - rest, (near, rest)  # (L1)
         else:
             variance = (z * z) @ share  # (R1)
         inv_std = ops.rsqrt(variance + epsilon)
         y = z * inv_std
         y = y if gamma is None else y * rows.parameter(gamma)
         y = y if beta is None else y + rows.parameter(beta)
-        return (rows.like(x, y), inv_std) if first is None else (rows.like(x, y), inv_std, first)
+        return rows.like(x, y), inv_std, *mean
 
     def gradients(
-        dy: Array, x: Array, gamma: Array | None, inv_std: Array, first: Array | None
+        dy: Array, x: Array, gamma: Array | None, inv_std: Array, *mean: Array
     ) -> tuple[Array, Array | None, Array | None]:
         share, like = rows.share(gamma), dy
         dy, z = rows.of(dy), rows.of(x)
-        z = z if first is None else z - first
+        for part in mean:  # two: their sum would round where it is large beside the deviation
+            z = z - part
         dy_z = dy * z
         dbeta = over_rows(dy, x) if shifts else None  # (L6)
         dgamma = over_rows(dy_z * inv_std, x) if scales else None  # (L7) (R5)
@@ -323,13 +324,11 @@ def _halves_of_rows(
         return rows.like(like, dx * inv_std), dgamma, dbeta  # (L9) (R6)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        y, inv_std, *first = autodiff.compiled(normalized)(x, gamma, beta)
-        return (y,), (x, gamma, inv_std, *first)
+        y, inv_std, *mean = autodiff.compiled(normalized)(x, gamma, beta)
+        return (y,), (x, gamma, inv_std, *mean)
 
     def backward(residuals: Any, upstream: Any) -> Any:
-        x, gamma, inv_std, *first = residuals
-        about = first[0] if first else None
-        return autodiff.compiled(gradients)(upstream[0], x, gamma, inv_std, about)
+        return autodiff.compiled(gradients)(upstream[0], *residuals)
 
     return forward, backward
 
@@ -381,7 +380,7 @@ def _halves_by_channel(
     def gradients(
         dy: Array, x: Array, gamma: Array | None, near: Array, rest: Array, inv_std: Array
     ) -> tuple[Array, Array | None, Array | None]:
-        # The mean in two parts: their sum would round where it is large beside a small deviation.
+        # The mean in two parts, as in `_halves_of_rows`.
         g, z = examples(dy), examples(x) - near - rest
         s, t = _sum_by_halves(g), _sum_by_halves(g * z) * inv_std  # (N, 1, C)
         dbeta = ops.sum(s, axis=(0, 1)) if shifts else None  # (GN4)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_norm import recipes
 from keras_norm.experiments import Results, classification_metrics
@@ -57,6 +58,12 @@ def test_training(run, tmp_path, monkeypatch):
     assert (row["net"], row["batch size"], row["memory"]) == ("mlp 5x100", "50", "kept")
     assert float(row["pipeline /s"]) > 0
     assert "ours/Keras" in printed
+
+
+@pytest.mark.parametrize("mflop", [58, 78])
+def test_a_net_costs_what_its_name_says(mflop):
+    build, *_ = runpy.run_path(str(BENCHMARKS / "training.py"))["NETS"][f"cifar convnet {mflop}"]
+    assert recipes.flops(build(None)) / 1e6 == pytest.approx(mflop, abs=0.5)
 
 
 def test_reestimation(run, tmp_path):
@@ -109,9 +116,27 @@ def test_activation(run, tmp_path):
     printed = run("activation.py", "--turns", "3", "--out", tmp_path)
     with (tmp_path / "activation.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["shape"] for row in rows] == ["128x32x32x32", "128x16x16x64", "128x8x8x128"]
-    assert all(float(row["then ReLU over recomputed"]) > 0 for row in rows)
+    shapes = ["128x32x32x32", "128x16x16x64", "128x8x8x128"]
+    assert [(r["kernel"], r["shape"]) for r in rows] == [
+        (kernel, shape) for kernel in ("fused", "compiled") for shape in shapes
+    ]
+    assert all(float(row["then ReLU over as one"]) > 0 for row in rows)
     assert "medians of 3 turns" in printed
+
+
+@pytest.mark.parametrize("kernel", ["fused", "compiled"])
+def test_what_has_relu_built_in_is_batch_normalization_and_relu(kernel):
+    """Outputs and gradients of what the benchmark times."""
+    module = runpy.run_path(str(BENCHMARKS / "activation.py"))
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal(s).astype("float32") for s in ((6, 4, 4, 16), 16, 16)]
+    dz = rng.standard_normal(given[0].shape).astype("float32")
+    _, followed, as_one = (
+        module["step_of"](function)(*map(ops.convert_to_tensor, (*given, dz)))
+        for function in module["contestants"](kernel).values()
+    )
+    for a, b in zip([as_one[0], *as_one[1]], [followed[0], *followed[1]], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_convolution(run, tmp_path):
