@@ -1,6 +1,6 @@
 """Examples per second of `model.fit`: with our normalization, with Keras's, and without any.
 
-    python benchmarks/training.py                     # five nets, on TensorFlow
+    python benchmarks/training.py                     # six nets, on TensorFlow
     python benchmarks/training.py --nets lenet --turns 20
     python benchmarks/training.py --dtype-policy mixed_bfloat16 --out results/bench_training_half
     python benchmarks/training.py --batch-size 512
@@ -57,6 +57,16 @@ def cifar_convnet_78(normalization):
     return sequence((32, 32, 3), blocks, normalization)
 
 
+def mobilenet(normalization):
+    """MobileNetV2 of 96 x 96 pixels, 52 normalizations of 19 shapes."""
+    model = keras.applications.MobileNetV2(
+        input_shape=(96, 96, 3), weights=None, classes=10, classifier_activation=None
+    )
+    if normalization is keras_layers.BatchNormalization:
+        return model
+    return models.swap_normalization(model, normalization)
+
+
 def sequence(shape, blocks, normalization):
     """Convolution or dense layer, normalization, ReLU; maximum pooling; ten classes."""
     model = keras.Sequential([keras.Input(shape)])
@@ -90,6 +100,7 @@ NETS = {  # name: (builder, input shape, batch size, steps in a turn)
     "three-layer convnet": (three_layer_convnet, (32, 32, 3), 100, 10),
     "cifar convnet 58": (cifar_convnet, (32, 32, 3), 128, 10),
     "cifar convnet 78": (cifar_convnet_78, (32, 32, 3), 128, 8),
+    "mobilenetv2": (mobilenet, (96, 96, 3), 32, 6),
 }
 
 
@@ -97,7 +108,7 @@ class Times(keras.callbacks.Callback):
     """The moments at which steps end."""
 
     def on_train_begin(self, logs=None):
-        self.ends = []
+        self.begin, self.ends = time.perf_counter(), []
 
     def on_train_batch_end(self, batch, logs=None):
         self.ends.append(time.perf_counter())
@@ -117,6 +128,7 @@ class Contestant:
         rng = np.random.default_rng(0)
         self.x = rng.random((batch_size * steps, *shape)).astype("float32")
         self.y = rng.integers(0, 10, batch_size * steps)
+        self.first = None
 
     def rate(self):
         """Examples per second of one `fit`, from its first step's end to its last one's."""
@@ -124,6 +136,8 @@ class Contestant:
         self.model.fit(
             self.x, self.y, batch_size=self.batch_size, verbose=0, shuffle=False, callbacks=[times]
         )
+        if self.first is None:  # all that is compiled, and a step
+            self.first = times.ends[0] - times.begin
         return (len(times.ends) - 1) * self.batch_size / (times.ends[-1] - times.ends[0])
 
 
@@ -136,6 +150,7 @@ def pipeline_rate(contestant):
     )
     idle.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     probe = object.__new__(Contestant)
+    probe.first = None
     probe.model, probe.batch_size = idle, contestant.batch_size
     probe.x, probe.y = contestant.x, contestant.y
     probe.rate()
@@ -156,10 +171,12 @@ def measure(net, batch_size, turns, bar):
         for name in rng.permutation(list(contestants)):
             rates[name].append(contestants[name].rate())
         bar.update()
-    return {name: np.array(r) for name, r in rates.items()}, pipeline_rate(contestants["keras"])
+    first = {name: contestant.first for name, contestant in contestants.items()}
+    pipeline = pipeline_rate(contestants["keras"])
+    return {name: np.array(r) for name, r in rates.items()}, first, pipeline
 
 
-def row_of(net, batch_size, rates, pipeline):
+def row_of(net, batch_size, rates, first, pipeline):
     row = {
         "net": net,
         "batch size": batch_size,
@@ -173,6 +190,7 @@ def row_of(net, batch_size, rates, pipeline):
         row |= {f"{name} /s": median, f"{name} /s 25%": low, f"{name} /s 75%": high}
     row["ours over keras"] = float(np.median(rates["keras_norm"] / rates["keras"]))
     row["ours over none"] = float(np.median(rates["keras_norm"] / rates["none"]))
+    row |= {f"{name} first step s": seconds for name, seconds in first.items()}
     row["pipeline /s"] = pipeline
     return row
 

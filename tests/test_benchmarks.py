@@ -57,6 +57,7 @@ def test_training(run, tmp_path, monkeypatch):
         (row,) = csv.DictReader(file)
     assert (row["net"], row["batch size"], row["memory"]) == ("mlp 5x100", "50", "kept")
     assert float(row["pipeline /s"]) > 0
+    assert float(row["keras first step s"]) > 50 / float(row["keras /s"])
     assert "ours/Keras" in printed
 
 
