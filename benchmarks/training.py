@@ -117,6 +117,8 @@ class Times(keras.callbacks.Callback):
 class Contestant:
     """A compiled model with its data."""
 
+    first = None  # seconds until the end of the first step of all
+
     def __init__(self, build, normalization, shape, batch_size, steps):
         keras.utils.set_random_seed(0)
         self.model = build(normalization)
@@ -128,7 +130,6 @@ class Contestant:
         rng = np.random.default_rng(0)
         self.x = rng.random((batch_size * steps, *shape)).astype("float32")
         self.y = rng.integers(0, 10, batch_size * steps)
-        self.first = None
 
     def rate(self):
         """Examples per second of one `fit`, from its first step's end to its last one's."""
@@ -136,7 +137,7 @@ class Contestant:
         self.model.fit(
             self.x, self.y, batch_size=self.batch_size, verbose=0, shuffle=False, callbacks=[times]
         )
-        if self.first is None:  # all that is compiled, and a step
+        if self.first is None:
             self.first = times.ends[0] - times.begin
         return (len(times.ends) - 1) * self.batch_size / (times.ends[-1] - times.ends[0])
 
@@ -150,7 +151,6 @@ def pipeline_rate(contestant):
     )
     idle.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     probe = object.__new__(Contestant)
-    probe.first = None
     probe.model, probe.batch_size = idle, contestant.batch_size
     probe.x, probe.y = contestant.x, contestant.y
     probe.rate()

@@ -299,7 +299,7 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
         space=f"{folder / 'space.py'}:misbehaving",
         trials=6,
         epochs=2,
-        trial_timeout=15,
+        trial_timeout=20,
         trial_memory=1.5,
         seed=1,
         workers=2,
@@ -311,7 +311,7 @@ def test_what_fails_is_recorded_and_the_search_goes_on(folder, shared):
     assert ends["raise"] == ("failed", "RuntimeError: no good")
     assert ends["nan"][0] == "failed"
     assert ends["nan"][1].startswith("diverged: loss is nan")
-    assert ends["hang"] == ("failed", "timeout: not done after 15 s")
+    assert ends["hang"] == ("failed", "timeout: not done after 20 s")
     assert ends["exit"] == ("failed", "the process ended with status 7: see log.txt")
     assert ends["memory"][0] == "failed"
     assert "GiB resident, more than 1.5 GiB" in ends["memory"][1]
