@@ -29,6 +29,11 @@ CHANNELS_OF_BFLOAT16 = 16
 # Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
 # sweeps that it saves.
 FEWEST_ELEMENTS_FUSED = 2**18
+# So do images of no more than this in inference, where channels are so many that to spread them
+# costs nothing. Keras / fused and / composed: .85 and 1.00 at (16, 2, 2, 768), .92 and .96 at
+# (1, 7, 7, 512); but 1.00 and .90 at (64, 8, 8, 16), 1.15 and .92 at (12, 8, 8, 256).
+MOST_ELEMENTS_COMPOSED = 2**17
+MANY_CHANNELS = 128
 # Of fewer elements a step has too little to gain to wait for the compiler. A batch of unknown size
 # counts as Keras's default for it.
 FEWEST_ELEMENTS_COMPILED = 2**14
@@ -165,7 +170,12 @@ def _suits_the_kernel_of_onednn(case: Case) -> bool:
 
 
 def _suits_inference_by_the_fused_kernel(case: Case) -> bool:
-    small = case.rows and case.known_elements < FEWEST_ELEMENTS_FUSED
+    if case.rows:
+        small = case.known_elements < FEWEST_ELEMENTS_FUSED
+    else:
+        all_known, many_channels = None not in case.shape, (case.channels or 0) >= MANY_CHANNELS
+        small = all_known and many_channels and case.known_elements <= MOST_ELEMENTS_COMPOSED
+        small = small and case.here.in_graph and case.dtype == "float32"  # eagerly calls count
     return not small and _is_quick_fused(columns_of(case.shape), case.dtype)
 
 

@@ -823,6 +823,13 @@ def test_a_small_step_in_a_graph_is_composed(library, monkeypatch):
     assert taken(None, 8, 8, 16, whole=False, **batch)[0] == images
     assert taken(256, 84, **batch)[0] == taken(256, 84, whole=True, **batch)[0] == "compiled"
 
+    given = {"function": "normalize"}
+    assert taken(16, 2, 2, 768, whole=False, **given)[1] == "composed"
+    assert taken(16, 2, 2, 768, **given)[1] == "fused"  # two calls instead of seven
+    assert taken(None, 2, 2, 768, whole=False, **given)[1] == "fused"
+    assert taken(64, 8, 8, 16, whole=False, **given)[1] == "fused"
+    assert taken(32, 4, 4, 512, whole=False, **given)[1] == "fused"
+
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 @pytest.mark.parametrize("name", ["layer", "group"])
