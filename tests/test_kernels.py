@@ -1,13 +1,16 @@
 """Every implementation gives the numbers of `functional`, gradients too."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from arrays import ROUNDING
+from differentiation import fast, fast_gradients, value_and_gradients
 from keras import ops
 
 from keras_norm import _kernels_choice, _kernels_common, autodiff, functional, kernels, layers
-from keras_norm._gradients import gradients
+from keras_norm._gradients import gradients  # on JAX only inside of `fast`: see there
 
 pytestmark = pytest.mark.core
 
@@ -45,16 +48,15 @@ def test_same_numbers_and_gradients(implementation, shape, affine):
     def forced(*arrays, **options):
         return kernels.batch_normalization(*arrays, implementation=implementation, **options)
 
-    tensors = [ops.convert_to_tensor(v) for v in (x, *parameters)]
     for ours, expected, what in zip(
-        forced(*tensors),
-        functional.batch_normalization(*tensors),
+        fast(forced)(x, *parameters),
+        fast(functional.batch_normalization)(x, *parameters),
         ("y", "mean", "variance"),
         strict=True,
     ):
         compare(ours, expected, 2e-5, what)
-    _, ours = gradients(loss(forced), [x, *parameters])
-    _, expected = gradients(loss(functional.batch_normalization), [x, *parameters])
+    _, ours = fast_gradients(loss(forced), [x, *parameters])
+    _, expected = fast_gradients(loss(functional.batch_normalization), [x, *parameters])
     for a, b, what in zip(ours, expected, ("dx", "dgamma", "dbeta"), strict=False):
         compare(a, b, 5e-5, what)
 
@@ -166,7 +168,7 @@ def test_other_dtypes(implementation, dtype):
     compare(variance, expected[2], 1e-5 if dtype != "float64" else 1e-12, "variance")
     dy = ops.cast(rng.standard_normal(x.shape), dtype)
     (ours,), (exact,) = (
-        gradients(lambda x, f=f, o=o: ops.sum(f(x, **o)[0] * dy), [x])[1]
+        fast_gradients(lambda x, f=f, o=o: ops.sum(f(x, **o)[0] * dy), [x])[1]
         for f, o in (
             (kernels.batch_normalization, {"implementation": implementation}),
             (functional.batch_normalization, {}),
@@ -345,21 +347,15 @@ SHAPES_WITHIN = [(2, 3, 4, 6), (3, 5, 6), (2, 3, 2, 2, 9), (0, 2, 2, 6)]
 def test_faster_within_an_example(name, options, faster, shape, affine):
     dtype, close = ("float32", 1e-5) if name == "normalize" else ("float64", 1e-11)
     arrays = arrays_for(name, options, shape, dtype, affine)
-    dy = ops.convert_to_tensor(np.random.default_rng(4).standard_normal(shape).astype(dtype))
+    dy = np.random.default_rng(4).standard_normal(shape)
 
-    def loss(function, **more):
-        return lambda *p: ops.sum(function(*p, epsilon=1e-3, **options, **more) * dy)
+    def results(module, **more):
+        function = functools.partial(getattr(module, name), epsilon=1e-3, **options, **more)
+        return value_and_gradients(function, arrays, dy)
 
-    forced = loss(getattr(kernels, name), implementation=faster)
-    tensors = [ops.convert_to_tensor(a) for a in arrays]
-    compare(
-        getattr(kernels, name)(*tensors, **options, implementation=faster),
-        getattr(functional, name)(*tensors, **options),
-        close,
-        "y",
-    )
-    _, ours = gradients(forced, arrays)
-    _, expected = gradients(loss(getattr(functional, name)), arrays)
+    y, ours = results(kernels, implementation=faster)
+    expected_y, expected = results(functional)
+    compare(y, expected_y, close, "y")
     for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
         compare(a, b, close, f"gradient {i}")
 
@@ -405,13 +401,17 @@ def test_half_precision_within_an_example(name, options, faster, dtype):
     arrays = [ops.cast(x, dtype), *(ops.convert_to_tensor(p) for p in parameters)]
     dy = ops.cast(np.random.default_rng(4).standard_normal(shape), dtype)
 
-    def results(**more):
+    def results(implementation):
         function = getattr(kernels, name)
-        y = function(*arrays, **options, **more)
-        total = lambda *p: ops.sum(function(*p, **options, **more) * dy)  # noqa: E731
-        return [y, *gradients(total, arrays)[1]]
+        function = functools.partial(function, implementation=implementation, **options)
 
-    ours, expected = (results(implementation=i) for i in (faster, "composed"))
+        def both(*arrays):
+            total = lambda *p: ops.sum(function(*p) * dy)  # noqa: E731
+            return [function(*arrays), *gradients(total, arrays)[1]]
+
+        return fast(both)(*arrays)
+
+    ours, expected = (results(i) for i in (faster, "composed"))
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
         a, b = (array(ops.cast(v, "float32")) for v in (a, b))
@@ -448,8 +448,8 @@ def test_second_derivatives_of_the_faster(name, options, faster):
 
         return of
 
-    _, ours = gradients(penalty(getattr(kernels, name), implementation=faster), arrays)
-    _, expected = gradients(penalty(getattr(functional, name)), arrays)
+    _, ours = fast_gradients(penalty(getattr(kernels, name), implementation=faster), arrays)
+    _, expected = fast_gradients(penalty(getattr(functional, name)), arrays)
     for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
         scale = max(1.0, float(np.abs(array(b)).max()))
         compare(array(a) / scale, array(b) / scale, close, f"gradient {i}")
@@ -728,7 +728,7 @@ def test_gradient_within_an_example_far_from_0(name, options, faster):
     def slope(dtype, implementation):
         mix = ops.convert_to_tensor(dy.astype(dtype))
         more = {**options, "epsilon": 1e-5, "implementation": implementation}
-        _, (dx,) = gradients(
+        _, (dx,) = fast_gradients(
             lambda x: ops.sum(getattr(kernels, name)(x, **more) * mix), [x.astype(dtype)]
         )
         return array(dx)
