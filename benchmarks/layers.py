@@ -12,18 +12,21 @@ the machine does hits all alike; the figures are medians of many turns, with the
 them, and the ratios are medians of the ratios within a turn. Keras's layer also runs against a
 second one like it: how far that ratio is from 1 is what the others may be off.
 
-The floor is the time to read a tensor of the input's size and write another, counted as two sweeps,
-times the sweeps that the work needs at least: 8 in training (forward 2 reads, 1 write; backward 4
-reads, 1 write), 2 in inference.
+The floor is the time to read a tensor of the input's size and write another, by a thread for each
+core where it is not small, counted as two sweeps, times the sweeps that the work needs at least:
+8 in training (forward 2 reads, 1 write; backward 4 reads, 1 write), 2 in inference.
 
 The C library returns arrays of 32 MiB and more to the operating system as soon as they are freed,
 and handing out the next one page by page takes longer than the layers do ("pages" in the table
 that is saved: so many for each step). To see the layers alone, let it (glibc) keep what was freed:
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_ARENA_MAX=1
+
+TensorFlow with oneDNN (by itself with AVX-512) keeps it in any case.
 """
 
 import argparse
+import concurrent.futures
 import csv
 import inspect
 import os
@@ -80,6 +83,7 @@ LAYERS = {
 SWEEPS = {"training": 8, "inference": 2}
 AGAIN = "keras again"
 CALLS_BEFORE = 12  # what is compiled when it comes often has been compiled by then
+FEWEST_BYTES_SHARED_OUT = 2**20  # of less, a copy takes about as long as to wake a thread
 BACKEND = keras.backend.backend()
 
 
@@ -211,7 +215,12 @@ def copying(x, tensor):
             step = jax.jit(lambda a: a + 1)
             return lambda: jax.block_until_ready(step(tensor))
     target = np.empty_like(x)
-    return lambda: np.copyto(target, x)
+    if x.nbytes < FEWEST_BYTES_SHARED_OUT:
+        return lambda: np.copyto(target, x)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = concurrent.futures.ThreadPoolExecutor(cores)
+    parts = [np.array_split(a.reshape(-1), cores) for a in (target, x)]  # views
+    return lambda: list(pool.map(np.copyto, *parts))
 
 
 def pages_taken():
