@@ -48,6 +48,7 @@ from keras import ops
 from tqdm import tqdm
 
 from keras_norm import experiments, kernels, layers
+from keras_norm._machine import freed_memory
 
 IMAGES = [
     (128, 32, 32, 32),
@@ -278,11 +279,6 @@ def taken(kind, shape, mode, compiled, dtype):
     return names[0]
 
 
-def memory():
-    """What becomes of freed memory, by the environment variables above."""
-    return "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
-
-
 def row_of(kind, shape, mode, compiled, dtype, times, pages):
     row = {
         "layer": kind,
@@ -292,7 +288,7 @@ def row_of(kind, shape, mode, compiled, dtype, times, pages):
         "mode": mode,
         "dtype": dtype,
         "implementation": taken(kind, shape, mode, compiled, dtype),
-        "memory": memory(),
+        "memory": freed_memory(),
         "repeats": len(times["keras"]),
     }
     for name, t in times.items():

@@ -15,7 +15,6 @@ as layers.py says.
 
 import argparse
 import csv
-import os
 import pathlib
 import time
 
@@ -29,6 +28,7 @@ from keras import layers as keras_layers
 from tqdm import tqdm
 
 from keras_norm import experiments, layers, models
+from keras_norm._machine import freed_memory
 
 NORMALIZATIONS = {
     "keras_norm": layers.BatchNormalization,
@@ -180,7 +180,7 @@ def row_of(net, batch_size, rates, first, pipeline):
     row = {
         "net": net,
         "batch size": batch_size,
-        "memory": "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned",
+        "memory": freed_memory(),
         "backend": keras.backend.backend(),
         "policy": keras.config.dtype_policy().name,
         "turns": len(rates["keras"]),

@@ -97,6 +97,18 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 
+def freed_memory() -> str:
+    """What becomes of large arrays that are freed: "kept" in the process, or "returned".
+
+    Kept by TensorFlow where it has oneDNN's kernels, whose allocator holds a pool, and wherever the
+    C library is told to (see benchmarks/layers.py); else returned to the operating system.
+    """
+    from keras_norm._kernels_choice import fused_by
+
+    pooled = keras_backend() == "tensorflow" and fused_by() != "Eigen"
+    return "kept" if pooled or os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
+
+
 def keras_backend() -> str:
     """The backend that Keras has, or would take when it is imported."""
     if "keras" in sys.modules:
