@@ -1,11 +1,12 @@
 """TensorFlow's fused kernel of batch normalization, in training and in inference."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
 
-from keras_norm import functional
+from keras_norm import autodiff, functional
 from keras_norm._arrays import in_dtype
 from keras_norm._kernels_common import FARTHEST_MEAN, folds_of, on_gpu
 from keras_norm.autodiff import custom_vjp
@@ -23,12 +24,55 @@ def batch(
     channels = x.shape[-1]
     rows = tf.size(x) // channels
     one_image = [1, 1, rows, channels]  # any rank as one image whose pixels are the rows
+    normalized = _forward(len(x.shape), epsilon)
+    if autodiff.in_graph():
+        normalized = _traced_forward(tuple(x.shape), epsilon)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        # Within the gradient of `tf.cond`, an operation can take what the branch has computed, and
+        # the call of a function cannot.
+        given = (None if v is None else tf.identity(v) for v in (x, gamma, beta))
+        y, mean, variance, *saved = normalized(*given)
+        return (y, mean, variance), (x, *saved)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x, scale, saved_mean, saved_variance, saved = residuals
+        dx, dgamma, dbeta, _, _ = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=tf.reshape(upstream[0], one_image),
+            x=tf.reshape(x, one_image),
+            scale=scale,
+            reserve_space_1=saved_mean,
+            reserve_space_2=saved_variance,
+            reserve_space_3=saved,
+            epsilon=epsilon,
+            is_training=True,
+        )
+        return tf.reshape(dx, tf.shape(x)), dgamma, dbeta
+
+    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
+    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+@functools.lru_cache(maxsize=1024)
+def _traced_forward(shape: tuple[int | None, ...], epsilon: float) -> Any:
+    """`_forward`, traced once for arrays of one shape and not anew in each layer of a net."""
+    import tensorflow as tf
+
+    return tf.function(_forward(len(shape), epsilon), autograph=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward(rank: int, epsilon: float) -> Any:
+    """(x, gamma, beta) -> (y, mean, variance, ...): what the gradient needs besides x."""
+    import tensorflow as tf
+
+    def normalized(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Array, ...]:
+        channels = x.shape[-1]
+        rows = tf.size(x) // channels
         scale = _float32_or(tf.ones, gamma, channels)
         offset = _float32_or(tf.zeros, beta, channels)
         y, mean, variance, saved_mean, saved_variance, saved = tf.raw_ops.FusedBatchNormV3(
-            x=tf.reshape(x, one_image),
+            x=tf.reshape(x, [1, 1, rows, channels]),
             scale=scale,
             offset=offset,
             mean=tf.zeros(0),
@@ -48,28 +92,13 @@ def batch(
                 far, lambda: exact(x, gamma, beta), lambda: (y, mean, variance)
             )
             saved_mean, saved_variance = mean, variance
-        return (y, mean, variance), (x, scale, saved_mean, saved_variance, saved)
+        return y, mean, variance, scale, saved_mean, saved_variance, saved
 
     def exact(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Array, Array, Array]:
-        options: dict[str, Any] = {"axis": axis, "epsilon": epsilon}
+        options: dict[str, Any] = {"axis": rank - 1, "epsilon": epsilon}
         return functional.batch_normalization_forward(x, gamma, beta, **options)[0]
 
-    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
-        x, scale, saved_mean, saved_variance, saved = residuals
-        dx, dgamma, dbeta, _, _ = tf.raw_ops.FusedBatchNormGradV3(
-            y_backprop=tf.reshape(upstream[0], one_image),
-            x=tf.reshape(x, one_image),
-            scale=scale,
-            reserve_space_1=saved_mean,
-            reserve_space_2=saved_variance,
-            reserve_space_3=saved,
-            epsilon=epsilon,
-            is_training=True,
-        )
-        return tf.reshape(dx, tf.shape(x)), dgamma, dbeta
-
-    y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
-    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+    return normalized
 
 
 def _float32_or(default: Any, v: Array | None, channels: int) -> Array:

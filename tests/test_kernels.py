@@ -9,7 +9,15 @@ from arrays import ROUNDING
 from differentiation import fast, fast_gradients, value_and_gradients
 from keras import ops
 
-from keras_norm import _kernels_choice, _kernels_common, autodiff, functional, kernels, layers
+from keras_norm import (
+    _kernels_choice,
+    _kernels_common,
+    _kernels_fused,
+    autodiff,
+    functional,
+    kernels,
+    layers,
+)
 from keras_norm._gradients import gradients  # on JAX only inside of `fast`: see there
 
 pytestmark = pytest.mark.core
@@ -244,6 +252,27 @@ def test_whose_the_fused_kernel_is(enabled, flags, library, monkeypatch, tmp_pat
     monkeypatch.setattr(_pywrap_util_port, "IsMklEnabled", lambda: enabled)
     monkeypatch.setattr(_kernels_choice, "Path", lambda path: tmp_path / "cpuinfo")
     assert _kernels_choice.fused_by.__wrapped__() == library
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
+def test_the_fused_kernel_is_traced_once_for_a_shape():
+    """In a graph; outside of one every length would be traced for itself."""
+    import tensorflow as tf
+
+    traced = _kernels_fused._traced_forward
+    traced.cache_clear()
+    x = np.random.default_rng(0).standard_normal((3, 5, 5, 16)).astype("float32")
+
+    @tf.function
+    def twice(x):
+        for _ in range(2):
+            x, *_ = kernels.batch_normalization(x, implementation="fused")
+        return x
+
+    twice(x)
+    assert traced(x.shape, 1e-3).experimental_get_tracing_count() == 1
+    kernels.batch_normalization(x[:2], implementation="fused")
+    assert traced.cache_info().currsize == 1
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="bfloat16 is composed there")
