@@ -30,9 +30,12 @@ CHANNELS_OF_BFLOAT16 = 16
 # sweeps that it saves.
 FEWEST_ELEMENTS_FUSED = 2**18
 # So do images of no more than this in inference, where channels are so many that to spread them
-# costs nothing. Keras / fused and / composed: .85 and 1.00 at (16, 2, 2, 768), .92 and .96 at
-# (1, 7, 7, 512); but 1.00 and .90 at (64, 8, 8, 16), 1.15 and .92 at (12, 8, 8, 256).
+# costs nothing. Keras / fused and / composed: .94 and 1.01 at (16, 2, 2, 768), .87 and .99 at
+# (1, 7, 7, 512); but .98 and .93 at (64, 8, 8, 16), 1.11 and .83 at (12, 8, 8, 256)
+# (layers_tensorflow_small_inference_avx512.csv). At (16, 4, 4, 512) it is 1.04 and .95 by oneDNN
+# with AVX-512, .80 by Eigen's kernel (layers_tensorflow_small_batches.csv).
 MOST_ELEMENTS_COMPOSED = 2**17
+MOST_ELEMENTS_COMPOSED_WITH_AVX512 = 3 * 2**15
 MANY_CHANNELS = 128
 # Of fewer elements a step has too little to gain to wait for the compiler. A batch of unknown size
 # counts as Keras's default for it.
@@ -174,7 +177,9 @@ def _suits_inference_by_the_fused_kernel(case: Case) -> bool:
         small = case.known_elements < FEWEST_ELEMENTS_FUSED
     else:
         all_known, many_channels = None not in case.shape, (case.channels or 0) >= MANY_CHANNELS
-        small = all_known and many_channels and case.known_elements <= MOST_ELEMENTS_COMPOSED
+        with_avx512 = case.here.fused_by == "oneDNN"
+        most = MOST_ELEMENTS_COMPOSED_WITH_AVX512 if with_avx512 else MOST_ELEMENTS_COMPOSED
+        small = all_known and many_channels and case.known_elements <= most
         small = small and case.here.in_graph and case.dtype == "float32"  # eagerly calls count
     return not small and _is_quick_fused(columns_of(case.shape), case.dtype)
 
