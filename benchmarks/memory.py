@@ -22,6 +22,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 MEBIBYTE = 2**20
+LAYERS = ["batch", "layer", "rms", "group"]
 
 
 def resident(field):
@@ -74,7 +75,7 @@ def one(kind, who, shape):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--layers", nargs="+", default=["batch"])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["batch"])
     parser.add_argument("--shape", default="256,32,32,64", metavar="N,…,C")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -29,9 +29,7 @@ def batch(
         normalized = _traced_forward(tuple(x.shape), epsilon)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        # Within the gradient of `tf.cond`, an operation can take what the branch has computed, and
-        # the call of a function cannot.
-        given = (None if v is None else tf.identity(v) for v in (x, gamma, beta))
+        given = (None if v is None else tf.identity(v) for v in (x, gamma, beta))  # see `compiled`
         y, mean, variance, *saved = normalized(*given)
         return (y, mean, variance), (x, *saved)
 
