@@ -19,6 +19,7 @@ from keras_norm._moving import (
     parameter_config,
     weights_of,
 )
+from keras_norm._rematerialization import decided, is_repeated
 from keras_norm._state import LiveNumbers
 
 __all__ = ["NormalizationByRows", "Rows", "elements_of", "share_of"]
@@ -174,7 +175,7 @@ class NormalizationByRows(MovingStatistics):
         self, inputs: Array, training: bool | None, mask: Array | None, sample_weight: Array | None
     ) -> Array:
         x = ops.cast(inputs, self.compute_dtype)
-        updates = bool(training and self.trainable)
+        updates = decided(training) and self.trainable
         if not self._traced and autodiff.is_traced(x):
             self._traced = True
         chosen = self.use_batch_statistics
@@ -183,7 +184,7 @@ class NormalizationByRows(MovingStatistics):
             return self._by_moving(x)
         weights = weights_of(mask, sample_weight, x)
         y, *batch = self._by_batch(x, weights)
-        if updates:
+        if updates and not is_repeated():
             self._update([ops.stop_gradient(v) for v in batch], self._weight_of_batch(x, weights))
         return y if by_batch else self._by_moving(x)
 

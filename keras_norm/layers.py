@@ -29,6 +29,7 @@ from keras_norm._moving import (
     parameter_config,
     weights_of,
 )
+from keras_norm._rematerialization import Draws, decided, is_repeated, known
 from keras_norm._state import LiveNumbers
 
 __all__ = [
@@ -153,10 +154,15 @@ class BatchNormalization(MovingStatistics):
     without weight keeps its own. One element per channel has variance 0: y is beta, no gradient
     reaches the inputs, and the moving variance moves towards 0.
 
+    Rematerialized on PyTorch (`keras.RematScope`, `torch.utils.checkpoint`), a step moves the
+    statistics once, though it calls the layer twice. The repeated call of `renorm`, or with
+    `use_batch_statistics=False`, finds them moved, and its gradient is off by as much.
+    `tf.recompute_grad` gives no sign of a repeated call: there they move twice, as Keras's do.
+
     Raises:
         ValueError: for a momentum outside [0, 1], a negative epsilon, an axis that the inputs do
             not have, an integer or complex dtype, inputs whose channels are unknown, a mask or
-            weights that do not broadcast to the inputs, wrong bounds of renormalization, and
+            weights that do not broadcast to the inputs, wrong bounds of renormalization,
             for a virtual batch size together with `renorm` or `synchronized`.
 
     Example:
@@ -369,7 +375,7 @@ class BatchNormalization(MovingStatistics):
     ) -> Array:
         """Normalizes; see the class."""
         x = in_dtype(inputs, self.compute_dtype)
-        updates = bool(training and self.trainable)
+        updates = decided(training) and self.trainable
         if not self._traced and autodiff.is_traced(x):
             self._traced = True
         if not (updates or self._chooses):
@@ -386,7 +392,7 @@ class BatchNormalization(MovingStatistics):
             y, *statistics = self._normalize_in_steps(x, weights, gamma, beta, use_moving, updates)
         else:
             y, *statistics = self._normalize_at_once(x, weights, gamma, beta, use_moving, updates)
-        if updates:
+        if updates and not is_repeated():
             self._update(_Batch(x, weights, *statistics), now)
         return y
 
@@ -999,7 +1005,7 @@ class LayerNormalization(_Affine):
             axis=self.axis,
             epsilon=self.epsilon,
             rms_scaling=self.rms_scaling,
-            training=bool(training),
+            training=known(training),
         )
         return in_dtype(y, self.compute_dtype)
 
@@ -1085,7 +1091,7 @@ class RMSNormalization(_WithinExample):
             self.scale,
             axis=self.axis,
             epsilon=self.epsilon,
-            training=bool(training),
+            training=known(training),
         )
         return in_dtype(y, self.compute_dtype)
 
@@ -1212,7 +1218,7 @@ class GroupNormalization(_ByChannel):
             groups=self.groups,
             axis=self.axis,
             epsilon=self.epsilon,
-            training=bool(training),
+            training=known(training),
         )
         return in_dtype(y, self.compute_dtype)
 
@@ -1288,7 +1294,7 @@ class InstanceNormalization(_ByChannel):
             self.beta,
             axis=self.axis,
             epsilon=self.epsilon,
-            training=bool(training),
+            training=known(training),
         )
         return in_dtype(y, self.compute_dtype)
 
@@ -1332,12 +1338,13 @@ class Dropout(keras.layers.Layer):
         training: two calls drop out different units, on every backend, also without a seed. A
         `.keras` file keeps it, so that training goes on with the masks that would have come
         next (with `keras.layers.Dropout` it begins anew); a weights file, whose layout is that of
-        `keras.layers`, does not.
+        `keras.layers`, does not. Rematerialized on PyTorch, the backward pass repeats the mask of
+        the forward pass; to know the call again, each draws a number of PyTorch's own generator.
 
     Raises:
         ValueError: for a rate outside [0, 1], a noise_shape that holds anything but integers
             >= 1 and None, or that does not broadcast to the inputs, inputs of integers in
-            training.
+            training, and a `training` that is not known while the layer is traced.
 
     Example:
         >>> layer = Dropout(rate=0.5, seed=1)
@@ -1371,6 +1378,7 @@ class Dropout(keras.layers.Layer):
         self.seed = seed
         if rate > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
+            self._draws = Draws()
         self.supports_masking = True
         self._build_at_init()
 
@@ -1380,9 +1388,10 @@ class Dropout(keras.layers.Layer):
 
     def call(self, inputs: Array, training: bool = False) -> Array:
         """Drops out; see the class."""
-        if not training or self.rate == 0:
+        if not decided(training) or self.rate == 0:
             return inputs
-        mask = functional.dropout_mask(self._mask_shape(inputs), self.rate, self.seed_generator)
+        with self._draws.of(self.seed_generator):
+            mask = functional.dropout_mask(self._mask_shape(inputs), self.rate, self.seed_generator)
         return functional.dropout(inputs, mask, self.rate)
 
     def _mask_shape(self, inputs: Array) -> tuple[Any, ...]:
