@@ -129,9 +129,7 @@ def test_dropout_goes_on_as_without():
     x = x_of(20, 30)
     for _ in range(2):
         plain(x, training=True)
-    np.testing.assert_array_equal(
-        array(repeated(x, training=True)), array(plain(x, training=True))
-    )
+    np.testing.assert_array_equal(array(repeated(x, training=True)), array(plain(x, training=True)))
 
 
 @on_torch
