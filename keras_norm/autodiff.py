@@ -57,17 +57,19 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
         >>> float(y[0])
         9.0
     """
+    # What the functions below need of the inputs: of JAX's tracers nothing may outlive the trace.
+    present = [x is not None for x in inputs]
     arrays = [ops.convert_to_tensor(x) for x in inputs if x is not None]
     dtypes = [x.dtype for x in arrays]
 
     def forward_of_given(*given: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         remaining = iter(given)
         # A list: `torch.compile` does not pass on what a generator gives.
-        return forward(*[None if x is None else next(remaining) for x in inputs])
+        return forward(*[next(remaining) if is_present else None for is_present in present])
 
     def backward_of_given(residuals: Any, upstream: Any) -> list[Array | None]:
         gradients = backward(residuals, upstream)
-        given = [g for g, x in zip(gradients, inputs, strict=True) if x is not None]
+        given = [g for g, is_present in zip(gradients, present, strict=True) if is_present]
         return [
             g if g is None or g.dtype == dtype else ops.cast(g, dtype)
             for g, dtype in zip(given, dtypes, strict=True)
@@ -315,6 +317,8 @@ def _is_recorded() -> bool:
 def _jax(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
     import jax
 
+    kinds = [(x.shape, x.dtype) for x in inputs]
+
     @jax.custom_vjp
     def function(*arrays: Array) -> tuple[Array, ...]:
         return forward(*arrays)[0]
@@ -324,22 +328,22 @@ def _jax(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, .
 
     def function_backward(residuals: Any, upstream: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(
-            _jax_zero(x) if gradient is None else gradient
-            for gradient, x in zip(backward(residuals, upstream), inputs, strict=True)
+            _jax_zero(*kind) if gradient is None else gradient
+            for gradient, kind in zip(backward(residuals, upstream), kinds, strict=True)
         )
 
     function.defvjp(function_forward, function_backward)
     return function(*inputs)
 
 
-def _jax_zero(x: Array) -> Array:
+def _jax_zero(shape: tuple[int, ...], dtype: Any) -> Array:
     """The zero gradient of a constant: JAX wants one of a special dtype for integers."""
     import jax
     import numpy as np
 
-    if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
-        return jax.numpy.zeros(x.shape, x.dtype)
-    return np.zeros(x.shape, jax.dtypes.float0)
+    if jax.numpy.issubdtype(dtype, jax.numpy.inexact):
+        return jax.numpy.zeros(shape, dtype)
+    return np.zeros(shape, jax.dtypes.float0)
 
 
 def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:

@@ -13,7 +13,13 @@ from keras import ops
 from reference import complex_step, relative_error
 
 from keras_norm._gradients import float64_promotion, gradients
-from keras_norm.layers import BatchNormalization, SpatialBatchNormalization
+from keras_norm.layers import (
+    BatchNormalization,
+    Dropout,
+    GroupNormalization,
+    LayerNormalization,
+    SpatialBatchNormalization,
+)
 
 pytestmark = pytest.mark.core
 
@@ -735,6 +741,34 @@ def test_a_derivative_without_jit_compiles_nothing():
     )
     jax.grad(lambda z: ops.sum(layer.stateless_call(*state, z, training=True)[0] ** 3))(x)
     layer.use_batch_statistics = True
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's tracers")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        BatchNormalization(),
+        BatchNormalization(virtual_batch_size=2),
+        LayerNormalization(),
+        GroupNormalization(groups=1),
+        Dropout(0.5),
+    ],
+)
+def test_no_tracer_outlives_its_trace(layer):
+    """What `jax.checking_leaks` complains of: all that a function holds is kept with its trace."""
+    import jax
+
+    x = np.random.default_rng(0).normal(size=(4, 3, 2)).astype("float32")
+    layer.build(x.shape)
+    variables = layer.trainable_variables, layer.non_trainable_variables
+    state = [[v.value for v in some] for some in variables]
+
+    def loss(x):
+        return ops.sum(layer.stateless_call(*state, x, training=True)[0] ** 3)
+
+    with jax.checking_leaks():
+        for function in (loss, jax.grad(loss)):
+            jax.jit(function)(x)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="elsewhere the variables stay with the layer")
