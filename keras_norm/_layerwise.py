@@ -438,7 +438,8 @@ def _compiled_like(program: Program, model: Any) -> None:
     if getattr(model, "compiled", False):
         program.jit_compile = bool(model.jit_compile)
     else:
-        program.jit_compile = keras.backend.backend() == "jax"
+        compiles = all(y.supports_jit for y in program._flatten_layers())
+        program.jit_compile = compiles and keras.backend.backend() == "jax"
 
 
 _Planned = TypeVar("_Planned", "Plan", "OnePass")

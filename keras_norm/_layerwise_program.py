@@ -80,6 +80,26 @@ class _AttachMask(keras.layers.Layer):
         return inputs[1]
 
 
+class _Inference(keras.layers.Layer):
+    """Calls a function; every layer in it runs in inference mode, unless it is told otherwise.
+
+    Keras tells the layers that are called within a layer, but on JAX `predict` goes around the
+    model's own `__call__`: layers whose default is to train, as of augmentation, would.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__(autocast=False)
+        self.supports_masking = True
+        self._function = function
+        self.built = True
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        return self._function(inputs)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        return None
+
+
 def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str, Array]:
     """What is needed of one input of a normalization layer, and of its mask and weights."""
     x = ops.cast(inputs, layer.compute_dtype)
@@ -119,6 +139,7 @@ class Program(keras.Model):
         sweep: bool = False,
     ) -> None:
         super().__init__(name="statistics", autocast=False)
+        self.run_eagerly: bool = False
         self.supports_masking = True
         made = {v for item in items if item.run for v in item.step.outputs}
         self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
@@ -129,9 +150,14 @@ class Program(keras.Model):
         operations = [item.step.operation for item in items]
         # Tracked by Keras: their variables are this model's, read anew in every run.
         self.parts = list({id(y): y for y in operations if isinstance(y, keras.Layer)}.values())
+        self._inference = _Inference(self._steps)
         self.built = True
 
-    def call(self, inputs: dict[str, Array], training: bool = False) -> dict[str, Array]:
+    def call(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        found: dict[str, Array] = self._inference(inputs, training=False)
+        return found
+
+    def _steps(self, inputs: dict[str, Array]) -> dict[str, Array]:
         values: dict[int, Array] = {}
         for number in self.needs:
             value, mask = inputs[f"v{number}"], inputs.get(f"m{number}")
@@ -185,18 +211,74 @@ class Program(keras.Model):
         return None
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Calls the compiled function; the model's variables are read, never written."""
+        """Calls the compiled function; the model's variables are read, never written.
+
+        A layer that a loop calls, such as one in a cell of `keras.layers.RNN`, is measured within
+        that loop, and out of a compiled one nothing comes: such a model runs eagerly.
+
+        Raises:
+            ValueError: where what was measured does not come out of it even then.
+        """
         inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
+        leaks = _leaks()
+        if not self.run_eagerly:
+            try:
+                return self._run(inputs)
+            except leaks:
+                self.run_eagerly = True
+                self.make_predict_function(force=True)
+        try:
+            with loops_of_python():
+                return self._run(inputs)
+        except leaks as error:
+            raise ValueError(
+                "The inputs of a normalization layer must be within reach to be measured. "
+                "Received: a model that calls one inside a function that it compiles itself (such "
+                "as tf.function or jax.jit). Leave the compilation to the model that it is part of."
+            ) from error
+
+    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         self.make_predict_function()
-        if keras.backend.backend() == "jax":
-            # The compiled function consumes the buffers that it is given: it gets copies.
-            state = tuple(
-                [ops.copy(v.value) for v in variables]
-                for variables in (self.trainable_variables, self.non_trainable_variables)
-            )
-            outputs, _ = self.predict_function(state, iter([(inputs,)]))
-            return dict(outputs)
-        return dict(self.predict_function([(inputs,)]))
+        if keras.backend.backend() != "jax":
+            return dict(self.predict_function([(inputs,)]))
+        # The compiled function consumes the buffers that it is given: it gets copies.
+        state = tuple(
+            [ops.copy(v.value) for v in variables]
+            for variables in (self.trainable_variables, self.non_trainable_variables)
+        )
+        outputs, _ = self.predict_function(state, iter([(inputs,)]))
+        # Uncompiled, as with layers that Keras does not compile, JAX itself complains of nothing.
+        import jax
+
+        for value in outputs.values():
+            if isinstance(value, jax.core.Tracer):
+                raise jax.errors.UnexpectedTracerError(f"Out of a loop came {value}.")
+        return dict(outputs)
+
+
+def _leaks() -> tuple[type[Exception], ...]:
+    """What is raised where a value of a loop, or of a function being traced, is used outside."""
+    if keras.backend.backend() == "tensorflow":
+        try:
+            from tensorflow.python.framework.errors import InaccessibleTensorError
+        except ImportError:
+            return ()
+        return (InaccessibleTensorError,)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return (jax.errors.UnexpectedTracerError,)
+    return ()
+
+
+def loops_of_python() -> contextlib.AbstractContextManager[Any]:
+    """Lets JAX run a loop as Python would; TensorFlow does so by itself when it runs eagerly."""
+    if keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    manager: contextlib.AbstractContextManager[Any] = jax.disable_jit()
+    return manager
 
 
 def _normalized_by_batch(

@@ -12,6 +12,7 @@ from keras import layers, ops
 
 import keras_norm.layers
 from keras_norm import _layerwise, _sample, statistics
+from keras_norm._layerwise_program import loops_of_python
 from keras_norm.models import MLP, LeNet
 from keras_norm.statistics import (
     DomainStatistics,
@@ -61,7 +62,8 @@ def inputs_of_layers(model, x):
     global RECORD
     RECORD = []
     try:
-        model(x, training=False)
+        with loops_of_python():
+            model(x, training=False)
         rows = {}
         for layer, value, mask in RECORD:
             value = np.moveaxis(value, layer.axis, -1)
@@ -207,6 +209,45 @@ def sequential_of_models(norm):
     return keras.Sequential([keras.Input((5,)), first, layers.Rescaling(2.0), second])
 
 
+def augmenting(norm):
+    """Layers that work unless they are told not to train."""
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 3)),
+            layers.RandomBrightness(0.5, value_range=(-9, 9)),
+            norm(),
+            layers.RandomRotation(0.5),
+            layers.Conv2D(4, 3),
+            norm(),
+        ]
+    )
+
+
+class Cell(layers.Layer):
+    """Recurrent batch normalization: a loop calls the layers, once for every time step."""
+
+    def __init__(self, norm, units):
+        super().__init__()
+        self.state_size = units
+        self.of_inputs, self.of_state = layers.Dense(units), layers.Dense(units, use_bias=False)
+        self.norms = [norm(), norm()]
+
+    def build(self, shape):
+        self.of_inputs.build(shape)
+        for layer in (self.of_state, *self.norms):
+            layer.build((shape[0], self.state_size))
+
+    def call(self, x, states, training=False):
+        one, two = self.norms
+        y = one(self.of_inputs(x), training=training)
+        y = ops.tanh(y + two(self.of_state(states[0]), training=training))
+        return y, [y]
+
+
+def recurrent(norm):
+    return keras.Sequential([keras.Input((3, 5)), norm(), layers.RNN(Cell(norm, 4)), norm()])
+
+
 MODELS = {
     mlp9: ((20,), 8),
     convnet: ((20, 20, 2), 4),
@@ -216,6 +257,8 @@ MODELS = {
     with_code_inside: ((5,), 4),
     subclassed: ((5,), 4),
     sequential_of_models: ((5,), 2),
+    augmenting: ((6, 6, 3), 2),
+    recurrent: ((3, 5), 4),
 }
 
 
