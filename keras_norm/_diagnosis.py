@@ -47,6 +47,7 @@ _COLD = 0.05  # the share of the initial values from which statistics are called
 _MASKS = 0.1  # sigma: how much statistics change by the padding
 
 _REMEDIES = {
+    "no training mode": "Give the model's `call` an argument `training=None`, and train again.",
     "non-finite values": "Remove them from the data, or restore weights from before they appeared.",
     "cold statistics": "statistics.reestimate(model, training_data), or train longer, or lower "
     "`momentum`.",
@@ -67,10 +68,10 @@ class Cause:
     """One reason for the difference between the modes.
 
     Args:
-        name: "non-finite values", "cold statistics", "domain shift", "masks", "frozen layers",
-            "small batches", "dropout" or "other layers".
+        name: "no training mode", "non-finite values", "cold statistics", "domain shift", "masks",
+            "frozen layers", "small batches", "dropout" or "other layers".
         change: what it adds to the loss of inference over that of training; of frozen layers,
-            which are the same in both modes, to both. NaN for values that are not finite.
+            which are the same in both modes, to both. NaN for the first two, which have none.
         error: standard error of the change, over the batches.
         layers: (name, its part of the change), in the order of their calls.
         evidence: what was seen.
@@ -102,7 +103,7 @@ class Diagnosis:
         samples: number of examples.
         batch_size: examples per batch.
         inference_loss, training_loss: on the same examples; NaN or infinite if they are.
-        causes: the largest first, the insignificant last; values that are not finite before all.
+        causes: the largest first, the insignificant last; before all, those without a change.
     """
 
     data: str
@@ -326,6 +327,21 @@ class _Trials:
 
 def _tensors(values: Any) -> Any:
     return tree.map_structure(lambda v: None if v is None else ops.convert_to_tensor(v), values)
+
+
+# The training mode of `fit` ----------------------------------------------------------------------
+
+
+def _no_training_mode(model: Any) -> Cause | None:
+    """Keras's own training step tells the model that it trains only if `call` can be told so."""
+    own_step = type(model).train_step.__module__.partition(".")[0] == "keras"
+    if _has_switch(model) or not own_step:
+        return None
+    evidence = (
+        f"{type(model).__name__}.call has no argument `training`: fit calls it as inference does, "
+        "and no moving statistics move, nor is anything dropped out."
+    )
+    return Cause("no training mode", math.nan, 0.0, ((str(model.name), math.nan),), evidence)
 
 
 # Values that are not finite ----------------------------------------------------------------------
@@ -611,5 +627,7 @@ def diagnose(
         else:
             inference, training, parts = _steps(model, trials, batches)
             causes = _as_causes(parts, trials)
+    if (untold := _no_training_mode(model)) is not None:
+        causes = (untold, *causes)
     rows, shown = trials.rows, name or describe(data)
     return Diagnosis(shown, int(rows.sum()), int(rows.max()), inference, training, causes)

@@ -204,6 +204,51 @@ def test_values_that_are_not_finite():
         found.plot()
 
 
+class Untold(keras.Model):
+    """A model that `fit` has no way to tell that it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dense = layers.BatchNormalization(), layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(self.norm(x))
+
+
+class Told(Untold):
+    def call(self, x, training=None):
+        return self.dense(self.norm(x, training=training))
+
+
+class OwnStep(Untold):
+    def train_step(self, *args):
+        return super().train_step(*args)
+
+
+def test_a_model_that_fit_cannot_train():
+    data = examples(64)
+    for kind in (Untold, Told):
+        model = kind()
+        model.compile("sgd", LOSS)
+        model.fit(*data, verbose=0)
+        moved = bool(np.any(ops.convert_to_numpy(model.norm.moving_mean)))
+        assert moved == (kind is Told)  # what Keras does
+        found = diagnose(model, data)
+        assert (found.first == "no training mode") == (kind is Untold)
+    assert "no training mode" not in [c.name for c in found.causes]
+    model = Untold()
+    model.compile("sgd", LOSS)
+    model(data[0])
+    found = diagnose(model, data)
+    assert "Untold.call has no argument `training`" in str(found)
+    assert "Remedy: Give the model's `call` an argument" in str(found)
+    assert {c.name for c in found.causes} > {"no training mode", "cold statistics"}
+    model = OwnStep()
+    model.compile("sgd", LOSS)
+    model(data[0])
+    assert "no training mode" not in [c.name for c in diagnose(model, data).causes]
+
+
 def test_a_layer_that_makes_them():
     inputs = keras.Input((4,))
     x = layers.BatchNormalization()(inputs)
