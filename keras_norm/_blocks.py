@@ -52,7 +52,8 @@ NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
     "layer": LayerNormalization,
     "quantile": QuantileNormalization,
     "rms": RMSNormalization,
-    "spatial": SpatialBatchNormalization,  # after convolutions only
+    # After convolutions only.
+    "spatial": functools.partial(SpatialBatchNormalization, data_format="channels_last"),
 }
 """The names that `normalization=` understands, beside classes and factories."""
 
@@ -190,7 +191,8 @@ class Blocks(NamedTuple):
         return self._finish(keras.layers.Dense(units, name=name, **self.options)(x), name)
 
     def conv(self, x: Any, name: str, filters: int, size: int, **options: Any) -> Any:
-        layer = keras.layers.Conv2D(filters, size, name=name, **self.options, **options)
+        options |= {"name": name, "data_format": "channels_last"}  # whatever Keras's default is
+        layer = keras.layers.Conv2D(filters, size, **self.options, **options)
         return self._finish(layer(x), name)
 
     def _finish(self, x: Any, name: str) -> Any:

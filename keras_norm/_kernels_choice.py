@@ -329,7 +329,7 @@ _chosen = functools.lru_cache(maxsize=1024)(_choose)
 
 def here(x: Any = None, training: bool = False) -> Here:
     """What this process runs on; `x` as in `on_gpu`. Only what the choice will look at."""
-    backend = keras.backend.backend()
+    backend = autodiff.checked_backend()
     tensorflow, inside_xla = backend == "tensorflow", autodiff.inside_xla()
     in_graph = tensorflow and autodiff.in_graph()
     may_compile = tensorflow and (training or inside_xla or not in_graph)

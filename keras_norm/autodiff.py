@@ -274,15 +274,24 @@ def eagerly(function: Callable[[], Any]) -> Any:
         return function()
 
 
-def _implementation() -> Callable[..., tuple[Array, ...]]:
-    backend = keras.backend.backend()
+def checked_backend() -> str:
+    """The name of Keras's backend.
+
+    Raises:
+        ValueError: for a backend that trains nothing.
+    """
+    backend: str = keras.backend.backend()
     if backend not in _IMPLEMENTATIONS:
         raise ValueError(
             "A hand-derived gradient needs one of the backends "
             f"{', '.join(sorted(_IMPLEMENTATIONS))}. Received: KERAS_BACKEND={backend!r}. "
             "Set the environment variable KERAS_BACKEND before Keras is imported."
         )
-    return _IMPLEMENTATIONS[backend]
+    return backend
+
+
+def _implementation() -> Callable[..., tuple[Array, ...]]:
+    return _IMPLEMENTATIONS[checked_backend()]
 
 
 def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:

@@ -77,6 +77,9 @@ __all__ = [
     "swap_normalization",
 ]
 
+# Images of this module's models are (N, H, W, C), whatever `keras.config.image_data_format()` says.
+_LAST = {"data_format": "channels_last"}
+
 
 def LeNet(  # noqa: N802
     normalization: Normalizations = "batch",
@@ -153,10 +156,10 @@ def LeNet(  # noqa: N802
     )
     inputs = keras.Input(shape, name="images")
     x = blocks.conv(inputs, "conv1", 6, 5, padding=padding)  # -> (N, 24, 24, 6)
-    x = keras.layers.AveragePooling2D(2, name="pool1")(x)  # -> (N, 12, 12, 6)
+    x = keras.layers.AveragePooling2D(2, name="pool1", **_LAST)(x)  # -> (N, 12, 12, 6)
     x = blocks.conv(x, "conv2", 16, 5)  # -> (N, 8, 8, 16)
-    x = keras.layers.AveragePooling2D(2, name="pool2")(x)  # -> (N, 4, 4, 16)
-    x = keras.layers.Flatten(name="flatten")(x)  # -> (N, 256)
+    x = keras.layers.AveragePooling2D(2, name="pool2", **_LAST)(x)  # -> (N, 4, 4, 16)
+    x = keras.layers.Flatten(name="flatten", **_LAST)(x)  # -> (N, 256)
     x = blocks.dense(x, "dense1", 120)
     x = blocks.dense(x, "dense2", 84)
     logits = keras.layers.Dense(
@@ -226,7 +229,7 @@ def MLP(  # noqa: N802
         **kernel,
     )
     inputs = keras.Input(tuple(input_shape), name="inputs")
-    x = keras.layers.Flatten(name="flatten")(inputs)  # (N, H, W, C) -> (N, H W C)
+    x = keras.layers.Flatten(name="flatten", **_LAST)(inputs)  # (N, H, W, C) -> (N, H W C)
     for i, units in enumerate(hidden, start=1):
         x = blocks.dense(x, f"dense{i}", units)
     logits = keras.layers.Dense(classes, dtype=logits_dtype(), name="logits", **kernel)(x)
@@ -325,12 +328,14 @@ def CNN(  # noqa: N802
             x = stack.conv(x, f"conv{stage}_{block}", width, size, padding="same", strides=strides)
         if residual:
             if stride > 1 or before.shape[-1] != width:
-                skip = keras.layers.Conv2D(width, 1, strides=stride, name=f"skip{stage}", **kernel)
+                skip = keras.layers.Conv2D(
+                    width, 1, strides=stride, name=f"skip{stage}", **_LAST, **kernel
+                )
                 before = skip(before)
             x = keras.layers.Add(name=f"add{stage}")([before, x])
         if downsample in _POOLING:
-            x = _POOLING[downsample](2, name=f"pool{stage}")(x)
-    x = _HEADS[head](name="head")(x)
+            x = _POOLING[downsample](2, name=f"pool{stage}", **_LAST)(x)
+    x = _HEADS[head](name="head", **_LAST)(x)
     for i, units in enumerate(dense, start=1):
         x = stack.dense(x, f"dense{i}", units)
     logits = keras.layers.Dense(classes, dtype=logits_dtype(), name="logits", **kernel)(x)

@@ -195,6 +195,12 @@ def test_whether_all_are_finite():
         assert not bool(kernels.are_finite(large, other))
 
 
+def test_backends_that_train_nothing_are_refused(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
+    with pytest.raises(ValueError, match=r"one of the backends jax, .*Received: .*'numpy'"):
+        layers.LayerNormalization()(np.ones((2, 3), "float32"))
+
+
 def test_the_table(monkeypatch):
     monkeypatch.delenv("KERAS_NORM_IMPLEMENTATION", raising=False)
     shape, rows = (256, 32, 32, 64), (256, 84)

@@ -134,6 +134,27 @@ def test_logits_are_not_rounded_to_half_precision(policy):
     assert [net.output.dtype for net in nets] == [wanted] * 4
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: LeNet(["spatial", "spatial", "batch", "batch"]),
+        lambda: MLP((4,), input_shape=(8, 8, 3)),
+        lambda: CNN((4, 8), "spatial", residual=True),
+        lambda: CNN((4, 8), head="flatten", downsample="max_pool"),
+        lambda: CNN((4, 8), head="max", downsample="stride"),
+        lambda: FastConvNet((4, 8, 8), input_shape=(32, 32, 3)),
+    ],
+)
+def test_channels_are_last_whatever_keras_assumes(build):
+    before = keras.config.image_data_format()
+    expected = build().to_json()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        assert build().to_json() == expected
+    finally:
+        keras.config.set_image_data_format(before)
+
+
 def test_placement_and_dropout():
     model = LeNet(placement="after", dropout=0.2, activation="relu")
     names = [y.name for y in model.layers]
