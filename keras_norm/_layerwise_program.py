@@ -108,20 +108,30 @@ def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str
 
 @contextlib.contextmanager
 def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterator[None]:
-    """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer."""
-    patched = []
+    """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer.
+
+    Meanwhile none of them is rematerialized: on JAX, nothing that the handler keeps would be a
+    value then.
+    """
+    patched: list[tuple[Layer, str, Any]] = []
     try:
         for layer in layers:
-            before = vars(layer).get("call")
-            patched.append((layer, before))
-            object.__setattr__(layer, "call", functools.partial(handler, layer, layer.call))
+            call = functools.partial(handler, layer, layer.call)
+            for name, value in (("call", call), ("rematerialized_call", _as_it_is)):
+                patched.append((layer, name, vars(layer).get(name)))
+                object.__setattr__(layer, name, value)
         yield
     finally:
-        for layer, before in patched:
+        for layer, name, before in patched:
             if before is not None:
-                object.__setattr__(layer, "call", before)
-            elif "call" in vars(layer):
-                object.__delattr__(layer, "call")
+                object.__setattr__(layer, name, before)
+            elif name in vars(layer):
+                object.__delattr__(layer, name)
+
+
+def _as_it_is(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """In place of a layer's `rematerialized_call`, which gives back what is to be called."""
+    return call
 
 
 class Program(keras.Model):

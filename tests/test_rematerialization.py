@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from arrays import array
 
-from keras_norm import layers, research
+from keras_norm import inspection, layers, research
 
 pytestmark = pytest.mark.core
 
@@ -57,6 +57,24 @@ def assert_same(found, expected):
 def test_layers_without_state(name, options, mode):
     layer = getattr(layers, name)(**options)
     assert_same(trained_for_two_steps(layer, mode), trained_for_two_steps(layer))
+
+
+def test_looked_at_from_outside():
+    """What is noted of a rematerialized layer are values, on JAX too."""
+
+    def distribution(**scope):
+        keras.utils.set_random_seed(0)
+        with keras.RematScope(**scope):
+            model = keras.Sequential(
+                [keras.Input((3,)), keras.layers.Dense(4, name="dense"), keras.layers.Dense(2)]
+            )
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return inspection.distributions(model, x_of(8, 3), np.arange(8) % 2, ["dense"])["dense"]
+
+    found = distribution(mode="list_of_layers", layer_names=["dense"])
+    expected = distribution(mode="list_of_layers", layer_names=[])
+    for name, value in vars(expected).items():
+        np.testing.assert_allclose(getattr(found, name), value, rtol=1e-5, atol=1e-7)
 
 
 # Moving statistics --------------------------------------------------------------------------------
