@@ -36,6 +36,7 @@ __all__ = [
     "factory_of",
     "logits_dtype",
     "made",
+    "made_for_channels_last",
     "make_normalization",
     "takes",
 ]
@@ -52,8 +53,7 @@ NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
     "layer": LayerNormalization,
     "quantile": QuantileNormalization,
     "rms": RMSNormalization,
-    # After convolutions only.
-    "spatial": functools.partial(SpatialBatchNormalization, data_format="channels_last"),
+    "spatial": SpatialBatchNormalization,  # after convolutions only
 }
 """The names that `normalization=` understands, beside classes and factories."""
 
@@ -121,6 +121,13 @@ def made(
             f"{factory!r} returned {layer!r}."
         )
     return layer
+
+
+def made_for_channels_last(normalization: Normalization, name: str) -> keras.layers.Layer | None:
+    """As `make_normalization`, of a model whose channels are last, whatever Keras's default is."""
+    factory = factory_of(normalization)
+    options = {"data_format": "channels_last"} if factory is SpatialBatchNormalization else {}
+    return None if factory is None else made(factory, name, options)
 
 
 def takes(argument: str, factory: Callable[..., Any], *, or_any: bool) -> bool:
@@ -196,7 +203,7 @@ class Blocks(NamedTuple):
         return self._finish(layer(x), name)
 
     def _finish(self, x: Any, name: str) -> Any:
-        norm = make_normalization(self.normalization[name], f"{name}_norm")
+        norm = made_for_channels_last(self.normalization[name], f"{name}_norm")
         activation = keras.layers.Activation(self.activation, name=f"{name}_activation")
         steps = [norm, activation] if self.placement == "before" else [activation, norm]
         if self.dropout:

@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm._blocks import Normalization, check_classes, logits_dtype, make_normalization
+from keras_norm._blocks import (
+    Normalization,
+    check_classes,
+    logits_dtype,
+    made_for_channels_last,
+)
 from keras_norm._convolution import FastConv2D
 from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization
@@ -300,7 +305,7 @@ def FastConvNet(  # noqa: N802
     x = keras.layers.Activation(activation, name="whitening_activation")(first(inputs))
 
     def finish(x: Array, name: str) -> Array:
-        norm = make_normalization(normalization, f"{name}_norm")
+        norm = made_for_channels_last(normalization, f"{name}_norm")
         x = x if norm is None else norm(x)
         return keras.layers.Activation(activation, name=f"{name}_activation")(x)
 

@@ -142,7 +142,7 @@ def test_logits_are_not_rounded_to_half_precision(policy):
         lambda: CNN((4, 8), "spatial", residual=True),
         lambda: CNN((4, 8), head="flatten", downsample="max_pool"),
         lambda: CNN((4, 8), head="max", downsample="stride"),
-        lambda: FastConvNet((4, 8, 8), input_shape=(32, 32, 3)),
+        lambda: FastConvNet((4, 8, 8), "spatial", input_shape=(32, 32, 3)),
     ],
 )
 def test_channels_are_last_whatever_keras_assumes(build):
