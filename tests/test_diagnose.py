@@ -260,6 +260,7 @@ def test_a_layer_that_makes_them():
     assert "finite inputs, in inference mode" in found.causes[0].evidence
 
 
+@pytest.mark.slow_on_jax
 def test_batches_and_report(tmp_path):
     model = network(dropout=0.8)
     x, y = examples(100)

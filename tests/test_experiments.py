@@ -1045,6 +1045,7 @@ def examples(n=48):
     return x, (x[:, 0] > x[:, 1]).astype("int32")
 
 
+@pytest.mark.slow_on_jax
 def test_training_on_arrays_learns_and_keeps_its_history():
     (x, y), progress = examples(), experiments.Progress("a", 0)
     net = small_net({"rate": 0.2}, 0)
