@@ -12,12 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm._blocks import (
-    Normalization,
-    check_classes,
-    logits_dtype,
-    made_for_channels_last,
-)
+from keras_norm._blocks import Normalization, check_classes, logits_dtype, made_for_channels_last
 from keras_norm._convolution import FastConv2D
 from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization

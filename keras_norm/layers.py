@@ -162,8 +162,9 @@ class BatchNormalization(MovingStatistics):
     Raises:
         ValueError: for a momentum outside [0, 1], a negative epsilon, an axis that the inputs do
             not have, an integer or complex dtype, inputs whose channels are unknown, a mask or
-            weights that do not broadcast to the inputs, wrong bounds of renormalization,
-            for a virtual batch size together with `renorm` or `synchronized`.
+            weights that do not broadcast to the inputs, wrong bounds of renormalization, for a
+            virtual batch size together with `renorm` or `synchronized`, and for a `training`
+            that is not known while the layer is traced.
 
     Example:
         >>> layer = BatchNormalization(momentum=0.9, epsilon=1e-5)
