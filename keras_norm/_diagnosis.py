@@ -31,7 +31,7 @@ from keras_norm import statistics
 from keras_norm._files import replace_file
 from keras_norm._kinds import copy_of, kind_by_names
 from keras_norm._layerwise import movement, rms
-from keras_norm._layerwise_program import intercepted, loops_of_python, mask_of
+from keras_norm._layerwise_program import intercepted, mask_of, nothing_compiled
 from keras_norm._sample import as_numpy, describe, is_structure
 from keras_norm.moments import Moments
 
@@ -390,7 +390,7 @@ def _first_not_finite(model: Any, batches: Sequence[Batch], training: bool) -> s
         return y
 
     leaves = [y for y in model._flatten_layers(include_self=False) if id(y) in names]
-    with intercepted(leaves, handler), loops_of_python():
+    with intercepted(leaves, handler), nothing_compiled():
         for x, _, _ in batches:
             y = model(tree.map_structure(ops.convert_to_tensor, x), training=training)
             if found:
@@ -441,7 +441,7 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
         for layer in model._flatten_layers(include_self=False)
         if not list(layer._flatten_layers(include_self=False))
     ]
-    with intercepted(leaves, handler), loops_of_python():
+    with intercepted(leaves, handler), nothing_compiled():
         for x, _, _ in batches[:8]:
             seen.clear()
             model(tree.map_structure(ops.convert_to_tensor, x), training=False)

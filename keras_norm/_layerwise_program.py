@@ -141,6 +141,8 @@ class Program(keras.Model):
     and for each measured call of a layer "s.(layer).(call).(name)", see `_measured`.
     """
 
+    predict_function: Any
+
     def __init__(
         self,
         items: Sequence[Item],
@@ -150,6 +152,8 @@ class Program(keras.Model):
     ) -> None:
         super().__init__(name="statistics", autocast=False)
         self.run_eagerly: bool = False
+        # Whether all is measured that can be; on PyTorch nothing is compiled.
+        self._complete = keras.backend.backend() == "torch"
         self.supports_masking = True
         made = {v for item in items if item.run for v in item.step.outputs}
         self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
@@ -223,28 +227,63 @@ class Program(keras.Model):
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Calls the compiled function; the model's variables are read, never written.
 
-        A layer that a loop calls, such as one in a cell of `keras.layers.RNN`, is measured within
-        that loop, and out of a compiled one nothing comes: such a model runs eagerly.
+        A layer that a loop calls, such as one in a cell of `keras.layers.RNN`, or a function that
+        is compiled by itself, is measured within; and since nothing comes out of what is compiled,
+        such a model runs eagerly.
 
         Raises:
             ValueError: where what was measured does not come out of it even then.
         """
         inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
-        leaks = _leaks()
-        if not self.run_eagerly:
-            try:
-                return self._run(inputs)
-            except leaks:
-                self.run_eagerly = True
-                self.make_predict_function(force=True)
+        if self.run_eagerly:
+            return self._run_by_python(inputs)
         try:
-            with loops_of_python():
+            outputs = self._run(inputs)
+        except Exception as error:
+            if not _is_leak(error):
+                raise
+            self._complete = True
+            return self._run_by_python(inputs)
+        if not self._complete:
+            self._complete = True
+            outputs = self._with_what_was_compiled_before(inputs, outputs)
+        return outputs
+
+    def _with_what_was_compiled_before(
+        self, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> dict[str, Array]:
+        """The outputs, by Python if that comes to more layers.
+
+        A function that the model's code has compiled before does not come to its layers again.
+        """
+        missing = self._missing(outputs)
+        if not missing:
+            return outputs
+        compiled, found = self.predict_function, outputs
+        try:
+            found = self._run_by_python(inputs)
+        finally:
+            if self._missing(found) == missing:
+                self.run_eagerly, self.predict_function = False, compiled
+        return outputs if self._missing(found) == missing else found
+
+    def _missing(self, outputs: Mapping[str, Array]) -> set[int]:
+        """The numbers of the layers of which nothing was measured."""
+        return set(self._measures) - {int(key.split(".")[1]) for key in outputs if key[:2] == "s."}
+
+    def _run_by_python(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        if not self.run_eagerly:
+            self.run_eagerly = True
+            self.make_predict_function(force=True)
+        try:
+            with nothing_compiled():
                 return self._run(inputs)
-        except leaks as error:
+        except Exception as error:
+            if not _is_leak(error):
+                raise
             raise ValueError(
                 "The inputs of a normalization layer must be within reach to be measured. "
-                "Received: a model that calls one inside a function that it compiles itself (such "
-                "as tf.function or jax.jit). Leave the compilation to the model that it is part of."
+                f"Received: a layer whose inputs do not come out of what calls it ({error})."
             ) from error
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -266,29 +305,36 @@ class Program(keras.Model):
         return dict(outputs)
 
 
-def _leaks() -> tuple[type[Exception], ...]:
-    """What is raised where a value of a loop, or of a function being traced, is used outside."""
-    if keras.backend.backend() == "tensorflow":
-        try:
-            from tensorflow.python.framework.errors import InaccessibleTensorError
-        except ImportError:
-            return ()
-        return (InaccessibleTensorError,)
+def _is_leak(error: Exception) -> bool:
+    """Whether a value of a loop, or of a function being traced, was used outside of it."""
+    if keras.backend.backend() == "tensorflow":  # of several types, one of them not public
+        return isinstance(error, TypeError | ValueError) and "out of scope" in str(error)
     if keras.backend.backend() == "jax":
         import jax
 
-        return (jax.errors.UnexpectedTracerError,)
-    return ()
+        return isinstance(error, jax.errors.UnexpectedTracerError)
+    return False
 
 
-def loops_of_python() -> contextlib.AbstractContextManager[Any]:
-    """Lets JAX run a loop as Python would; TensorFlow does so by itself when it runs eagerly."""
-    if keras.backend.backend() != "jax":
-        return contextlib.nullcontext()
-    import jax
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Lets loops and functions within run as Python does; on PyTorch they do anyway."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    manager: contextlib.AbstractContextManager[Any] = jax.disable_jit()
-    return manager
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(before)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        with jax.disable_jit():
+            yield
+    else:
+        yield
 
 
 def _normalized_by_batch(

@@ -12,7 +12,7 @@ from keras import layers, ops
 
 import keras_norm.layers
 from keras_norm import _layerwise, _sample, statistics
-from keras_norm._layerwise_program import loops_of_python
+from keras_norm._layerwise_program import nothing_compiled
 from keras_norm.models import MLP, LeNet
 from keras_norm.statistics import (
     DomainStatistics,
@@ -62,7 +62,7 @@ def inputs_of_layers(model, x):
     global RECORD
     RECORD = []
     try:
-        with loops_of_python():
+        with nothing_compiled():
             model(x, training=False)
         rows = {}
         for layer, value, mask in RECORD:
@@ -329,6 +329,49 @@ def test_layerwise_is_exact(build):
     assert all(y.examples == 70 for y in report.updated)
     again = reestimate(model, x, batch_size=32)
     assert again.largest_shift < 1e-5  # the statistics reproduce themselves
+
+
+class Compiling(layers.Layer):
+    """Compiles what it does by itself, as if by a decorator."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norms = [norm(), norm()]
+        self.function = None
+
+    def build(self, shape):
+        for layer in self.norms:
+            layer.build(shape)
+
+    def _both(self, x):
+        return self.norms[1](ops.tanh(self.norms[0](x, training=False)), training=False)
+
+    def call(self, x):
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            self.function = self.function or tf.function(self._both)
+        elif keras.backend.backend() == "jax":
+            import jax
+
+            self.function = self.function or jax.jit(self._both)
+        return (self.function or self._both)(x)
+
+
+@pytest.mark.parametrize("method", ["layerwise", "one_pass"])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_code_that_compiles_itself(called_before, method):
+    model = randomized(keras.Sequential([keras.Input((5,)), Compiling(mixed("ours"))]))
+    model.layers[0].function = None  # of the input that Keras built it with
+    x = example_data((5,), 64)
+    if called_before:
+        model(x)
+    report = reestimate(model, x, batch_size=64, method=method)
+    assert len(report.updated) == 2
+    again = reestimate(model, x, batch_size=64, method=method)
+    assert again.largest_shift < 1e-5
+    model.layers[0].function = model.layers[0]._both
+    assert_exact(model, x, 2)
 
 
 def test_layerwise_against_numpy_alone():
