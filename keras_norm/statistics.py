@@ -742,9 +742,9 @@ def reestimate(
     Calls that are code (subclassed models and layers with normalization layers inside) are run
     as a whole: once more for each normalization layer in them, since a pass makes only the next
     one right. The result is exact all the same. Of layers that a loop calls (in a cell of
-    `keras.layers.RNN`) the inputs of every turn are pooled; that code runs uncompiled, which takes
-    longer. Keras on TensorFlow and PyTorch calls a cell once more than there are time steps, in
-    training too: the first of them counts twice.
+    `keras.layers.RNN`) the inputs of every turn are pooled. Such code, and what compiles itself
+    (`tf.function`, `jax.jit`), runs uncompiled, which takes longer. Keras on TensorFlow and PyTorch
+    calls a cell once more than there are time steps, in training too: the first counts twice.
 
     `method="one_pass"` lets every layer normalize by the batch, in one sweep, and pools by
     counts. Layers above the first see inputs normalized with the batch's own noise: the error
