@@ -288,7 +288,7 @@ class _Trials:
         def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
             return call(*args, **{**kwargs, "training": id(layer) in chosen})
 
-        with intercepted(switched.values(), handler):
+        with intercepted(switched.values(), handler), nothing_compiled():
             return self._run(values, training=False)
 
     def training_losses(self, values: statistics.Snapshot) -> Floats:
@@ -545,7 +545,7 @@ def _order_of(model: Any, trials: _Trials, batch: Batch) -> list[str]:
             order.append(names[id(layer)])
         return call(*args, **kwargs)
 
-    with intercepted(switched.values(), handler):
+    with intercepted(switched.values(), handler), nothing_compiled():
         model(tree.map_structure(ops.convert_to_tensor, batch[0]), training=False)
     return order
 

@@ -204,6 +204,41 @@ def test_values_that_are_not_finite():
         found.plot()
 
 
+class Compiling(layers.Layer):
+    """Has compiled what it does by the time that it is looked at, a function for each mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = layers.BatchNormalization(), layers.Dropout(0.9, seed=0)
+        self.functions = {}
+
+    def build(self, shape):
+        self.norm.build(shape)
+
+    def call(self, x, training=False):
+        import tensorflow as tf
+
+        def both(x):
+            return self.drop(self.norm(x, training=training), training=training)
+
+        return self.functions.setdefault(training, tf.function(both))(x)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of tf.function")
+def test_code_that_compiles_itself():
+    x, y = examples(96)
+    model = keras.Sequential([keras.Input((4,)), Compiling(), layers.Dense(2)])
+    model.layers[0].functions.clear()  # of the input that Keras built it with
+    model.compile("sgd", LOSS)
+    for training in (False, True):
+        model(x[:32], training=training)
+    model.layers[0].norm.set_weights([np.ones(4), np.zeros(4), np.zeros(4), np.ones(4)])
+    found = diagnose(model, (x, y), batch_size=32)
+    assert found.first == "cold statistics"
+    assert abs(found["dropout"].change) > 0.05
+    assert abs(found["other layers"].change) < 1e-3
+
+
 class Untold(keras.Model):
     """A model that `fit` has no way to tell that it trains."""
 
