@@ -3,6 +3,8 @@
 A repeated call has to compute what the first one did, and must not change the state again.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -21,16 +23,13 @@ def x_of(*shape):
 
 
 def trained_for_two_steps(layer, mode=None):
-    """The model of that layer between two others, with or without rematerialization."""
+    """A model with a layer like that, with or without rematerialization."""
     keras.utils.set_random_seed(0)
-    stack = [keras.layers.Dense(4), layer, keras.layers.Dense(1)]
-    if mode is not None:
-        with keras.RematScope(mode=mode, layer_names=[layer.name]):
-            layer = type(layer).from_config(layer.get_config())
-            stack = [*stack[:1], layer, *stack[2:]]
-            model = keras.Sequential([keras.Input((6, 3)), *stack])
-    else:
-        model = keras.Sequential([keras.Input((6, 3)), *stack])
+    before, after = keras.layers.Dense(4), keras.layers.Dense(1)
+    names = [layer.name]
+    with contextlib.nullcontext() if mode is None else keras.RematScope(mode, layer_names=names):
+        layer = type(layer).from_config(layer.get_config())
+        model = keras.Sequential([keras.Input((6, 3)), before, layer, after])
     # Keras's own scope cannot be traced by TensorFlow where there are keyword arguments.
     model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=BACKEND == "tensorflow")
     x = x_of(8, 6, 3)
