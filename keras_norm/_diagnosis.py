@@ -31,7 +31,12 @@ from keras_norm import statistics
 from keras_norm._files import replace_file
 from keras_norm._kinds import copy_of, kind_by_names
 from keras_norm._layerwise import movement, rms
-from keras_norm._layerwise_program import intercepted, mask_of, nothing_compiled
+from keras_norm._layerwise_program import (
+    functions_by_python,
+    intercepted,
+    mask_of,
+    nothing_compiled,
+)
 from keras_norm._sample import as_numpy, describe, is_structure
 from keras_norm.moments import Moments
 
@@ -288,7 +293,7 @@ class _Trials:
         def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
             return call(*args, **{**kwargs, "training": id(layer) in chosen})
 
-        with intercepted(switched.values(), handler), nothing_compiled():
+        with intercepted(switched.values(), handler), functions_by_python():
             return self._run(values, training=False)
 
     def training_losses(self, values: statistics.Snapshot) -> Floats:
@@ -545,7 +550,7 @@ def _order_of(model: Any, trials: _Trials, batch: Batch) -> list[str]:
             order.append(names[id(layer)])
         return call(*args, **kwargs)
 
-    with intercepted(switched.values(), handler), nothing_compiled():
+    with intercepted(switched.values(), handler), functions_by_python():
         model(tree.map_structure(ops.convert_to_tensor, batch[0]), training=False)
     return order
 

@@ -317,23 +317,31 @@ def _is_leak(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
+def functions_by_python() -> Iterator[None]:
+    """Lets TensorFlow run as Python what the model's code has made a `tf.function` of."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+@contextlib.contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Lets loops and functions within run as Python does; on PyTorch they do anyway."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        before = tf.config.functions_run_eagerly()
-        tf.config.run_functions_eagerly(True)
-        try:
+    if keras.backend.backend() != "jax":
+        with functions_by_python():
             yield
-        finally:
-            tf.config.run_functions_eagerly(before)
-    elif keras.backend.backend() == "jax":
-        import jax
+        return
+    import jax
 
-        with jax.disable_jit():
-            yield
-    else:
+    with jax.disable_jit():
         yield
 
 
