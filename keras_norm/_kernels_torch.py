@@ -316,7 +316,9 @@ def group(
     gamma, beta = (_native_parameter(v, x, (channels,)) for v in (gamma, beta))
     if gamma is None:
         gamma = z.new_ones(channels)  # with beta alone, derivatives fail in PyTorch 2.13
-    z = z.contiguous(memory_format=_layout(z))
+    # In PyTorch 2.13 the derivative in gamma and beta alone, of channels last, ends the process.
+    alone = torch.is_grad_enabled() and not z.requires_grad
+    z = z.contiguous(memory_format=torch.contiguous_format if alone else _layout(z))
     y, mean, inv_std = torch.native_group_norm(
         z, gamma, beta, count, channels, z[0, 0].numel(), groups, epsilon
     )

@@ -45,6 +45,23 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (4, 3, 6), (2, 3, 2, 6)])
+@pytest.mark.parametrize("scale", [True, False])
+def test_as_the_first_layer(shape, scale):
+    """Of gamma and beta alone is there a gradient: PyTorch's kernel breaks down on some layouts."""
+    trained = []
+    for cls in (GroupNormalization, keras.layers.GroupNormalization):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input(shape), cls(2, scale=scale), keras.layers.Flatten(), keras.layers.Dense(2)]
+        )
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.train_on_batch(data((4, *shape), -1)[0].astype("float32"), np.ones((4, 2), "float32"))
+        trained.append(model.get_weights())
+    for ours, builtin in zip(*trained, strict=True):
+        np.testing.assert_allclose(ours, builtin, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("shape", "axis", "groups"), LAYOUTS)
 class TestAgainstReference:
     def test_group(self, shape, axis, groups):
