@@ -311,18 +311,34 @@ def group(
     functional.check_epsilon(epsilon)
     if not can_be_looked_at(x) or not x.numel():
         return None
-    z = x.movedim(-1, 1)  # (N, C, ...); of images it is the layout "channels last", no copy
-    count, channels = z.shape[:2]
+    channels = x.shape[-1]
     gamma, beta = (_native_parameter(v, x, (channels,)) for v in (gamma, beta))
+    x = _always_differentiated(x, gamma, beta)
+    z = x.movedim(-1, 1)  # (N, C, ...); of images it is the layout "channels last", no copy
     if gamma is None:
         gamma = z.new_ones(channels)  # with beta alone, derivatives fail in PyTorch 2.13
-    # In PyTorch 2.13 the derivative in gamma and beta alone, of channels last, ends the process.
-    alone = torch.is_grad_enabled() and not z.requires_grad
-    z = z.contiguous(memory_format=torch.contiguous_format if alone else _layout(z))
+    z = z.contiguous(memory_format=_layout(z))
     y, mean, inv_std = torch.native_group_norm(
-        z, gamma, beta, count, channels, z[0, 0].numel(), groups, epsilon
+        z, gamma, beta, len(z), channels, z[0, 0].numel(), groups, epsilon
     )
     return y.movedim(1, -1) if _is_near(mean, inv_std) else None
+
+
+def _always_differentiated(x: Array, gamma: Array | None, beta: Array | None) -> Array:
+    """x, as if it hung on gamma and beta: whoever asks for their gradient asks for that of x.
+
+    In PyTorch 2.13 the kernel's derivative in gamma and beta alone, of channels last, ends the
+    process.
+    """
+
+    def forward(x: Array, *_: Array | None) -> tuple[tuple[Array], tuple[()]]:
+        return (x,), ()
+
+    def backward(_: Any, upstream: tuple[Array, ...]) -> tuple[Array, None, None]:
+        return upstream[0], None, None
+
+    (x,) = custom_vjp(forward, backward, x, gamma, beta)
+    return x
 
 
 def _layout(z: Array) -> Any:

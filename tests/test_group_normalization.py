@@ -62,6 +62,27 @@ def test_as_the_first_layer(shape, scale):
         np.testing.assert_allclose(ours, builtin, rtol=1e-4, atol=1e-5)
 
 
+def test_gradient_of_gamma_alone():
+    """The inputs have a gradient, and nobody asks for it."""
+    x, _, _, mix = data((2, 3, 4, 6), -1)
+    layer = GroupNormalization(2)
+    layer.build(x.shape)
+
+    def loss(x):
+        return ops.sum(layer(x) * ops.convert_to_tensor(mix.astype("float32")))
+
+    x = ops.convert_to_tensor(x.astype("float32"))
+    _, expected = gradients(loss, [x], variables=layer.trainable_variables)
+    if BACKEND == "torch":
+        import torch
+
+        x.requires_grad_()
+        found = torch.autograd.grad(loss(x), [layer.gamma.value])
+    else:
+        _, found = gradients(lambda: loss(x), [], variables=[layer.gamma])
+    np.testing.assert_allclose(array(found[0]), array(expected[1]), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("shape", "axis", "groups"), LAYOUTS)
 class TestAgainstReference:
     def test_group(self, shape, axis, groups):
