@@ -33,6 +33,19 @@ def is_repeated() -> bool:
     return of_backward is not None and of_backward() != -1
 
 
+def _may_be_repeated() -> bool:
+    """Whether a rematerialized function may be around this call in a forward pass of PyTorch.
+
+    Such a function runs without gradients, or under hooks that take what would be kept.
+    """
+    import torch
+
+    if not torch.is_grad_enabled():
+        return True
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
+
+
 def known(training: Any) -> bool:
     """`training` where it is but a hint: False for a traced one (see `decided`)."""
     return isinstance(training, bool | int | np.bool_) and bool(training)
@@ -72,7 +85,7 @@ class Draws:
             return
         import torch
 
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (is_repeated() or _may_be_repeated()):
             yield
             return
         call = int(torch.randint(2**62, (), device="cpu"))

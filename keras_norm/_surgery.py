@@ -164,14 +164,19 @@ def _require_rebuildable(model: Any) -> None:
 
 def _copy_variables(old: Layer, new: Layer) -> None:
     """All of them, states of seed generators included."""
-    if [tuple(v.shape) for v in old.variables] != [tuple(v.shape) for v in new.variables]:
+    sources, targets = list(old.variables), list(new.variables)
+    shapes = [tuple(v.shape) for v in sources]
+    named, named_new = ({v.name: v for v in variables} for variables in (sources, targets))
+    if len(named) == len(sources) and set(named) == set(named_new):
+        targets = [named_new[v.name] for v in sources]  # quantized, they are in another order
+    if shapes != [tuple(v.shape) for v in targets]:
         raise ValueError(
             "A layer must be rebuilt from its configuration with the same variables. Received: "
-            f"layer {old.name!r} of the class {type(old).__name__} with "
-            f"{len(old.variables)} variables, and {len(new.variables)} when rebuilt. Its "
-            "get_config() must give all that build() depends on."
+            f"layer {old.name!r} of the class {type(old).__name__} with variables of shapes "
+            f"{shapes}, and of {[tuple(v.shape) for v in targets]} when rebuilt. Its get_config() "
+            "must give all that build() depends on."
         )
-    for source, target in zip(old.variables, new.variables, strict=True):
+    for source, target in zip(sources, targets, strict=True):
         target.assign(ops.convert_to_numpy(source))
 
 

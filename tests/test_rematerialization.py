@@ -157,10 +157,24 @@ def test_dropout_in_a_scope_within_a_scope():
 
 @on_torch
 def test_dropout_keeps_the_last_states_only(monkeypatch):
+    import torch
+
     from keras_norm import _rematerialization
 
     monkeypatch.setattr(_rematerialization, "_DRAWS_KEPT", 5)
     layer, x = layers.Dropout(0.5), x_of(2, 3)
-    for _ in range(9):
-        layer(x, training=True)
+    with torch.no_grad():  # as a rematerialized function runs first
+        for _ in range(9):
+            layer(x, training=True)
     assert len(layer._draws._states) == 5
+
+
+@on_torch
+def test_dropout_outside_of_any_scope_leaves_pytorchs_generator_alone():
+    import torch
+
+    layer = layers.Dropout(0.5)
+    before = torch.get_rng_state()
+    layer(x_of(2, 3), training=True)
+    assert (torch.get_rng_state() == before).all()
+    assert not layer._draws._states

@@ -317,6 +317,25 @@ def test_saved_and_compiled(tmp_path):
     swapped.fit(x, np.ones((5, 10)), verbose=0)
 
 
+@pytest.mark.parametrize("mode", ["int8", "float8", "lora"])
+def test_quantized_and_low_rank_layers_stay(mode):
+    """With their variables, which Keras makes in another order than a layer that begins so."""
+    model = randomized(MLP((5,), "batch", input_shape=(4,)))
+    for dense in (y for y in model.layers if isinstance(y, keras.layers.Dense)):
+        if mode == "lora":
+            dense.enable_lora(2)
+            dense.lora_kernel_b.assign(np.random.default_rng(2).normal(size=(2, dense.units)))
+        else:
+            dense.quantize(mode)
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    folded, report = fold(model, x)
+    assert report.folded == ()
+    assert "is quantized, or has a low-rank" in report.skipped[0][1]
+    assert_same_outputs(model, folded, x, report)
+    first = swap_normalization(model, "layer").get_layer("dense1")
+    np.testing.assert_array_equal(array(first(x)), array(model.get_layer("dense1")(x)))
+
+
 # Models that cannot be rebuilt -----------------------------------------------------------------
 
 
