@@ -172,6 +172,31 @@ def test_rms_as_keras(axis):
     np.testing.assert_allclose(array(ours(x)), array(theirs(x)), atol=2e-6)
 
 
+@pytest.mark.parametrize("axis", [1, (1, 2)])
+@pytest.mark.parametrize("name", ["LayerNormalization", "RMSNormalization"])
+def test_axes_that_are_not_the_last(name, axis):
+    """Keras's layers are silently wrong where the sizes allow it, and raise elsewhere.
+
+    Its RMS normalization lays `scale` along the last axes, whatever `axis` is; and on PyTorch both
+    normalize those.
+    """
+    x, gamma, beta, _ = data((3, 4, 4, 4), axis)
+    parameters = [gamma, beta] if name == "LayerNormalization" else [gamma]
+    definition = reference.layer_norm if name == "LayerNormalization" else reference.rms_norm
+
+    def check(cls):
+        layer = cls(axis)
+        layer.build(x.shape)
+        layer.set_weights(parameters)
+        y = array(layer(x.astype("float32")))
+        np.testing.assert_allclose(y, definition(x, *parameters, axis=axis), atol=3e-6)
+
+    check({"LayerNormalization": LayerNormalization, "RMSNormalization": RMSNormalization}[name])
+    if name == "RMSNormalization" or BACKEND == "torch":
+        with pytest.raises(AssertionError):
+            check(getattr(keras.layers, name))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch is installed with its backend alone")
 def test_as_pytorch():
     import torch
