@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from keras import ops
 from reference import complex_step, relative_error
 
-from keras_norm import functional
+from keras_norm import functional, layers
 from keras_norm._gradients import gradients
 from keras_norm.gradient_check import check
 from keras_norm.layers import LayerNormalization, RMSNormalization
@@ -191,7 +191,7 @@ def test_axes_that_are_not_the_last(name, axis):
         y = array(layer(x.astype("float32")))
         np.testing.assert_allclose(y, definition(x, *parameters, axis=axis), atol=3e-6)
 
-    check({"LayerNormalization": LayerNormalization, "RMSNormalization": RMSNormalization}[name])
+    check(getattr(layers, name))
     if name == "RMSNormalization" or BACKEND == "torch":
         with pytest.raises(AssertionError):
             check(getattr(keras.layers, name))
@@ -464,14 +464,21 @@ def test_mixed_precision(cls, policy):
     np.testing.assert_allclose(wide(y), expected[cls](x.astype("float64")), rtol=1e-2, atol=1e-3)
 
 
-def test_integers_are_normalized():
-    """Keras's layer truncates the result to integers."""
-    x = np.array([[1, 3, 2], [10, 50, 30]])
-    expected = [[-(1.5**0.5), 1.5**0.5, 0]] * 2
-    y = LayerNormalization(epsilon=0.0)(x)
-    assert dtype_of(y) == "float32"
-    np.testing.assert_allclose(array(y), expected, atol=1e-6)
-    assert np.abs(array(keras.layers.LayerNormalization(epsilon=1e-12)(x)) - expected).max() > 0.1
+@pytest.mark.parametrize("name", ["LayerNormalization", "RMSNormalization", "GroupNormalization"])
+def test_integers_are_normalized(name):
+    """Keras's layers truncate the result to integers."""
+    x = np.array([[1, 3, 2, 9], [10, 50, 30, 20]])
+    options = {"groups": 1} if name == "GroupNormalization" else {}
+
+    def check(cls):
+        layer = cls(epsilon=1e-12, **options)
+        y = layer(x)
+        assert dtype_of(y) == "float32"
+        np.testing.assert_allclose(array(y), array(layer(x.astype("float32"))), atol=1e-6)
+
+    check(getattr(layers, name))
+    with pytest.raises(AssertionError):
+        check(getattr(keras.layers, name))
 
 
 @pytest.mark.parametrize("cls", [LayerNormalization, RMSNormalization])
