@@ -138,11 +138,12 @@ class Sample:
         waiting: list[Any] = []
         rows = 0
         for batch in batches:
-            lengths = {len(v) for v in tree.flatten(batch)}
-            if len(lengths) != 1:
+            shapes = [np.shape(v) for v in tree.flatten(batch)]
+            lengths = {shape[0] if shape else 0 for shape in shapes}
+            if len(lengths) != 1 or () in shapes:
                 raise ValueError(
-                    "All inputs in a batch must have the same number of examples. Received: "
-                    f"lengths {sorted(lengths)}. The data set must be batched."
+                    "All inputs in a batch must have the same number of examples, along axis 0. "
+                    f"Received: arrays of shapes {shapes}. The data set must be batched."
                 )
             waiting.append(batch)
             rows += lengths.pop()

@@ -998,6 +998,9 @@ def test_bad_data_changes_nothing(tmp_path, monkeypatch):
             reestimate(model, x[:0], method=method)
     with pytest.raises(ValueError, match=r"lengths \[49, 50\]"):
         reestimate(model, [x, x[1:]])
+    for batch in (np.float32(3), {"a": x, "b": x[1:]}):
+        with pytest.raises(ValueError, match=r"shapes \[.*\]. The data set must be batched"):
+            reestimate(model, iter([batch]))
     with pytest.raises(ValueError, match="type int"):
         reestimate(model, 3)
     with pytest.raises(ValueError, match="memory=0"):
