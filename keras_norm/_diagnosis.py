@@ -222,6 +222,7 @@ def _batches_of(data: Any, samples: int, batch_size: int, seed: int) -> list[Bat
     """(x, y, weights) in NumPy: of arrays a random part, of streams the first batches."""
     if isinstance(data, tuple) and is_structure(data):
         x, y, weights = keras.utils.unpack_x_y_sample_weight(tree.map_structure(as_numpy, data))
+        _require_examples((x, y, weights))
         total = len(tree.flatten(x)[0])
         order = np.random.default_rng(seed).permutation(total)[:samples]
         parts: Iterable[Any] = (
@@ -250,6 +251,7 @@ def _batches_of(data: Any, samples: int, batch_size: int, seed: int) -> list[Bat
                 "A diagnosis needs labels: `data` must give (x, y) or (x, y, weights). Received: "
                 "a batch without y."
             )
+        _require_examples(batch)
         batches.append(batch)
         rows += _rows(batch)
         if rows >= samples:
@@ -257,6 +259,15 @@ def _batches_of(data: Any, samples: int, batch_size: int, seed: int) -> list[Bat
     if not rows:
         raise ValueError("A diagnosis needs at least one example. Received: data without any.")
     return batches
+
+
+def _require_examples(parts: Batch) -> None:
+    shapes = [np.shape(v) for v in tree.flatten(parts) if v is not None]
+    if () in shapes or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(
+            "Inputs, labels and weights must have the same number of examples, along axis 0. "
+            f"Received: arrays of shapes {shapes}. A data set must be batched."
+        )
 
 
 def _rows(batch: Batch) -> int:

@@ -417,6 +417,11 @@ def run(
     """
     if on_error not in ("raise", "record"):
         raise ValueError(f"on_error must be 'raise' or 'record'. Received: on_error={on_error!r}")
+    if not callable(function):
+        raise ValueError(
+            "function must be callable, as function(settings, seed, progress). "
+            f"Received: function={function!r}"
+        )
     tasks = _plan(settings, seeds, context)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

@@ -88,7 +88,8 @@ def _normalizations(model: Any) -> dict[str, Layer]:
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()  # in the middle of `fit` on JAX the values are elsewhere
     layers: dict[str, Layer] = {}
-    for path, layer in _inside(model, "", set()):
+    inside = _inside(model, "", set()) if isinstance(model, keras.Layer) else ()
+    for path, layer in inside:
         if has_statistics(layer):
             name, number = path, 2
             while name in layers:
@@ -224,6 +225,11 @@ def _matching(
     layers: Mapping[str, Layer], snapshot: Snapshot
 ) -> list[tuple[Any, npt.NDArray[Any]]]:
     """Each variable of the layers with its value in a snapshot, which must fit."""
+    if not isinstance(snapshot, Snapshot):
+        raise ValueError(
+            "Statistics are put back from a `Snapshot`, as `statistics.snapshot` takes it. "
+            f"Received: snapshot of type {type(snapshot).__name__}."
+        )
     if set(layers) != set(snapshot.statistics):
         raise ValueError(
             "A snapshot can be restored only to a model with the same batch normalization layers. "

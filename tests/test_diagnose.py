@@ -322,6 +322,9 @@ def test_what_cannot_be_diagnosed():
         (x, "needs labels.*ndarray"),
         ([(x,)], "batch without y"),
         ((x[:0], y[:0]), "at least one example"),
+        ((x, y[:5]), r"shapes \[\(32, 4\), \(5,\)\]"),
+        ((x, y, y[:5]), "same number of examples"),
+        (iter([(x[0, 0], y[0])]), "must be batched"),
     ):
         with pytest.raises(ValueError, match=message):
             diagnose(model, data)

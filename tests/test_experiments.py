@@ -574,6 +574,8 @@ def test_wrong_arguments(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run(function, **arguments)
     assert not function.calls
+    with pytest.raises(ValueError, match="Received: function='train'"):
+        run("train", SETTINGS, [0], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -104,6 +104,12 @@ class TestErrors:
     def test_mlp(self):
         with pytest.raises(ValueError, match=r"Received: hidden=\(5, 0\)"):
             MLP((5, 0))
+        with pytest.raises(ValueError, match="Received: input_shape=4"):
+            MLP((5,), input_shape=4)
+
+    def test_cnn(self):
+        with pytest.raises(ValueError, match="Received: widths=3"):
+            CNN(3)
 
 
 @pytest.mark.slow_on_jax

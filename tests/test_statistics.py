@@ -1066,6 +1066,10 @@ def test_snapshots():
     assert everything(model) == before
     with pytest.raises(ValueError, match="same batch normalization layers"):
         restore(small_model(), first)
+    with pytest.raises(ValueError, match="Received: snapshot of type list"):
+        restore(model, model.get_weights())
+    with pytest.raises(ValueError, match="model=None without any"):
+        snapshot(None)
     with pytest.raises(ValueError, match="same layers"):
         diff(first, small_model())
     narrow = MLP((3, 5), KINDS["ours"], input_shape=(4,))
