@@ -8,7 +8,7 @@ where linear is a convolution or a dense layer.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -33,6 +33,7 @@ __all__ = [
     "Normalization",
     "Normalizations",
     "check_classes",
+    "checked_input_shape",
     "factory_of",
     "logits_dtype",
     "made",
@@ -219,3 +220,12 @@ def check_classes(classes: int) -> None:
             "`classes` is the number of outputs and must be an integer >= 1. "
             f"Received: classes={classes!r}."
         )
+
+
+def checked_input_shape(input_shape: Any) -> tuple[int, ...]:
+    if not isinstance(input_shape, Iterable) or isinstance(input_shape, str):
+        raise ValueError(
+            "`input_shape` must be the shape of one example, such as (28, 28, 1) or (20,). "
+            f"Received: input_shape={input_shape!r}."
+        )
+    return tuple(input_shape)

@@ -37,7 +37,7 @@ from keras_norm._layerwise_program import (
     mask_of,
     nothing_compiled,
 )
-from keras_norm._sample import as_numpy, describe, is_structure
+from keras_norm._sample import as_numpy, describe, is_structure, some_of
 from keras_norm.moments import Moments
 
 __all__ = ["Cause", "Diagnosis", "diagnose"]
@@ -266,7 +266,7 @@ def _require_examples(parts: Batch) -> None:
     if () in shapes or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(
             "Inputs, labels and weights must have the same number of examples, along axis 0. "
-            f"Received: arrays of shapes {shapes}. A data set must be batched."
+            f"Received: arrays of shapes {some_of(shapes)}. A data set must be batched."
         )
 
 

@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm._blocks import Normalization, check_classes, logits_dtype, made_for_channels_last
+from keras_norm._blocks import (
+    Normalization,
+    check_classes,
+    checked_input_shape,
+    logits_dtype,
+    made_for_channels_last,
+)
 from keras_norm._convolution import FastConv2D
 from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization
@@ -278,13 +284,14 @@ def FastConvNet(  # noqa: N802
         whitening is centred, and computes one sign only; batch normalization's epsilon is 1e-6.
     """
     check_classes(classes)
-    shape = tuple(input_shape)
+    shape = checked_input_shape(input_shape)
     if len(shape) != 3 or min(side or 9 for side in shape[:2]) < 9 or shape[2] is None:
         raise ValueError(
             "FastConvNet needs images (H, W, C) of at least 9 x 9. "
             f"Received: input_shape={shape}. Resize the images first."
         )
-    if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
+    listed = isinstance(widths, Sequence) and len(widths) > 0
+    if not listed or any(not isinstance(w, int) or w < 1 for w in widths):
         raise ValueError(
             f"`widths` must list the channels of the groups, ints >= 1. Received: {widths!r}."
         )

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ def describe(data: Any) -> str:
     if leaves:
         return f"array {tuple(leaves[0].shape)}"
     return str(getattr(data, "name", None) or type(data).__name__)
+
+
+def some_of(shapes: Sequence[Any]) -> str:
+    return f"{list(shapes[:4])}{' and so on' if len(shapes) > 4 else ''}"
 
 
 def is_structure(data: Any) -> bool:
@@ -143,7 +147,7 @@ class Sample:
             if len(lengths) != 1 or () in shapes:
                 raise ValueError(
                     "All inputs in a batch must have the same number of examples, along axis 0. "
-                    f"Received: arrays of shapes {shapes}. The data set must be batched."
+                    f"Received: arrays of shapes {some_of(shapes)}. The data set must be batched."
                 )
             waiting.append(batch)
             rows += lengths.pop()

@@ -11,7 +11,7 @@ layers ("conv1", "conv1_norm", "conv1_activation", ...) that end in logits.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -24,6 +24,7 @@ from keras_norm._blocks import (
     Normalization,
     Normalizations,
     check_classes,
+    checked_input_shape,
     factory_of,
     logits_dtype,
     made,
@@ -136,7 +137,7 @@ def LeNet(  # noqa: N802
         on LeNet and batch normalization.
     """
     check_classes(classes)
-    shape = _checked_input_shape(input_shape)
+    shape = checked_input_shape(input_shape)
     least = {"valid": 16, "same": 12}.get(padding)
     if least is None:
         raise ValueError(f"`padding` must be 'valid' or 'same'. Received: padding={padding!r}.")
@@ -228,7 +229,7 @@ def MLP(  # noqa: N802
         use_bias=use_bias,
         **kernel,
     )
-    inputs = keras.Input(_checked_input_shape(input_shape), name="inputs")
+    inputs = keras.Input(checked_input_shape(input_shape), name="inputs")
     x = keras.layers.Flatten(name="flatten", **_LAST)(inputs)  # (N, H, W, C) -> (N, H W C)
     for i, units in enumerate(hidden, start=1):
         x = blocks.dense(x, f"dense{i}", units)
@@ -303,7 +304,7 @@ def CNN(  # noqa: N802
         1674
     """
     check_classes(classes)
-    shape = _checked_input_shape(input_shape)
+    shape = checked_input_shape(input_shape)
     if not isinstance(widths, Sequence):
         raise ValueError(
             f"`widths` must list the channels of each stage. Received: widths={widths!r}."
@@ -351,15 +352,6 @@ _HEADS = {
     "flatten": keras.layers.Flatten,
     "max": keras.layers.GlobalMaxPooling2D,
 }
-
-
-def _checked_input_shape(input_shape: Any) -> tuple[int, ...]:
-    if not isinstance(input_shape, Iterable) or isinstance(input_shape, str):
-        raise ValueError(
-            "`input_shape` must be the shape of one example, such as (28, 28, 1) or (20,). "
-            f"Received: input_shape={input_shape!r}."
-        )
-    return tuple(input_shape)
 
 
 def _check_stages(

@@ -277,7 +277,9 @@ def test_the_fast_net_takes_any_normalization(normalization):
     [
         ({"input_shape": (8, 32, 3)}, r"\(8, 32, 3\)"),
         ({"input_shape": (32, 32)}, r"\(32, 32\)"),
+        ({"input_shape": 32}, "input_shape=32"),
         ({"widths": ()}, r"Received: \(\)"),
+        ({"widths": 8}, "Received: 8"),
         ({"widths": (8, 0)}, r"\(8, 0\)"),
         ({"classes": 0}, "classes=0"),
     ],
