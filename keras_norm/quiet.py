@@ -21,9 +21,9 @@ def start() -> None:
 
     Sets `TF_CPP_MIN_LOG_LEVEL` to 3 (errors of the operations still raise Python exceptions),
     unless the environment has a value already: then that value decides, and nothing is hidden.
-    If the import fails, what was held back is printed. What was imported, a million objects, stays
-    to the end: the garbage collector is told to pass over it (`gc.freeze`), for each model that a
-    script lets go of makes it look at everything.
+    If the import fails, what was held back is printed. What was imported stays to the end: the
+    garbage collector is told to pass over it (`gc.freeze`), for it looks at everything else each
+    time that a script lets go of a model.
 
     Example:
         >>> start()

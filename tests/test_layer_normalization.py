@@ -1,5 +1,7 @@
 """Layer and RMS normalization: values, gradients, hard numbers, and the layers around them."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -184,17 +186,20 @@ def test_axes_that_are_not_the_last(name, axis):
     parameters = [gamma, beta] if name == "LayerNormalization" else [gamma]
     definition = reference.layer_norm if name == "LayerNormalization" else reference.rms_norm
 
-    def check(cls):
-        layer = cls(axis)
+    def check(module, parameters):
+        layer = getattr(module, name)(axis)
         layer.build(x.shape)
         layer.set_weights(parameters)
         y = array(layer(x.astype("float32")))
         np.testing.assert_allclose(y, definition(x, *parameters, axis=axis), atol=3e-6)
 
-    check(getattr(layers, name))
-    if name == "RMSNormalization" or BACKEND == "torch":
+    as_built = [np.ones_like(gamma), np.zeros_like(beta)][: len(parameters)]
+    check(layers, parameters)
+    if name == "RMSNormalization":
         with pytest.raises(AssertionError):
-            check(getattr(keras.layers, name))
+            check(keras.layers, parameters)
+    with pytest.raises(AssertionError) if BACKEND == "torch" else contextlib.nullcontext():
+        check(keras.layers, as_built)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch is installed with its backend alone")

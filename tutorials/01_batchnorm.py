@@ -400,16 +400,14 @@ plotting.learning_curves(
 Two more runs of the book's TensorFlow chapters have a published test accuracy: the classic LeNet
 without batch normalization, whose first convolution is padded by 2, at a learning rate of .9
 (.824); and the net above with the layer that is built into Keras, as it comes (.761). Its momentum
-is .99 and ours .9 here: its averages lie a hundred steps behind, and the test accuracy swings from
-epoch to epoch. The book's may have been an unlucky one. `--full` runs both.
+is .99, ours .9 here. With either the test accuracy swings from epoch to epoch, and the book's last
+one may have been unlucky. `--full` runs both.
 """
 
 # %%
 if arguments.mode == "full":
-    CLASSIC, BUILT_IN = (
-        "none, classic LeNet, rate 0.9",
-        f"built-in batch norm, rate {LEARNING_RATE:g}",
-    )
+    CLASSIC = "none, classic LeNet, rate 0.9"
+    BUILT_IN = f"built-in batch norm, rate {LEARNING_RATE:g}"
     NORMALIZATIONS["built-in"] = keras.layers.BatchNormalization
     others = {
         CLASSIC: setting("none", 0.9, padding="same"),
