@@ -110,7 +110,7 @@ def test_distributions_of_a_linear_net(float64):
 
 
 def test_drift_and_scale_are_those_of_shifted_and_stretched_channels():
-    a = RNG.normal(3, 2, (1000, 2))
+    a = np.random.default_rng(1).normal(3, 2, (1000, 2))
     a = (a - a.mean(axis=0)) / a.std(axis=0)
     b = np.concatenate([a, np.zeros((1000, 1))], axis=1)  # a dead channel, left out
     before, after = (Distribution.of(v, v) for v in (b, b * [2, 8, 0] + [3, 4, 1]))
@@ -136,7 +136,8 @@ def test_looking_leaves_no_trace(normalization):
 
 @pytest.mark.slow_on_jax
 def test_the_monitor_sees_training_and_does_not_disturb_it():
-    x, y = RNG.normal(size=(40, 3)).astype("float32"), np.arange(40) % 3
+    x = np.random.default_rng(2).normal(size=(40, 3)).astype("float32")
+    y = np.arange(40) % 3
     weights, losses = [], []
     monitor = InsideMonitor(*INPUTS, every=3, layers=["dense2_norm"], shifts=["dense2"])
     for callbacks in ([], [monitor]):
@@ -154,7 +155,8 @@ def test_the_monitor_sees_training_and_does_not_disturb_it():
     np.testing.assert_allclose(last["dense2_norm"]["quantiles"], now.quantiles, rtol=1e-6)
     assert last["dense2_norm"]["drift"] > 0
     shift = covariate_shift(model, *INPUTS, 0.1, ["dense2"])["dense2"].shift
-    assert last["dense2"]["shift"] == pytest.approx(shift, rel=1e-6)
+    # In lengths of the gradient: what float32 rounds of it does not shrink with the shift.
+    assert last["dense2"]["shift"] == pytest.approx(shift, rel=0, abs=1e-6)
 
 
 def test_dropout_is_the_same_at_both_ends_of_a_step():

@@ -393,8 +393,9 @@ def test_lookahead_is_what_its_equations_say():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False)])
     model.compile(keras.optimizers.SGD(rate), "mse")
     model.layers[-1].set_weights([w])
-    x = RNG.normal(size=(8, 2)).astype("float32")
-    y = RNG.normal(size=(8, 1)).astype("float32")
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(8, 2)).astype("float32")
+    y = rng.normal(size=(8, 1)).astype("float32")
     lookahead = Lookahead(total, steps=steps, decay=0.8, power=2)
     model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0, callbacks=[lookahead])
     slow = w
