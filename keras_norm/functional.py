@@ -185,6 +185,37 @@ def check_epsilon(epsilon: float) -> None:
         )
 
 
+def _shape(array: Array) -> tuple[int | None, ...]:
+    return tuple(array.shape) if hasattr(array, "shape") else np.shape(array)
+
+
+def _check_shapes(x: Array, axes: Sequence[int], **arrays: Array | None) -> None:
+    """Refuses what would broadcast along `axes` of x: its gradient would have another shape."""
+    sizes = tuple(_shape(x)[a] for a in axes)
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        shape = _shape(array)
+        pairs = zip(shape, sizes, strict=False)
+        if len(shape) != len(sizes) or any(None not in (m, n) and m != n for m, n in pairs):
+            raise ValueError(
+                f"`{name}` must have one element for every index of the axes {list(axes)} of x, "
+                f"the shape {sizes}. Received: {name} of shape {shape}, x of shape {_shape(x)}. "
+                "Reshape it, or pass the `axis` that it belongs to."
+            )
+
+
+def _check_weights(x: Array, weights: Array | None) -> None:
+    shape, of_x = (() if weights is None else _shape(weights)), _shape(x)
+    pairs = zip(reversed(shape), reversed(of_x), strict=False)
+    if len(shape) > len(of_x) or any(m not in (1, None, n) and n is not None for m, n in pairs):
+        raise ValueError(
+            "`weights` must broadcast to x: each of their sizes is 1 or that of x. Received: "
+            f"weights of shape {shape}, x of shape {of_x}. One weight for each example of (N, C) "
+            "has the shape (N, 1)."
+        )
+
+
 def _one_where_zero(x: Array) -> Array:
     return ops.where(x > 0, x, ops.ones_like(x))
 
@@ -239,13 +270,14 @@ def moments(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple
         (mean, variance), each (C,), in at least float32; both differentiable.
 
     Raises:
-        ValueError: for an axis that x does not have.
+        ValueError: for an axis that x does not have, or weights that do not broadcast to x.
 
     Example:
         >>> mean, variance = moments(np.array([[1.0, 10.0], [3.0, 50.0]], "float32"))
         >>> print(np.asarray(mean).tolist(), np.asarray(variance).tolist())
         [2.0, 30.0] [1.0, 400.0]
     """
+    _check_weights(x, weights)
 
     def forward(x: Array, weights: Array | None) -> tuple[Any, Any]:
         layout = _Layout.of(x, axis)
@@ -294,6 +326,7 @@ def weight_sums(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> t
         ([3.0, 3.0, 3.0], [5.0, 5.0, 5.0])
     """
     layout, dtype = _Layout.of(x, axis), compute_dtype(x)
+    _check_weights(x, weights)
     if weights is None:
         n = ops.cast(math.prod([layout.shape[a] for a in layout.reduced]), dtype)
         n = ops.broadcast_to(n, [layout.shape[a] for a in layout.channels])
@@ -390,7 +423,7 @@ def batch_normalization(
         those of an empty batch; one element per channel has variance 0, so that y is beta.
 
     Raises:
-        ValueError: for an axis that x does not have, or a negative epsilon.
+        ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
 
     Numerics:
         Accumulated in float32, or float64 if x is float64. The mean is taken twice, the second
@@ -408,6 +441,10 @@ def batch_normalization(
         Ioffe and Szegedy, 2015, algorithm 1.
     """
     check_epsilon(epsilon)
+    mean, variance = given or (None, None)
+    axes = canonical_axes(axis, len(_shape(x)))
+    _check_shapes(x, axes, gamma=gamma, beta=beta, mean=mean, variance=variance)
+    _check_weights(x, weights)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         return batch_normalization_forward(*arrays, axis=axis, epsilon=epsilon)
@@ -637,6 +674,9 @@ def ghost_batch_normalization(
             "Ghost batches are made of consecutive examples: axis 0 cannot keep statistics of its "
             f"own. Received: axis={axis!r}, virtual_batch_size={virtual_batch_size}."
         )
+    mean, variance = given or (None, None)
+    _check_shapes(x, layout.channels, gamma=gamma, beta=beta, mean=mean, variance=variance)
+    _check_weights(x, weights)
     cut, valid = _ghost_batches(layout.shape[0], virtual_batch_size, x.dtype)
     if weights is not None:
         weights = in_dtype(weights, compute_dtype(x))
@@ -775,7 +815,7 @@ def normalize(
         y, of the shape and dtype of x; differentiable in every array that was given.
 
     Raises:
-        ValueError: for an axis that x does not have, or a negative epsilon.
+        ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
 
     Example:
         >>> y = normalize(np.array([[5.0]], "float32"), np.array([3.0]), np.array([4.0]), epsilon=0)
@@ -783,6 +823,8 @@ def normalize(
         1.0
     """
     check_epsilon(epsilon)
+    axes = canonical_axes(axis, len(_shape(x)))
+    _check_shapes(x, axes, mean=mean, variance=variance, gamma=gamma, beta=beta)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         x: Array = arrays[0]
@@ -865,6 +907,7 @@ def _standardize(
 ) -> Array:
     """The forward and the backward half as one differentiable function."""
     check_epsilon(epsilon)
+    _check_shapes(x, scheme.parameters, gamma=gamma, beta=beta)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         return _standardize_forward(*arrays, scheme=scheme, epsilon=epsilon)
@@ -995,7 +1038,7 @@ def layer_normalization(
         y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
 
     Raises:
-        ValueError: for an axis that x does not have, or a negative epsilon.
+        ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
 
     Numerics:
         Accumulated in float32, or float64 if x is float64, in two passes, with a mean kept in
@@ -1095,7 +1138,7 @@ def rms_normalization(
         y, of the shape and dtype of x; differentiable in x and gamma, and again.
 
     Raises:
-        ValueError: for an axis that x does not have, or a negative epsilon.
+        ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
 
     Numerics:
         The mean square is accumulated in float32 (for which |x| must stay below 1e19), or
@@ -1227,7 +1270,8 @@ def group_normalization(
 
     Raises:
         ValueError: for groups that do not divide the channels, channels of unknown number, an
-            axis that x does not have or that is 0, or a negative epsilon.
+            axis that x does not have or that is 0, a negative epsilon, or another shape of gamma
+            or beta.
 
     Numerics:
         As `layer_normalization`.
@@ -1248,6 +1292,7 @@ def group_normalization(
     split = [*shape[:channel], *sizes, *shape[channel + 1 :]]
     reduced = tuple(a for a in range(1, len(split)) if a != channel)
     scheme = _Scheme(reduced=reduced, parameters=(channel, channel + 1))
+    _check_shapes(x, (channel,), gamma=gamma, beta=beta)
     gamma, beta = (None if v is None else ops.reshape(v, sizes) for v in (gamma, beta))
     y = _standardize(ops.reshape(x, split), gamma, beta, scheme, epsilon)  # (GN2) to (GN5)
     return ops.reshape(y, shape)
@@ -1285,8 +1330,8 @@ def instance_normalization(
         y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
 
     Raises:
-        ValueError: for an x without spatial axes, an axis that x does not have or that is 0, or a
-            negative epsilon.
+        ValueError: for an x without spatial axes, an axis that x does not have or that is 0, a
+            negative epsilon, or another shape of gamma or beta.
 
     Numerics:
         As `layer_normalization`.

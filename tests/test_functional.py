@@ -1,5 +1,7 @@
 """The mathematics of batch normalization: values, gradients, hard numbers, compilation."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -378,6 +380,41 @@ def test_wrong_epsilon(epsilon):
 def test_wrong_dtype(dtype):
     with pytest.raises(ValueError, match=r"floating dtype. Received: x.dtype="):
         functional.batch_normalization(np.ones((2, 3), dtype))
+
+
+NORMALIZATIONS = {
+    "batch": functional.batch_normalization,
+    "ghost": functools.partial(functional.ghost_batch_normalization, virtual_batch_size=2),
+    "given": lambda x, *p: functional.normalize(x, np.zeros(6), np.ones(6), *p),
+    "moving": lambda x, *p: functional.normalize(x, *p),
+    "layer": functional.layer_normalization,
+    "rms": lambda x, gamma, _: functional.rms_normalization(x, gamma),
+    "group": functools.partial(functional.group_normalization, groups=2),
+    "instance": functional.instance_normalization,
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 6), (6, 1), (4, 6)])
+@pytest.mark.parametrize("which", NORMALIZATIONS)
+def test_parameters_of_another_shape(which, shape):
+    """Most of them broadcast; their gradients would have the shape (6,)."""
+    normalize, x, right = NORMALIZATIONS[which], np.ones((4, 2, 6)), np.ones(6)
+    normalize(x, right, right)
+    pairs = [(np.ones(shape), right)]
+    pairs += [] if which == "rms" else [(right, np.ones(shape))]
+    for gamma, beta in pairs:
+        with pytest.raises(ValueError, match=r"the shape \(6,\). Received: .* of shape"):
+            normalize(x, gamma, beta)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (3, 1, 1), (1, 4, 2, 6)])
+def test_weights_that_do_not_broadcast(shape):
+    x, weights = np.ones((4, 2, 6)), np.ones(shape)
+    ghost = functools.partial(functional.ghost_batch_normalization, virtual_batch_size=2)
+    others = functional.moments, functional.weight_sums
+    for function in (functional.batch_normalization, ghost, *others):
+        with pytest.raises(ValueError, match="`weights` must broadcast to x"):
+            function(x, weights=weights)
 
 
 def test_bounds_of_renormalization_in_float64():
