@@ -8,6 +8,7 @@ where linear is a convolution or a dense layer.
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ __all__ = [
     "Normalization",
     "Normalizations",
     "check_classes",
+    "check_widths",
     "checked_input_shape",
     "factory_of",
     "logits_dtype",
@@ -188,7 +190,7 @@ class Blocks(NamedTuple):
                 "`placement` says where the normalization stands, 'before' or 'after' the "
                 f"activation. Received: placement={placement!r}."
             )
-        if not 0 <= dropout < 1:
+        if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
             raise ValueError(
                 "`dropout` is the fraction of activations set to zero and must lie in [0, 1). "
                 f"Received: dropout={dropout!r}. (A keep probability p is dropout=1-p.)"
@@ -212,6 +214,14 @@ class Blocks(NamedTuple):
         for step in steps:
             x = x if step is None else step(x)
         return x
+
+
+def check_widths(argument: str, widths: Any, what: str) -> None:
+    listed = isinstance(widths, Iterable) and not isinstance(widths, str)
+    if not listed or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
+        raise ValueError(
+            f"`{argument}` must list {what}, ints >= 1. Received: {argument}={widths!r}."
+        )
 
 
 def check_classes(classes: int) -> None:

@@ -37,7 +37,7 @@ from keras_norm._layerwise_program import (
     mask_of,
     nothing_compiled,
 )
-from keras_norm._sample import as_numpy, describe, is_structure, some_of
+from keras_norm._sample import as_numpy, describe, is_structure, joined, some_of
 from keras_norm.moments import Moments
 
 __all__ = ["Cause", "Diagnosis", "diagnose"]
@@ -252,6 +252,9 @@ def _batches_of(data: Any, samples: int, batch_size: int, seed: int) -> list[Bat
                 "a batch without y."
             )
         _require_examples(batch)
+        if rows + _rows(batch) > samples:
+            left = samples - rows
+            batch = tree.map_structure(lambda v, n=left: None if v is None else v[:n], batch)
         batches.append(batch)
         rows += _rows(batch)
         if rows >= samples:
@@ -536,7 +539,7 @@ def _as_causes(parts: Mapping[str, _Parts], trials: _Trials) -> tuple[Cause, ...
 def _exact(model: Any, batches: Sequence[Batch], layers: Sequence[Layer]) -> statistics.Snapshot:
     """The statistics of these batches in these layers; the model is as before."""
     before = statistics.snapshot(model)
-    inputs = tree.map_structure(lambda *v: np.concatenate(v), *(x for x, _, _ in batches))
+    inputs = joined([x for x, _, _ in batches])
     statistics.reestimate(model, inputs, samples=None, layers=layers)
     found = statistics.snapshot(model)
     statistics.restore(model, before)

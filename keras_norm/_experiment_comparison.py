@@ -121,11 +121,12 @@ def paired_test(a: Floats, b: Floats) -> dict[str, Any]:
     differences = a - b
     n, mean = len(differences), float(differences.mean())
     spread = _rounded(differences.std(ddof=1), a, b)
-    ranks = differences[np.abs(differences) > _rounding(a, b)]
+    sizes = _with_ties(np.abs(differences), _resolution(a, b))
+    ranked = (np.sign(differences) * sizes)[sizes > _resolution(a, b)]
     return {
         "n": n,
         "effect_size": _ratio(mean, spread),
-        "p_rank": float(stats.wilcoxon(ranks).pvalue) if len(ranks) else 1.0,
+        "p_rank": float(stats.wilcoxon(ranked).pvalue) if len(ranked) else 1.0,
         **_t_test(mean, spread / math.sqrt(n), n - 1),
     }
 
@@ -139,10 +140,11 @@ def independent_test(a: Floats, b: Floats) -> dict[str, Any]:
     weights = sum(e**2 / (len(x) - 1) for e, x in zip(errors, (a, b), strict=True))
     degrees = sum(errors) ** 2 / weights if weights else len(a) + len(b) - 2.0
     pooled = sum(v * (len(x) - 1) for v, x in zip(variances, (a, b), strict=True))
+    ranked = _with_ties(np.concatenate([a, b]), _resolution(a, b))
     return {
         "n": min(len(a), len(b)),
         "effect_size": _ratio(mean, math.sqrt(pooled / (len(a) + len(b) - 2))),
-        "p_rank": float(stats.mannwhitneyu(a, b).pvalue),
+        "p_rank": float(stats.mannwhitneyu(*np.split(ranked, [len(a)])).pvalue),
         **_t_test(mean, math.sqrt(sum(errors)), degrees),
     }
 
@@ -154,6 +156,18 @@ def _t_test(mean: float, standard_error: float, degrees: float) -> dict[str, flo
     margin = float(stats.t.ppf(0.975, degrees)) * standard_error
     p = 2 * float(stats.t.sf(abs(_ratio(mean, standard_error)), degrees))
     return {"difference": mean, "low": mean - margin, "high": mean + margin, "p": p}
+
+
+def _resolution(a: Floats, b: Floats) -> float:
+    """What differs by less is equal to a test of ranks: metrics come in float32."""
+    return 1e-6 * float(np.abs([*a, *b]).max())
+
+
+def _with_ties(values: Floats, resolution: float) -> Floats:
+    """Each value, or the least of those that it is tied with: neighbours within `resolution`."""
+    ordered = np.sort(values)
+    first = ordered[np.diff(ordered, prepend=-np.inf) > resolution]  # of each tie
+    return first[np.searchsorted(first, values, side="right") - 1]
 
 
 def _rounding(a: Floats, b: Floats) -> float:

@@ -22,14 +22,16 @@ from keras_norm._experiment_run import (
     from_csv,
     from_json,
     group_of,
+    to_csv,
     to_json,
     to_number,
-    write_csv,
 )
 from keras_norm._files import replace_file
 
 # name -> metric -> figure, (figure, source), or a list of these
 Published = Mapping[str, Mapping[str, Any]]
+
+_STATUS = ("finished", "diverged", "failed")
 
 
 class Results:
@@ -168,7 +170,7 @@ class Results:
         with replace_file(path) as temporary:
             temporary.write_text(to_json(self.title, self.runs, self.superseded), "utf-8")
         with replace_file(path.with_suffix(".csv")) as temporary:
-            write_csv(temporary, self.runs)
+            temporary.write_bytes(to_csv(self.runs).encode("utf-8"))
         return path
 
     # ------------------------------------------------------------------ parts and unions
@@ -194,13 +196,17 @@ class Results:
             New `Results`, possibly without runs.
 
         Raises:
-            ValueError: A name is not there.
+            ValueError: A name is not there, or there is no such status.
         """
         wanted = [names] if isinstance(names, str) else self.names if names is None else list(names)
         for name in wanted:
             self._check_name(name)
         allowed_seeds = None if seeds is None else set(seeds)
         allowed_status = {status} if isinstance(status, str) else status and set(status)
+        if unknown := set(allowed_status or ()) - set(_STATUS):
+            raise ValueError(
+                f"A status is one of {list(_STATUS)}. Received: status={sorted(unknown)}"
+            )
 
         def fits(entry: Run) -> bool:
             return (
@@ -252,13 +258,13 @@ class Results:
 
         Returns:
             float64 array (n,), with NaN where a run ended in NaN or lacks the metric. Failed runs
-            are left out, diverged ones are not.
+            are left out, diverged ones are not; where all failed, n is 0.
 
         Raises:
             ValueError: The name, or the metric in all its runs, is not there.
         """
         runs = self._of(name)
-        if not any(metric in entry.metrics for entry in runs):
+        if runs and not any(metric in entry.metrics for entry in runs):
             raise ValueError(
                 f"The metric must be one of {self.metrics}. "
                 f"Received: metric={metric!r} for name={name!r}."
@@ -304,7 +310,8 @@ class Results:
             settings: Keys of settings to show as columns of their own.
             published: Figures of others, name -> metric -> figure or (figure, source), or a list
                 of these. They stand beside ours; a name without runs gets a line of its own.
-            digits: Decimal places, for all metrics or per metric; default 4 (seconds: 1).
+            digits: Decimal places, for all metrics (but seconds, which have 1) or per metric;
+                default 4.
 
         Returns:
             A `Table`: print it, or take its `markdown`. Failed runs do not count in n; diverged
@@ -316,9 +323,9 @@ class Results:
         finals = dict.fromkeys(m for entry in self.runs for m in entry.final)
         shown = [metrics] if isinstance(metrics, str) else list(metrics or finals)
         figures = [f for f in published_figures(published) if f.metric in shown]
-        places = {m: digits if isinstance(digits, int) else digits.get(m, 4) for m in shown}
-        if isinstance(digits, int):
-            places |= {"seconds": 1} if "seconds" in shown else {}
+        given: Mapping[str, int] = {} if isinstance(digits, int) else digits
+        usual = digits if isinstance(digits, int) else 4
+        places = {m: given.get(m, 1 if m == "seconds" else usual) for m in shown}
         rows = [self._row(name, shown, settings) for name in (names or self.names)]
         known = {row["name"] for row in rows}
         others = dict.fromkeys(f.name for f in figures if f.name not in self.names)
@@ -401,7 +408,8 @@ class Results:
 
         Args:
             metric: Metric, as in `values`, of which more is better. The mean over seeds counts; a
-                setting with a run that diverged or ended in NaN is no candidate.
+                setting with a run that diverged or ended in NaN, or whose runs all failed, is no
+                candidate.
             by: Key of the setting that makes the groups.
 
         Returns:
@@ -414,9 +422,10 @@ class Results:
         found: dict[str, tuple[float, str]] = {}
         for name in self.names:
             runs = [entry for entry in self.runs if entry.name == name]
-            if any(entry.status == "diverged" for entry in runs):
+            values = self.values(name, metric)
+            if not len(values) or any(entry.status == "diverged" for entry in runs):
                 continue
-            mean = float(self.values(name, metric).mean())
+            mean = float(values.mean())
             group = setting_text(runs[0].setting(by))
             if math.isfinite(mean) and mean > found.get(group, (-math.inf, ""))[0]:
                 found[group] = (mean, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,6 +72,10 @@ class Run:
         if not self.epochs:
             object.__setattr__(self, "epochs", tuple(range(1, length + 1)))
         object.__setattr__(self, "epochs", tuple(self.epochs))
+        history = {m: _numbers(v, f"history[{m!r}]") for m, v in self.history.items()}
+        object.__setattr__(self, "history", history)
+        final = {m: to_number(v, f"final[{m!r}]") for m, v in self.final.items()}
+        object.__setattr__(self, "final", final)
         for metric, values in self.history.items():
             if len(values) != len(self.epochs):
                 raise ValueError(
@@ -163,6 +168,33 @@ def to_number(value: Any, where: str) -> float:
     raise ValueError(f"{where} must be one number. Received: {value!r}. Return others as extra.")
 
 
+def _numbers(values: Any, where: str) -> list[float | None]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(
+            f"{where} must be a list, one value per epoch. Received: {values!r}. A single number "
+            "belongs under 'final'."
+        )
+    return [None if v is None else to_number(v, where) for v in values]
+
+
+def _check_metrics(values: Mapping[Any, Any], where: str) -> None:
+    if any(not isinstance(metric, str) or not metric for metric in values):
+        raise ValueError(
+            f"The metrics of '{where}' need names, non-empty texts. Received: {list(values)}"
+        )
+
+
+def read_final(final: Any) -> dict[str, float]:
+    """The final metrics as a training function returned them."""
+    if not isinstance(final, Mapping):
+        raise ValueError(
+            "'final' must be a dict of metric -> number, as `evaluate(…, return_dict=True)` gives. "
+            f"Received: {type(final).__name__}"
+        )
+    _check_metrics(final, "final")
+    return {metric: to_number(v, f"final[{metric!r}]") for metric, v in final.items()}
+
+
 def read_history(history: Any) -> tuple[tuple[float, ...], dict[str, list[float | None]]]:
     """Epochs and metrics of a history as a training function returned it."""
     if not isinstance(history, Mapping):
@@ -170,10 +202,8 @@ def read_history(history: Any) -> tuple[tuple[float, ...], dict[str, list[float 
             "'history' must be a dict of metric -> list of values, as `fit(…).history` is. "
             f"Received: {type(history).__name__}"
         )
-    columns = {
-        metric: [None if v is None else to_number(v, f"history[{metric!r}]") for v in values]
-        for metric, values in history.items()
-    }
+    _check_metrics(history, "history")
+    columns = {m: _numbers(values, f"history[{m!r}]") for m, values in history.items()}
     epochs = tuple(v for v in columns.pop("epoch", []) if v is not None)
     return epochs, {m: v for m, v in columns.items() if any(x is not None for x in v)}
 
@@ -293,15 +323,16 @@ def _rows(entry: Run) -> Iterator[dict[str, str]]:
     yield fixed | {"row": "final", "epoch": ""} | final
 
 
-def write_csv(path: Path, runs: Iterable[Run]) -> None:
+def to_csv(runs: Iterable[Run]) -> str:
     rows = [row for entry in runs for row in _rows(entry)]
     kinds = ("settings.", "context.", "metrics.")
     found = dict.fromkeys(key for row in rows for key in row)
     columns = [*_FIXED_COLUMNS, *(k for kind in kinds for k in found if k.startswith(kind))]
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _nested(row: Mapping[str, str], prefix: str) -> dict[str, Any]:

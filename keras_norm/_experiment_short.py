@@ -32,7 +32,7 @@ def classification_metrics(logits: npt.ArrayLike, y: npt.ArrayLike) -> dict[str,
         Dict with "loss", "accuracy" and "confidence".
 
     Raises:
-        ValueError: The shapes do not fit, or a class number lies outside of [0, K).
+        ValueError: The shapes do not fit, or y is not of integers in [0, K).
 
     Example:
         >>> from keras_norm.experiments import classification_metrics
@@ -48,6 +48,10 @@ def classification_metrics(logits: npt.ArrayLike, y: npt.ArrayLike) -> dict[str,
         raise ValueError(
             "logits must be (N, K) and y (N,), with N >= 1. "
             f"Received: logits of shape {z.shape}, y of shape {classes.shape}."
+        )
+    if classes.dtype.kind not in "iub":
+        raise ValueError(
+            f"y must hold class numbers, integers. Received: y of type {classes.dtype}. Cast them."
         )
     if not ((classes >= 0) & (classes < z.shape[1])).all():
         raise ValueError(
@@ -101,7 +105,7 @@ def train_on_arrays(
         and "{name}_accuracy"; one value per evaluation.
 
     Raises:
-        ValueError: The model is not compiled, or a number is below 1.
+        ValueError: The model is not compiled, a number is below 1, or x and y do not fit.
 
     Example:
         >>> import keras, numpy as np
@@ -128,6 +132,11 @@ def train_on_arrays(
         raise ValueError(
             "The model must be compiled: its loss and optimizer train it. "
             f"Received: {getattr(model, 'name', model)!r}. Call model.compile(optimizer, loss)."
+        )
+    if len(x) != len(y) or not len(x):
+        raise ValueError(
+            "There must be one class number for each of x, at least one. Received: x of shape "
+            f"{np.shape(x)}, y of shape {np.shape(y)}."
         )
     if not model.optimizer.built:
         from keras_norm import models
@@ -187,7 +196,8 @@ class ModelPool:
         changes it: what is to outlast the run must be copied.
 
     Raises:
-        ValueError: Two models of the same settings differ in their weights' shapes.
+        ValueError: A model is not compiled; two models of the same settings differ in their
+            weights' shapes.
 
     Example:
         >>> import keras
@@ -212,8 +222,15 @@ class ModelPool:
         """The model of these settings, in the state that it starts from with this seed."""
         new = self._make(settings, seed)
         key = canonical(to_plain_settings(settings, "settings"))
+        from keras_norm.models import build_optimizer
+
+        if not getattr(new, "compiled", False):
+            raise ValueError(
+                "`make` must give a compiled model, for its optimizer is kept with it. Received: "
+                f"{getattr(new, 'name', new)!r}. Call model.compile(optimizer, loss) there."
+            )
         if key not in self._models:
-            new.optimizer.build(new.trainable_variables)
+            build_optimizer(new)
             state = [np.array(v.numpy()) for v in new.optimizer.variables]
             self._models[key] = new, state
             return new

@@ -20,7 +20,6 @@ from keras_norm._blocks import (
     made_for_channels_last,
 )
 from keras_norm._convolution import FastConv2D
-from keras_norm._decorrelation import whitening_matrix
 from keras_norm.layers import BatchNormalization
 from keras_norm.moments import Covariance
 
@@ -227,11 +226,10 @@ def _patches(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
 
 def _principal_axes(covariance: npt.NDArray[Any], epsilon: float) -> npt.NDArray[Any]:
     """(W1): the rows of U, the one of the largest variance first."""
-    u = np.asarray(ops.convert_to_numpy(whitening_matrix(covariance, epsilon=epsilon)))
-    _, q = np.linalg.eigh(covariance)
-    q = q[:, ::-1]
+    variances, q = np.linalg.eigh(covariance)
     q = q * np.sign(q[abs(q).argmax(axis=0), range(len(q))])
-    return q.T @ u
+    rows = q.T / np.sqrt(np.maximum(variances, 0) + epsilon)[:, None]
+    return np.asarray(rows[::-1])
 
 
 def FastConvNet(  # noqa: N802
@@ -274,7 +272,8 @@ def FastConvNet(  # noqa: N802
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes), channels last.
 
     Raises:
-        ValueError: for images below 9 x 9, and every other argument out of its range.
+        ValueError: for images below 9 x 9 (2^groups + 1), and every other argument out of its
+            range.
 
     Example:
         >>> FastConvNet((32, 64, 64)).count_params()
@@ -285,16 +284,19 @@ def FastConvNet(  # noqa: N802
     """
     check_classes(classes)
     shape = checked_input_shape(input_shape)
-    if len(shape) != 3 or min(side or 9 for side in shape[:2]) < 9 or shape[2] is None:
-        raise ValueError(
-            "FastConvNet needs images (H, W, C) of at least 9 x 9. "
-            f"Received: input_shape={shape}. Resize the images first."
-        )
     listed = isinstance(widths, Sequence) and len(widths) > 0
     if not listed or any(not isinstance(w, int) or w < 1 for w in widths):
         raise ValueError(
             f"`widths` must list the channels of the groups, ints >= 1. Received: {widths!r}."
         )
+    least = 2 ** len(widths) + 1
+    if len(shape) != 3 or min(side or least for side in shape[:2]) < least or shape[2] is None:
+        raise ValueError(
+            f"FastConvNet with {len(widths)} groups needs images (H, W, C) of at least {least} x "
+            f"{least}. Received: input_shape={shape}. Resize the images, or take fewer groups."
+        )
+    if not logit_scale > 0:
+        raise ValueError(f"`logit_scale` must be > 0. Received: logit_scale={logit_scale!r}.")
     kernels = IdentityConvolution if identity else _noise
     inputs = keras.Input(shape, name="images")
     first = (
@@ -412,14 +414,13 @@ class TestTimeAugmentation(keras.Model):  # type: ignore[misc]
 
     def _ends_of_diagonal(self, x: Array) -> tuple[Array, Array]:
         p = self.shift
-        height, width = x.shape[1:3]
-        if min(height, width) <= p:
+        if any(side is not None and side <= p for side in x.shape[1:3]):
             raise ValueError(
                 "Images must be larger than `shift`. "
                 f"Received: shift={p}, inputs of shape {tuple(x.shape)}."
             )
         padded = ops.pad(x, [[0, 0], [p, p], [p, p], [0, 0]], mode="reflect")
-        return padded[:, :height, :width], padded[:, 2 * p :, 2 * p :]
+        return padded[:, : -2 * p, : -2 * p], padded[:, 2 * p :, 2 * p :]
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments, the model with its structure."""

@@ -148,28 +148,23 @@ def _per_example(sums: Floats, rows: int, chunk: Chunk) -> Floats:
         return sums if len(sums) == 1 else sums[: chunk.rows]
     sums = np.broadcast_to(sums, (rows, *sums.shape[1:]))
     if rows % chunk.size == 0:
-        sums = sums.reshape(chunk.size, rows // chunk.size, *sums.shape[1:]).sum(axis=1)
-        return sums[: chunk.rows]
-    _require_no_filling(rows, chunk)
+        return sums.reshape(chunk.size, rows // chunk.size, *sums.shape[1:]).sum(axis=1)
     return sums
 
 
 def _positions_of_examples(x: npt.NDArray[Any], chunk: Chunk) -> npt.NDArray[Any]:
     """(R, P, C) -> (N, R / N P, C), likewise."""
-    rows = len(x)
-    if rows % chunk.size == 0:
+    if len(x) % chunk.size == 0:
         return x.reshape(chunk.size, -1, x.shape[-1])[: chunk.rows]
-    _require_no_filling(rows, chunk)
     return x
 
 
-def _require_no_filling(rows: int, chunk: Chunk) -> None:
-    if chunk.rows != chunk.size:
-        raise ValueError(
-            "The inputs of a normalization layer must have their examples on axis 0, or batches "
-            f"must be equal. Received: {rows} rows for a batch of {chunk.size}, in a sample that "
-            "is no multiple of `batch_size`. Choose a `batch_size` that divides it."
-        )
+def _hides_copies(outputs: Mapping[str, Array], chunk: Chunk) -> bool:
+    """Whether what fills a chunk up cannot be told from its examples: rows are not examples."""
+    if chunk.rows == chunk.size:
+        return False
+    rows = {len(v) for k, v in outputs.items() if k[:2] == "s." and k.endswith((".first", ".x"))}
+    return bool(rows - {chunk.size})
 
 
 class Solver:
@@ -203,6 +198,9 @@ class Solver:
         total: dict[int, Found] = {}
         for number, chunk in enumerate(self._chunks):
             env, outputs = self._advance(stage, self._environment(chunk, stage.level - 1))
+            if _hides_copies(outputs, chunk):
+                self._take_filling_out()
+                env, outputs = self._advance(stage, self._environment(chunk, stage.level - 1))
             _add(total, _found_in(outputs, chunk, self._plan.layers))
             if number + 1 == len(self._chunks) // 2:
                 _mark_early(total)
@@ -211,6 +209,14 @@ class Solver:
                 chunk.kept, chunk.level = kept, stage.level
             tick()
         return total
+
+    def _take_filling_out(self) -> None:
+        """The last chunk as it is, through all stages: it takes programs of its own shape."""
+        for chunk in self._chunks:
+            if chunk.rows < chunk.size:
+                if chunk.kept is not None:
+                    chunk.kept.free()
+                chunk.kept, chunk.level, chunk.size = None, -1, chunk.rows
 
     def _environment(self, chunk: Chunk, level: int) -> Environment:
         """The values after a stage: kept, or computed again from the last that was kept."""
@@ -254,7 +260,7 @@ class Solver:
             moved = self._moved(targets)
             calls = sum(f.calls for f in found.values())
             shared = any(f.calls > 1 for f in found.values())
-            settled = moved <= _FIXED_POINT and round_ > 1
+            settled = not targets or (moved <= _FIXED_POINT and round_ > 1)
             last = round_ >= calls + _MAX_ROUNDS
             if settled or last or (round_ >= calls and not shared):
                 break
@@ -284,18 +290,26 @@ class Solver:
         several = math.ceil(64 / self._chunks[0].size) if by_batch else 1
         for start in range(0, len(self._chunks), several):
             chunks = self._chunks[start : start + several]
-            feeds = [_feed(self._environment(chunk, level), program) for chunk in chunks]
-            feed = feeds[0]
-            if len(feeds) > 1:
-                feed = {k: ops.concatenate([f[k] for f in feeds]) for k in feed}
-            outputs = program.run({**feed, "by_batch": np.array(by_batch)})
-            rows, size = (sum(v) for v in zip(*((c.rows, c.size) for c in chunks), strict=True))
-            merged = dataclasses.replace(chunks[0], rows=rows, size=size)
+            outputs, merged = self._run_together(chunks, program, level, by_batch)
+            if _hides_copies(outputs, merged):
+                self._take_filling_out()
+                outputs, merged = self._run_together(chunks, program, level, by_batch)
             _add(found, _found_in(outputs, merged, self._plan.layers))
             if start + 1 == len(self._chunks) // 2:
                 _mark_early(found)
             tick()
         return found
+
+    def _run_together(
+        self, chunks: Sequence[Chunk], program: Program, level: int, by_batch: bool
+    ) -> tuple[dict[str, Array], Chunk]:
+        feeds = [_feed(self._environment(chunk, level), program) for chunk in chunks]
+        feed = feeds[0]
+        if len(feeds) > 1:
+            feed = {k: ops.concatenate([f[k] for f in feeds]) for k in feed}
+        outputs = program.run({**feed, "by_batch": np.array(by_batch)})
+        rows, size = (sum(v) for v in zip(*((c.rows, c.size) for c in chunks), strict=True))
+        return outputs, dataclasses.replace(chunks[0], rows=rows, size=size)
 
     def _layer(self, i: int) -> Layer:
         return self._plan.layers[i]
@@ -314,7 +328,7 @@ class Solver:
         for i, values in targets.items():
             layer, kind = self._layer(i), kind_of(self._layer(i))
             moves.append(kind.distance(kind.current(layer), values, kind.epsilon(layer)))
-        return max((float(np.max(m, initial=0)) for m in moves), default=math.inf)
+        return max((float(np.max(m, initial=0)) for m in moves), default=0.0)
 
     def _accelerated(self, history: Sequence[tuple[Statistics, Statistics]]) -> Statistics:
         """The next statistics of the fixed-point iteration, by Anderson's acceleration.

@@ -184,9 +184,11 @@ class NormalizationByRows(MovingStatistics):
             return self._by_moving(x)
         weights = weights_of(mask, sample_weight, x)
         y, *batch = self._by_batch(x, weights)
+        if not by_batch:
+            y = self._by_moving(x)  # as they are before this batch moves them
         if updates and not is_repeated():
             self._update([ops.stop_gradient(v) for v in batch], self._weight_of_batch(x, weights))
-        return y if by_batch else self._by_moving(x)
+        return y
 
     def _by_batch(self, x: Array, weights: Array | None) -> tuple[Array, ...]:
         """y, and the statistics of the batch in the order of `_moving`."""

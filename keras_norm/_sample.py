@@ -95,6 +95,7 @@ class Sample:
         seed: int,
         store: Store | None,
         inputs: int | None = None,  # how many the model has, if that is known
+        shuffled: bool = False,  # whether arrays of no more than `samples` are, too
     ):
         self.batch_size, self.limit, self._store = batch_size, samples, store
         self._blocks: list[tuple[int, Callable[[], Any]]] = []  # rows, and how to get them
@@ -102,11 +103,11 @@ class Sample:
         self.streams = not is_structure(data)
         if not self.streams:
             self._stream: Iterator[Any] = iter(())
-            self._cut_arrays(data, seed, inputs)
+            self._cut_arrays(data, seed, inputs, shuffled)
         else:
             self._stream = self._cut_stream(_batches(data, seed))
 
-    def _cut_arrays(self, data: Any, seed: int, inputs: int | None) -> None:
+    def _cut_arrays(self, data: Any, seed: int, inputs: int | None, shuffled: bool) -> None:
         x = keras.utils.unpack_x_y_sample_weight(data)[0] if isinstance(data, tuple) else data
         x = tree.map_structure(as_numpy, x[0] if isinstance(x, list) and len(x) == 1 else x)
         leaves = tree.flatten(x)
@@ -119,6 +120,12 @@ class Sample:
                 "for a model with one input. Pass one array (np.array, np.concatenate), "
                 "or an iterator over batches, iter(batches)."
             )
+        if isinstance(data, tuple) and inputs is not None and len(leaves) < inputs:
+            raise ValueError(
+                "A tuple is (x, y); several inputs are a list or a dict. Received: a tuple with "
+                f"{len(leaves)} array in the place of x, for a model with {inputs} inputs. Pass "
+                "[x1, x2], or ([x1, x2], y)."
+            )
         if len(lengths) != 1:
             raise ValueError(
                 "All inputs must have the same number of examples. Received: arrays of lengths "
@@ -127,7 +134,7 @@ class Sample:
         total = lengths.pop()
         rows = total if self.limit is None else min(total, self.limit)
         order = None
-        if rows < total:  # a random part: the first rows may all be of one class
+        if rows < total or shuffled:  # a random part: the first rows may all be of one class
             order = np.random.default_rng(seed).permutation(total)[:rows]
         pieces = max(1, math.ceil(rows / self.batch_size))
         size = math.ceil(rows / pieces)
@@ -152,12 +159,12 @@ class Sample:
             waiting.append(batch)
             rows += lengths.pop()
             while rows >= self.batch_size:
-                whole = tree.map_structure(lambda *v: np.concatenate(v), *waiting)
+                whole = joined(waiting)
                 yield self._keep(whole, slice(0, self.batch_size))
                 rows -= self.batch_size
                 waiting = [_rows_of(whole, slice(self.batch_size, None))] if rows else []
         if rows:
-            whole = tree.map_structure(lambda *v: np.concatenate(v), *waiting)
+            whole = joined(waiting)
             yield self._keep(whole, slice(0, rows))
 
     def _keep(self, whole: Any, part: slice) -> tuple[int, Callable[[], Any]]:
@@ -211,6 +218,18 @@ class Sample:
             left -= use
             if not left:
                 break
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches as one, along axis 0."""
+    shapes = [[np.shape(v)[1:] for v in tree.flatten(batch)] for batch in batches]
+    if other := next((s for s in shapes if s != shapes[0]), None):
+        raise ValueError(
+            "Batches are cut anew, so their examples must have one shape. Received: examples of "
+            f"shapes {some_of(shapes[0])} and {some_of(other)}. Pad all of them to the same "
+            "length, and mask what is padding."
+        )
+    return tree.map_structure(lambda *v: np.concatenate(v), *batches)
 
 
 def nothing_came() -> ValueError:

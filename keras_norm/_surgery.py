@@ -410,6 +410,8 @@ def _with_bias(linear: Layer) -> Layer:
 
 
 def _host(x: Any) -> Floats:
+    if keras.backend.backend() == "jax":  # has no float64, and warns
+        return np.asarray(ops.convert_to_numpy(x)).astype(np.float64)
     return np.asarray(ops.convert_to_numpy(ops.cast(x, "float64")), np.float64)
 
 
@@ -451,8 +453,8 @@ def _compare(model: Any, new: Any, inputs: Any) -> tuple[float, float, int]:
         ) from error
     difference = largest = 0.0
     for a, b in zip(*([_host(v) for v in some] for some in pairs), strict=True):
-        difference = max(difference, float(np.abs(a - b).max(initial=0)))
-        largest = max(largest, float(np.abs(a).max(initial=0)))
+        difference = float(np.maximum(difference, np.abs(a - b).max(initial=0)))  # NaN stays
+        largest = float(np.maximum(largest, np.abs(a).max(initial=0)))
     return difference, largest, int(np.shape(keras.tree.flatten(inputs)[0])[0])
 
 

@@ -600,6 +600,8 @@ class _Exchange(keras.callbacks.Callback):
         if not (self._fitting and self._due(self._epoch)) or self.exchanged:
             return
         self._bring_in()
+        if any(other._watch is not None for other in _EXCHANGED[self._model]):
+            return  # the first of them puts back those on top of it, too
         function = self.model.test_function
         wrapper = _watched(function, self.restore)
         self._watch = function, wrapper
@@ -735,6 +737,11 @@ class ReestimateStatistics(_Exchange):
         self.options = options
         self.reports: dict[int | str, statistics.Report] = {}
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Forgets the reports of another `fit`."""
+        super().on_train_begin(logs)
+        self.reports = {}
+
     def _variables(self) -> list[Any]:
         layers = statistics._normalizations(self.model).values()
         return [v for layer in layers for v in statistics._statistics_of(layer)]
@@ -860,7 +867,7 @@ class AverageWeights(_Exchange):
         self.updates = 0
         self._averages: list[Any] = []  # one variable for each of those that are averaged
         self._averaged: list[Any] = []
-        self._batches = 0  # of this epoch
+        self._batches = self._earlier = 0  # since `start`, and of these in earlier epochs
         self._left: list[npt.NDArray[Any]] | None = None  # weights when the last epoch ended
         self._updated = -1  # the last epoch with its one update
 
@@ -914,21 +921,21 @@ class AverageWeights(_Exchange):
         """Begins a new average."""
         super().on_train_begin(logs)
         self.updates, self._averages, self._averaged, self._left = 0, [], [], None
-        self._updated = -1
+        self._updated, self._batches = -1, 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Takes the average of a `fit` that is resumed here up again."""
         super().on_epoch_begin(epoch, logs)
-        self._batches = 0
         if self.backup is not None and epoch > 0 and not self._averages:
             self._load(epoch)
+        self._earlier = self._batches
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Updates the average, every so many batches."""
         number = self._every_batches()
         if number is None or self._epoch < self.start:
             return
-        last, self._batches = self._batches, batch + 1
+        last, self._batches = self._batches, self._earlier + batch + 1
         if times := self._batches // number - last // number:
             self._update(times)
 
@@ -974,29 +981,31 @@ class AverageWeights(_Exchange):
         from keras_norm._files import replace_file
 
         arrays: Any = {f"a{i}": v.numpy() for i, v in enumerate(self._averages)}
+        counts: Any = {"epoch": epoch, "updates": self.updates, "batches": self._batches}
         with replace_file(Path(self.backup or "")) as temporary, temporary.open("wb") as file:
-            np.savez(file, epoch=epoch, updates=self.updates, **arrays)
+            np.savez(file, **counts, **arrays)
 
     def _load(self, epoch: int) -> None:
         path = Path(self.backup or "")
         if not path.exists():
             return
         with np.load(path) as arrays:
-            written, updates = int(arrays["epoch"]), int(arrays["updates"])
-            averages = [arrays[f"a{i}"] for i in range(len(arrays.files) - 2)]
+            counts = {k: int(arrays[k]) for k in ("epoch", "updates", "batches") if k in arrays}
+            averages = [arrays[f"a{i}"] for i in range(len(arrays.files) - len(counts))]
         if [v.shape for v in averages] != [tuple(v.shape) for v in self._variables()]:
             raise ValueError(
                 "A backup of an average must be of the same model. Received: "
                 f"backup={str(path)!r}, of other shapes. Remove it to begin anew."
             )
-        if written != epoch - 1:
+        if counts["epoch"] != epoch - 1:
             warnings.warn(
-                f"The average in {path} was written after epoch {written}, but training goes on "
-                f"with epoch {epoch}: a new average begins.",
+                f"The average in {path} was written after epoch {counts['epoch']}, but training "
+                f"goes on with epoch {epoch}: a new average begins.",
                 stacklevel=2,
             )
             return
-        self.updates, self._averaged = updates, self._variables()
+        self.updates, self._batches = counts["updates"], counts.get("batches", 0)
+        self._averaged = self._variables()
         pairs = zip(averages, self._averaged, strict=True)
         self._averages = [_average(value, variable) for value, variable in pairs]
 
@@ -1082,14 +1091,18 @@ class Lookahead(keras.callbacks.Callback):
         ]
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Creates the slow weights, unless a training is resumed with them."""
-        if not self.variables:
+        """Creates the slow weights, unless a training of this model is resumed with them."""
+        own = {id(v) for v in self.model.variables}
+        if not self.variables or any(id(v) not in own for v in self._fast):
             self.build(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes how many steps the optimizer has taken."""
         _synchronized(self.model)
-        self._before = self._step = int(self.model.optimizer.iterations)
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+        batches = optimizer.gradient_accumulation_steps or 1  # in one of the optimizer's steps
+        self._before = self._step = batches * int(optimizer.iterations)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Updates slow and fast weights, every so many steps."""
@@ -1143,7 +1156,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
 
         shift   moving mean against the exact mean of the data (`statistics.reestimate`)
         scale   geometric mean of sigma of the data / moving sigma
-        drift   moving mean against that of the epoch before
+        drift   moving mean against that of the last record, or of the start
         gamma_min, gamma_max, beta_rms    the parameters, 1 and 0 for a layer without
 
     Training is not touched: the statistics are put back, bit by bit.
@@ -1295,7 +1308,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
 
         labels = {
             "shift": "moving mean against the data's (σ)",
-            "drift": "moving mean, change in an epoch (σ)",
+            "drift": "moving mean, change since the last record (σ)",
             "gamma_max": "largest gamma",
         }
         panels = [key for key in labels if key in self.records[0]]

@@ -97,7 +97,7 @@ def corrupt(images: npt.ArrayLike, kind: str, strength: int, seed: int = 0) -> I
 def _check(images: npt.NDArray[Any], kind: str, strength: int) -> None:
     if kind not in _KINDS:
         raise ValueError(f"`kind` must be one of {list(_KINDS)}. Received: kind={kind!r}.")
-    if isinstance(strength, bool) or strength not in STRENGTHS:
+    if isinstance(strength, bool | float) or strength not in STRENGTHS:
         raise ValueError(
             "`strength` must be an integer from 1 (weak) to 5 (strong). Received: "
             f"strength={strength!r}."

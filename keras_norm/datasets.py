@@ -44,6 +44,8 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keras_norm._files import replace_file, require_writable
+
 __all__ = [
     "Batches",
     "Data",
@@ -262,6 +264,11 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
                 "or None. "
                 f"Received: augment={augment!r}"
             )
+        if len(self._indices) == 0:
+            raise ValueError(
+                "Batches need at least one image. Received: indices=[] or a split without images. "
+                "Leave `indices` out for all of them."
+            )
         if len(self) == 0:
             raise ValueError(
                 "With drop_remainder=True, batch_size must not exceed the number of images, or no "
@@ -330,7 +337,7 @@ def _rows(indices: Any, count: int) -> Array:
             f"`indices` must lie in [0, {count}), the numbers of the images. "
             f"Received: from {rows.min()} to {rows.max()}."
         )
-    return rows
+    return rows.astype(np.intp)  # a place in the pixels may be beyond what uint8 holds
 
 
 def _augmented(
@@ -641,7 +648,8 @@ def pack(
 
     Args:
         name: "fashion_mnist", "mnist" or "cifar10".
-        path: the file to write, ending in .npz; replaced when it exists.
+        path: the file to write, ending in .npz; replaced when it exists. Its folder is made if it
+            is missing.
         data_dir: folder in the layout of tensorflow-datasets, as in `load`; default None.
         download: as in `load`.
 
@@ -665,8 +673,9 @@ def pack(
         )
     if target.suffix != ".npz":
         raise ValueError(f"path must end in .npz. Received: path={os.fspath(path)!r}")
+    require_writable(target.parent)
     folder, _ = _prepared(spec, data_dir, download)
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Any] = {}
     with _reading(spec, folder):
         for part in ("train", "test"):
             records = list(_records(spec, folder, part))
@@ -674,7 +683,8 @@ def pack(
             arrays[f"{part}_bytes"] = np.frombuffer(b"".join(blobs), np.uint8)
             arrays[f"{part}_ends"] = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
             arrays[f"{part}_labels"] = np.array([label for _, label in records], np.int64)
-    _write_npz(target, arrays)
+    with replace_file(target) as temporary:
+        np.savez(temporary, **arrays)
     return target
 
 
@@ -1031,7 +1041,7 @@ def _roots(data_dir: PathLike | None) -> list[tuple[Path, str]]:
     """The folders to look in, with how each is called in messages."""
     if data_dir is not None:
         root = Path(data_dir).expanduser()
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise ValueError(
                 "data_dir must be an existing folder, or a file ending in .npz. "
                 f"Received: data_dir={os.fspath(data_dir)!r}. Correct it, or create the folder to "
@@ -1062,7 +1072,7 @@ def _unavailable(
     spec: _Spec, what: str, detail: str, roots: list[tuple[Path, str]]
 ) -> DataUnavailableError:
     looked = ", ".join(
-        f"{root / spec.name} ({origin}{'' if root.is_dir() else ', which does not exist'})"
+        f"{root / spec.name} ({origin}{'' if os.path.isdir(root) else ', which does not exist'})"
         for root, origin in roots
     )
     return DataUnavailableError(
@@ -1087,8 +1097,9 @@ def _newest_version(folder: Path) -> Path | None:
 
 
 def _writable(root: Path) -> bool:
-    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    # os.path: where a folder may not be entered, Path.exists raises.
+    existing = next(path for path in (root, *root.absolute().parents) if os.path.exists(path))
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _import_tfds(spec: _Spec) -> Any:
@@ -1114,7 +1125,7 @@ def _libraries_missing(spec: _Spec, error: ImportError) -> DataUnavailableError:
 def _download(spec: _Spec, root: Path, roots: list[tuple[Path, str]]) -> Path:
     """Let tensorflow-datasets prepare the data under `root`; on failure leave `root` as it was."""
     tfds = _import_tfds(spec)
-    made = [] if root.exists() else [root]
+    made = [path for path in (root, *root.absolute().parents) if not os.path.exists(path)]
     cause: Exception | None = None
     failure = ", nothing prepared by tensorflow-datasets"
     try:
@@ -1311,18 +1322,6 @@ def _as_images(arrays: Mapping[str, Array], part: str) -> tuple[Array, Array]:
             f"not {x.dtype} {x.shape} and {y.dtype} {y.shape}"
         )
     return x[..., None] if x.ndim == 3 else x, y.reshape(-1)
-
-
-def _write_npz(target: Path, arrays: dict[str, Any]) -> None:
-    """Write to a temporary name in the same folder and move it: no half-written file is left."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
+from keras_norm import optimizers
 from keras_norm._experiment_short import classification_metrics
 from keras_norm.layers import BatchNormalization, LayerNormalization
+from keras_norm.models import build_optimizer
 
 __all__ = ["EvaluateTogether", "train_together"]
 
@@ -34,6 +36,14 @@ _NOT_CARRIED = ("_constraint", "_quantizer", "lora_rank")
 _SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)  # over all weights
 
 _PLAIN = (keras.layers.Activation, keras.layers.ReLU)  # the same for all nets, and without weights
+
+
+_OF_WHOLE_KERNELS = (
+    keras.optimizers.Adafactor,
+    keras.optimizers.Lamb,
+    keras.optimizers.Muon,
+    optimizers.Muon,
+)
 
 
 def train_together(
@@ -65,8 +75,8 @@ def train_together(
         y: (M,), their classes, integers.
         rows: for each model an array of as many different row numbers of x and y.
         seeds: for each model the seed of its order.
-        optimizer: a Keras optimizer whose rule treats each weight on its own (all of Keras's and
-            ours do, clipping by norm aside), not used before.
+        optimizer: a Keras optimizer whose rule treats each weight on its own, not used before.
+            Lamb, Adafactor and Muon do not, and are refused; nor does clipping by norm.
         epochs: int >= 1.
         batch_size: int >= 1, examples of each net in a step. What is left over at the end of an
             epoch is dropped.
@@ -76,9 +86,9 @@ def train_together(
         The loss (E2) of each epoch divided by S: the mean over its steps and over the nets.
 
     Raises:
-        ValueError: for models without weights or of different structures, other layers than these,
-            layers with what is excluded above, a model that is no chain, numbers of rows and seeds
-            that do not fit. Nothing has changed then.
+        ValueError: for such an optimizer, models without weights or of different structures, other
+            layers than these, layers with what is excluded above, a model that is no chain, numbers
+            of rows and seeds that do not fit. Nothing has changed then.
 
     Example:
         >>> from keras_norm import datasets, models, optimizers
@@ -94,6 +104,12 @@ def train_together(
     Numerics: a net's weights are those of a training alone up to the rounding of float32, which
         training multiplies from step to step as it does any other difference.
     """
+    if isinstance(optimizer, _OF_WHOLE_KERNELS):
+        raise ValueError(
+            "The nets share an optimizer, so its rule must treat each weight on its own. Received: "
+            f"{type(optimizer).__name__}, whose steps depend on whole kernels. Take Adam or SGD, "
+            "or train the nets one by one."
+        )
     rows = [np.asarray(r) for r in rows]
     _check(models, x, y, rows, seeds)
     stacked = _Stacked(models, np.asarray(x))
@@ -101,7 +117,7 @@ def train_together(
     stacked.require_same(models, order[0][0])
     losses = _LossOfEach(len(models))
     stacked.net.compile(optimizer, _SumOfMeans(), metrics=[losses], jit_compile="auto")
-    optimizer.build(stacked.net.trainable_variables)  # see `models.make_variables`
+    build_optimizer(stacked.net)  # see `models.make_variables`
     history = stacked.net.fit(
         order, epochs=epochs, callbacks=list(callbacks), shuffle=False, verbose=0
     ).history
@@ -144,7 +160,8 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
         self.history: dict[str, list[Array]] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Checks that there are rows for each net."""
+        """Checks that there are rows for each net; forgets the history of another `fit`."""
+        self.history = {}
         nets = self.model.inputs[0].shape[0]
         for name, rows in self._rows.items():
             if rows.ndim != 2 or len(rows) != nets:

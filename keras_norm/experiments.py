@@ -56,8 +56,9 @@ from keras_norm._experiment_run import (
     canonical,
     group_of,
     has_diverged,
+    read_final,
     read_history,
-    to_number,
+    to_csv,
     to_plain,
     to_plain_settings,
 )
@@ -128,13 +129,13 @@ class Progress:
         self._epochs = 0
         self._reporter = reporter
 
-    def epoch(self, epoch: int, epochs: int | None = None, **metrics: float) -> None:
+    def epoch(self, epoch: int, epochs: int | None = None, **metrics: float | None) -> None:
         """Report the end of an epoch.
 
         Args:
             epoch: Number of the epoch, from 1; shown, not stored.
             epochs: How many there will be; default the setting "epochs", if there is one.
-            **metrics: Name -> value at this epoch.
+            **metrics: Name -> value at this epoch; None is not measured.
         """
         self._epochs += 1
         for name in metrics:
@@ -255,9 +256,10 @@ def _epochs(task: _Task) -> float:
     return float(epochs) if isinstance(epochs, (int, float)) and epochs > 0 else 0.0
 
 
-def _listed(metrics: Mapping[str, float]) -> str:
+def _listed(metrics: Mapping[str, float | None]) -> str:
     """At most four metrics, for a line on a terminal."""
-    return "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:4])
+    measured = [(k, v) for k, v in metrics.items() if v is not None]
+    return "  ".join(f"{k} {v:.4g}" for k, v in measured[:4])
 
 
 class _Store:
@@ -268,22 +270,20 @@ class _Store:
         old = self._load()
         self._title = old.title if title is None else title
         groups = {task.name: task.group for task in tasks}
-        asked = {(task.name, task.group, task.seed) for task in tasks}
         self._runs: list[Run] = []
         self._superseded: list[Run] = []
+        there: set[tuple[str, int]] = set()
         for entry in (*old.runs, *old.superseded):
             group = group_of(entry)
-            if (entry.name, group, entry.seed) in asked and not (
-                resume and entry.status != "failed"
-            ):
-                continue
             current = group == groups[entry.name] if entry.name in groups else entry in old.runs
             (self._runs if current else self._superseded).append(entry)
-        there = {(entry.name, entry.seed) for entry in self._runs}
+            if current and resume and entry.status != "failed":
+                there.add((entry.name, entry.seed))  # others stay until the new run is there
         self.tasks = tasks
+        self._there = there
         self.missing = [task for task in tasks if (task.name, task.seed) not in there]
         before, after = ({id(entry) for entry in runs} for runs in (old.runs, self._runs))
-        self._changed = before != after or old.title != self._title
+        self._changed = before != after or old.title != self._title or not self._csv_is_whole(old)
 
     def _load(self) -> Results:
         path = self._folder / "results.json"
@@ -296,10 +296,17 @@ class _Store:
             )
         return Results()
 
+    def _csv_is_whole(self, old: Results) -> bool:
+        """A process that is killed between the two files leaves the csv of the save before."""
+        if not old.runs:
+            return True
+        path = self._folder / "results.csv"
+        return path.exists() and path.read_bytes() == to_csv(old.runs).encode("utf-8")
+
     def warn_about_changes(self, code: str, function: str) -> None:
         """Resumed runs count as good, but not silently when something else has changed."""
         asked = {(task.name, task.seed) for task in self.tasks}
-        kept = [entry for entry in self._runs if (entry.name, entry.seed) in asked]
+        kept = [r for r in self._runs if (r.name, r.seed) in asked & self._there]
         reasons = {
             f"by other code of {function!r}" for r in kept if code and r.code not in ("", code)
         }
@@ -316,7 +323,8 @@ class _Store:
             )
 
     def add(self, entry: Run) -> None:
-        self._runs.append(entry)
+        others = [r for r in self._runs if (r.name, r.seed) != (entry.name, entry.seed)]
+        self._runs = [*others, entry]
         self.save()
 
     def save(self) -> None:
@@ -446,6 +454,16 @@ def _plan(
     settings: Mapping[str, Mapping[str, Any]], seeds: Iterable[int], context: Any
 ) -> list[_Task]:
     """All runs that were asked for, checked before the first one starts."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            "settings must be a dict of name -> settings. "
+            f"Received: settings={settings!r}. Give each a name to be found by."
+        )
+    if not isinstance(seeds, Iterable):
+        raise ValueError(
+            f"seeds must be a list of integers. Received: seeds={seeds!r}. For five of them, pass "
+            "range(5)."
+        )
     seeds = list(seeds)
     valid = all(isinstance(s, (int, np.integer)) and 0 <= s < 2**32 for s in seeds)
     if not seeds or not valid or len(set(seeds)) < len(seeds):
@@ -474,11 +492,24 @@ def _execute(
     _set_seeds(task.seed)
     progress = Progress(task.name, task.seed, reporter)
     started, clock = _now(), time.perf_counter()
-    fields: dict[str, Any]
+
+    def entry(**fields: Any) -> Run:
+        return Run(
+            name=task.name,
+            settings=task.settings,
+            seed=task.seed,
+            seconds=seconds,
+            context=task.context,
+            backend=task.backend,
+            started=started,
+            finished=_now(),
+            **fields,
+        )
+
     try:
         returned = function(deepcopy(task.settings), task.seed, progress)
         seconds = time.perf_counter() - clock
-        fields = _outcome(returned, progress)
+        result = entry(**_outcome(returned, progress))
     except BaseException as error:
         seconds = time.perf_counter() - clock
         if on_error == "raise" or not isinstance(error, Exception):
@@ -488,23 +519,11 @@ def _execute(
             )
             raise
         reporter.write("".join(traceback.format_exception(error)).rstrip())
-        fields = {
-            "status": "failed",
-            "error": to_plain(f"{type(error).__name__}: {error}", "error"),
-        }
+        text = to_plain(f"{type(error).__name__}: {error}", "error")
+        result = entry(status="failed", error=text)
     if seconds > 1:
         gc.collect()  # models are full of reference cycles
-    return Run(
-        name=task.name,
-        settings=task.settings,
-        seed=task.seed,
-        seconds=seconds,
-        context=task.context,
-        backend=task.backend,
-        started=started,
-        finished=_now(),
-        **fields,
-    )
+    return result
 
 
 def _outcome(returned: Any, progress: Progress) -> dict[str, Any]:
@@ -516,7 +535,7 @@ def _outcome(returned: Any, progress: Progress) -> dict[str, Any]:
         )
     extra = dict(returned)
     epochs, history = read_history(extra.pop("history", None) or progress.history)
-    final = {m: to_number(v, f"final[{m!r}]") for m, v in (extra.pop("final", None) or {}).items()}
+    final = read_final(extra.pop("final", None) or {})
     diverged = bool(extra.pop("diverged", False)) or has_diverged(history, final)
     return {
         "status": "diverged" if diverged else "finished",

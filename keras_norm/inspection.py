@@ -33,6 +33,7 @@ definition 2.1 (internal covariate shift, unscaled), section 3.1 (the loss along
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -371,13 +372,12 @@ def distributions(
         with intercepted(chosen, add):
             return surface.loss()
 
+    number = len(keras.tree.flatten(x)[0])  # of examples
     values = [outputs[id(y)] for y in chosen]
     with restored_randomness():
         _, grads = gradients(shifted, [ops.zeros_like(value) for value in values])
     return {
-        name: Distribution.of(
-            ops.convert_to_numpy(value), len(value) * ops.convert_to_numpy(gradient)
-        )
+        name: Distribution.of(ops.convert_to_numpy(value), number * ops.convert_to_numpy(gradient))
         for name, value, gradient in zip(names, values, grads, strict=True)
     }
 
@@ -398,7 +398,8 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
 
     Before step 0, `every`, 2 `every`, ... and after the last: the loss along the gradient, the
     internal covariate shift, and the distributions of outputs and gradients, with their drift since
-    the last look. Training is not touched.
+    the last look. Training is not touched. With `steps_per_execution`, before the first execution
+    that begins at such a step or later.
 
     Args:
         x: inputs of some examples, in one batch: as many as in a step of training, to look at
@@ -458,21 +459,28 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         self.layers, self.shifts = layers, shifts
         self.records: list[dict[str, Any]] = []
         self.layer_records: list[dict[str, Any]] = []
-        self._step = 0
+        self._step = self._earlier = self._next = 0
         self._before: dict[str, Distribution] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forgets what was recorded before."""
-        self.records, self.layer_records, self._before, self._step = [], [], {}, 0
+        self.records, self.layer_records, self._before = [], [], {}
+        self._step = self._earlier = self._next = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Notes the steps of earlier epochs."""
+        self._earlier = self._step
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Looks, if it is time."""
-        if self._step % self.every == 0:
+        self._step = self._earlier + batch
+        if self._step >= self._next:  # several steps may be taken at once
             self._look()
+            self._next = (self._step // self.every + 1) * self.every
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Counts."""
-        self._step += 1
+        self._step = self._earlier + batch + 1
 
     def on_train_end(self, logs: Any = None) -> None:
         """Looks a last time."""
@@ -483,17 +491,19 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
             self.model.jax_state_sync()  # the variables get the values of the training step
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         given = self.model, self.x, self.y
-        along = along_gradient(*given, [rate * length for length in self.lengths])
-        self.records.append(
-            {
-                "step": self._step,
-                "loss": along.loss,
-                "gradient_norm": along.gradient_norm,
-                "smoothness": along.smoothness,
-                "losses": along.losses,
-                "changes": along.changes,
-            }
-        )
+        along = along_gradient(*given, [(rate or 1.0) * length for length in self.lengths])
+        record = {
+            "step": self._step,
+            "loss": along.loss,
+            "gradient_norm": along.gradient_norm,
+            "smoothness": along.smoothness,
+            "losses": along.losses,
+            "changes": along.changes,
+        }
+        if not rate:  # as at the start of a warm-up: a step that leads nowhere
+            still = np.zeros(len(self.lengths))
+            record |= {"smoothness": math.nan, "losses": along.loss + still, "changes": still}
+        self.records.append(record)
         by_layer: dict[str, dict[str, Any]] = {}
         if self.layers is None or len(self.layers):
             now = distributions(*given, self.layers)
@@ -501,8 +511,9 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
                 by_layer[name] = _described(distribution, self._before.get(name))
             self._before = now
         if self.shifts is None or len(self.shifts):
-            for name, found in covariate_shift(*given, rate, self.shifts).items():
-                by_layer.setdefault(name, {}).update(shift=found.shift, cosine=found.cosine)
+            for name, found in covariate_shift(*given, rate or 1.0, self.shifts).items():
+                moved = (found.shift, found.cosine) if rate else (0.0, math.nan)
+                by_layer.setdefault(name, {}).update(shift=moved[0], cosine=moved[1])
         self.layer_records += [
             {"step": self._step, "layer": name, **found} for name, found in by_layer.items()
         ]

@@ -1100,6 +1100,10 @@ class RMSNormalization(_WithinExample):
 class _ByChannel(_Affine):
     """One of these with one gamma and one beta for each channel."""
 
+    def __init__(self, axis: Any = -1, *args: Any, **kwargs: Any) -> None:
+        one = isinstance(axis, list | tuple) and len(axis) == 1  # as Keras keeps it in places
+        super().__init__(axis[0] if one else axis, *args, **kwargs)
+
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates gamma and beta, one for each channel."""
         self._check_shape(input_shape)

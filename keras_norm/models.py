@@ -24,6 +24,7 @@ from keras_norm._blocks import (
     Normalization,
     Normalizations,
     check_classes,
+    check_widths,
     checked_input_shape,
     factory_of,
     logits_dtype,
@@ -141,7 +142,7 @@ def LeNet(  # noqa: N802
     least = {"valid": 16, "same": 12}.get(padding)
     if least is None:
         raise ValueError(f"`padding` must be 'valid' or 'same'. Received: padding={padding!r}.")
-    if len(shape) != 3 or min(shape[:2]) < least:
+    if len(shape) != 3 or None in shape or min(shape[:2]) < least:
         raise ValueError(
             f"LeNet with padding={padding!r} needs images (H, W, C) of at least {least} x {least}. "
             f"Received: input_shape={shape}. Resize the images first."
@@ -211,11 +212,7 @@ def MLP(  # noqa: N802
         2890
     """
     check_classes(classes)
-    if any(not isinstance(units, int) or units < 1 for units in hidden):
-        raise ValueError(
-            f"`hidden` must list the widths of the hidden layers, integers >= 1. Received: "
-            f"hidden={hidden!r}."
-        )
+    check_widths("hidden", hidden, "the widths of the hidden layers")
     kernel = {
         "kernel_initializer": kernel_initializer,
         "kernel_regularizer": kernel_regularizer,
@@ -259,7 +256,7 @@ def CNN(  # noqa: N802
     use_bias: bool = True,
     kernel_initializer: Any = "he_normal",
     kernel_regularizer: Any = None,
-    input_shape: Sequence[int] = (32, 32, 3),
+    input_shape: Sequence[int | None] = (32, 32, 3),
     classes: int = 10,
     name: str = "cnn",
 ) -> keras.Model:
@@ -288,7 +285,8 @@ def CNN(  # noqa: N802
             "before", True, "he_normal".
         dropout: after each block, as in `LeNet`. Default: 0.
         kernel_regularizer: Keras regularizer of every kernel. Default: none.
-        input_shape: (H, W, C). Default: (32, 32, 3).
+        input_shape: (H, W, C); H and W may be None, for images of several sizes, unless the head
+            is "flatten". Default: (32, 32, 3).
         classes: number of outputs. Default: 10.
         name: of the model. Default: "cnn".
 
@@ -305,9 +303,12 @@ def CNN(  # noqa: N802
     """
     check_classes(classes)
     shape = checked_input_shape(input_shape)
-    if not isinstance(widths, Sequence):
+    check_widths("widths", widths, "the channels of each stage")
+    check_widths("dense", dense, "the widths of hidden layers")
+    if not isinstance(kernel_size, int | Sequence):
         raise ValueError(
-            f"`widths` must list the channels of each stage. Received: widths={widths!r}."
+            "`kernel_size` must be an int, or one for each stage. "
+            f"Received: kernel_size={kernel_size!r}."
         )
     sizes = [kernel_size] * len(widths) if isinstance(kernel_size, int) else list(kernel_size)
     _check_stages(widths, sizes, blocks, downsample, head, shape)
@@ -360,7 +361,7 @@ def _check_stages(
     blocks: int,
     downsample: str,
     head: str,
-    shape: tuple[int, ...],
+    shape: tuple[int | None, ...],
 ) -> None:
     counts = {"widths": widths, "kernel_size": sizes, "blocks": [blocks]}
     for name, values in counts.items():
@@ -378,7 +379,12 @@ def _check_stages(
         if value not in known:
             raise ValueError(f"`{name}` must be one of {known}. Received: {name}={value!r}.")
     least = 1 if downsample == "none" else 2 ** len(widths)
-    if len(shape) != 3 or min(shape[:2]) < least:
+    if len(shape) == 3 and (shape[2] is None or (head == "flatten" and None in shape)):
+        raise ValueError(
+            "The number of channels must be known, and for head='flatten' all sizes. Received: "
+            f"input_shape={shape}, head={head!r}. Take head='average' for images of several sizes."
+        )
+    if len(shape) != 3 or min(side or least for side in shape[:2]) < least:
         raise ValueError(
             f"{len(widths)} stages with downsample={downsample!r} need images (H, W, C) of at "
             f"least {least} x {least}. Received: input_shape={shape}. Take fewer stages, or larger "
@@ -588,10 +594,20 @@ def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[
         )
     axis = old.axis if several or isinstance(old.axis, int) else old.axis[0]
     if issubclass(kind, SpatialBatchNormalization):
-        options["data_format"] = "channels_first" if axis == 1 else "channels_last"
+        options["data_format"] = _data_format(old, axis)
     elif takes("axis", kind, or_any=False):
         options["axis"] = axis
     return {name: value for name, value in options.items() if name not in given}
+
+
+def _data_format(old: keras.layers.Layer, axis: int) -> str:
+    rank = len(old.get_build_config()["input_shape"])
+    if axis % rank not in (1, rank - 1):
+        raise ValueError(
+            "Spatial normalization is for channels on axis 1 or the last. Received: "
+            f"axis={axis} of {old.name!r}, for inputs of {rank} dimensions. Pass 'batch' instead."
+        )
+    return "channels_last" if axis % rank == rank - 1 else "channels_first"
 
 
 _SAME = {"gamma": "scale", "scale": "gamma"}
@@ -646,11 +662,21 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
     own draws the same weights each time.
     """
     optimizer = _optimizer_of(model, "restart")
+    if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
+        raise ValueError(
+            "`restart` is for functional and Sequential models, whose layers can be made again "
+            f"from their configuration. Received: {type(model).__name__} {model.name!r}. Make a "
+            "new model instead."
+        )
+    if isinstance(learning_rate, int | float) and not learning_rate >= 0:
+        raise ValueError(
+            f"`learning_rate` must be >= 0. Received: learning_rate={learning_rate!r}."
+        )
     if learning_rate is not None:
         optimizer.learning_rate = learning_rate
     keras.utils.set_random_seed(seed)
     twin = keras.models.clone_model(model)
-    optimizer.build(model.trainable_variables)
+    build_optimizer(model)
     fresh = type(optimizer).from_config(optimizer.get_config())
     fresh.build(model.trainable_variables)
     pairs = [
@@ -688,15 +714,24 @@ def make_variables(model: keras.Model, x: Any, y: Any) -> None:
         >>> sorted(model.fit(x, y, verbose=0).history)
         ['loss', 'mae']
     """
-    optimizer = _optimizer_of(model, "make_variables")
+    _optimizer_of(model, "make_variables")
     if keras.backend.backend() != "tensorflow":
         return
-    if not optimizer.built:
-        optimizer.build(model.trainable_variables)
+    build_optimizer(model)
     outputs = model.compute_output_spec(keras.KerasTensor((None, *x.shape[1:])))
     zeros = keras.tree.map_structure(lambda o: np.zeros((1, *o.shape[1:]), o.dtype), outputs)
     model.compute_metrics(x[:1], y[:1], zeros)
     model.reset_metrics()
+
+
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the optimizer's variables, once: Keras's LossScaleOptimizer would add more each time.
+
+    Args:
+        model: compiled.
+    """
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 def _optimizer_of(model: keras.Model, function: str) -> Any:

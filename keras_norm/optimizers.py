@@ -507,8 +507,8 @@ def adam_step(
         amsgrad: bool, whether v may only grow. Default: False.
 
     Returns:
-        (w, state), arrays with the shape and dtype of `w`, t a scalar of that dtype; state.v_max
-        is None without AMSGrad.
+        (w, state), arrays with the shape and dtype of `w`, t a scalar in at least float32;
+        state.v_max is None without AMSGrad.
 
     Example:
         >>> import numpy as np
@@ -529,10 +529,11 @@ def adam_step(
     w, dw = _tensors(w, dw)
     state = AdamState(0, ops.zeros_like(w), ops.zeros_like(w)) if state is None else state
     m, v, v_max = _tensors(*state[1:])
-    t = ops.cast(state.t, w.dtype) + 1  # (A1)
+    t = ops.cast(state.t, _accumulation_dtype(w.dtype)) + 1  # (A1), beyond the 256 of bfloat16
     m = beta_1 * m + (1 - beta_1) * dw  # (A2)
     v = beta_2 * v + (1 - beta_2) * ops.square(dw)  # (A3)
     correction = ops.sqrt(_one_minus_power(beta_2, t)) / _one_minus_power(beta_1, t)  # (A4)
+    correction = ops.cast(correction, w.dtype)
     if amsgrad:
         v_max = v if v_max is None else ops.where(v_max > v, v_max, v)  # (A6)
     scale = ops.sqrt(v_max if amsgrad else v) + epsilon
@@ -1052,6 +1053,7 @@ class Muon(SGD):
             raise ValueError(f"`ns_steps` must be an int >= 1. Received: ns_steps={ns_steps!r}.")
         self.other_momentum = other_momentum
         self.matrices = matrices
+        self._matrices = _pairs("matrices", None if matrices is None else {matrices: 1.0})
         self.ns_steps = ns_steps
         self.normalize = normalize
         self._is_matrix: tuple[bool, ...] = ()
@@ -1063,13 +1065,10 @@ class Muon(SGD):
         """Creates the velocities, zero at the start; see the base class."""
         if self.built:
             return
-        if self.matrices is None:
+        if self._matrices is None:
             fits = [len(v.shape) > 2 for v in variables]
         else:
-            fits = [
-                rate > 0
-                for rate in _resolve("matrices", ((self.matrices, 1.0),), variables, otherwise=0.0)
-            ]
+            fits = [rate > 0 for rate in _resolve("matrices", self._matrices, variables, 0.0)]
         flat = [v.path for v, fit in zip(variables, fits, strict=True) if fit and len(v.shape) < 2]
         if flat:
             raise ValueError(
@@ -1111,6 +1110,14 @@ class Muon(SGD):
             "ns_steps": self.ns_steps,
             "normalize": self.normalize,
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Makes an optimizer from the result of `get_config`."""
+        if isinstance(config.get("matrices"), dict):
+            matrices = keras.saving.deserialize_keras_object(config["matrices"], custom_objects)
+            config = {**config, "matrices": matrices}
+        return super().from_config(config, custom_objects)
 
 
 @keras.saving.register_keras_serializable(package="keras_norm")

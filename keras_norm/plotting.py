@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ _MARKERS = "os^DvPX*<p"
 _DASHES = [(0, (6, 3)), (0, (3, 2)), (0, (8, 2, 2, 2)), (0, (2, 1))]
 _BAND = "mean, band: ± 1 standard deviation over n seeds"
 _GREY = "#444444"
+_NAME_WIDTH = 42  # letters in a line beside an axis
 _DPI_MOVING = 72
 _FRAMES_PER_SECOND = 12
 
@@ -119,6 +121,21 @@ def style() -> Iterator[None]:
     }
     with matplotlib.rc_context(settings):
         yield
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """The house's style; figures that an error leaves unfinished are closed."""
+    from matplotlib import pyplot
+
+    before = set(pyplot.get_fignums())
+    try:
+        with style():
+            yield
+    except BaseException:
+        for number in set(pyplot.get_fignums()) - before:
+            pyplot.close(number)
+        raise
 
 
 def _finish(figure: Figure, path: PathLike, title: str | None) -> Figure:
@@ -189,10 +206,13 @@ def _legend(
     The figure grows by their height, so that the plots keep theirs.
     """
     blocks = [(list(handles), note), (list(published), "")]
-    sizes = [_legend_shape(entries, figure.get_figwidth()) for entries, _ in blocks]
+    widest = int(13 * figure.get_figwidth()) - 7  # letters in a row
+    for handle in (*handles, *published):
+        handle.set_label(textwrap.fill(handle.get_label(), widest))
+    sizes = [_legend_shape(entries, widest + 7) for entries, _ in blocks]
     heights = [
-        (0.195 * rows + 0.21 * bool(title) + 0.09) if entries else 0.0  # inches
-        for (rows, _), (entries, title) in zip(sizes, blocks, strict=True)
+        (0.195 * lines + 0.21 * bool(title) + 0.09) if entries else 0.0  # inches
+        for (lines, _), (entries, title) in zip(sizes, blocks, strict=True)
     ]
     height = figure.get_figheight() + sum(heights)
     figure.set_figheight(height)
@@ -212,13 +232,16 @@ def _legend(
             bottom -= own / height
 
 
-def _legend_shape(handles: Sequence[Any], width: float) -> tuple[int, int]:
-    """Rows and columns of a legend in a figure `width` inches wide."""
+def _legend_shape(handles: Sequence[Any], letters: int) -> tuple[int, int]:
+    """Lines and columns of a legend in a figure that has room for so many letters."""
     if not handles:
         return 0, 1
-    longest = max(len(handle.get_label()) for handle in handles)
-    rows = math.ceil(len(handles) / max(1, min(4, int(13 * width / (longest + 7)))))
-    return rows, math.ceil(len(handles) / rows)
+    texts = [handle.get_label().split("\n") for handle in handles]
+    longest = max(len(line) for lines in texts for line in lines)
+    rows = math.ceil(len(handles) / max(1, min(4, int(letters / (longest + 7)))))
+    columns = math.ceil(len(handles) / rows)
+    heights = [max(map(len, texts[row::rows])) for row in range(rows)]  # filled column by column
+    return sum(heights), columns
 
 
 def _handle(label: str, **look: Any) -> Any:
@@ -269,10 +292,10 @@ def _mean_and_band(axes: Axes, x: npt.ArrayLike, values: Floats, look: Mapping[s
 
 
 def _count(runs: Sequence[Run]) -> str:
-    """ "n = 5", or "n = 3, 2 diverged": n are the runs in mean and band."""
-    finished = sum(run.status == "finished" for run in runs)
-    diverged = sum(run.status == "diverged" for run in runs)
-    return f"n = {finished}" + (f", {diverged} diverged" if diverged else "")
+    """ "n = 5", or "n = 3, 2 diverged, 1 failed": n are the runs in mean and band."""
+    counts = Counter(run.status for run in runs)
+    lost = [f", {counts[s]} {s}" for s in ("diverged", "failed") if counts[s]]
+    return f"n = {counts['finished']}" + "".join(lost)
 
 
 # ---------------------------------------------------------------------------- plots of results
@@ -320,7 +343,7 @@ def learning_curves(
         >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
         ('epoch', 'loss')
     """
-    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    metrics = _metrics(metrics)
     results, names = _results(source, names)
     for metric in metrics:
         if not any(metric in run.history for run in results.select(names)):
@@ -330,7 +353,7 @@ def learning_curves(
             )
     if share_y is None:
         share_y = all(metric.endswith("accuracy") for metric in metrics)
-    with style():
+    with _drawing():
         figure, panels = _panels(metrics, share_y)
         looks = _colors(results, names)
         # Each line and marker smaller than the one before: lines that coincide stay visible.
@@ -344,26 +367,42 @@ def learning_curves(
             axes.set_ylabel(_label(metric, labels))
             _plain_numbers(axes)
             _ticks_at_epochs(axes, results.select(names), metric)
+        of_name = {n: [r for r in results if r.name == n and _measures(r, metrics)] for n in names}
         handles = [
-            _handle(
-                f"{_name(n, labels)} ({_count([r for r in results if r.name == n])})", **looks[n]
-            )
-            for n in names
+            _handle(f"{_name(n, labels)} ({_count(runs)})", **looks[n])
+            for n, runs in of_name.items()
         ]
-        banded = max(Counter(run.name for run in results if run.name in names).values()) > 1
+        finished = [[r for r in runs if r.status == "finished"] for runs in of_name.values()]
+        several = [runs for runs in finished if len(runs) > 1]
+        banded = any(len(run.epochs) > 1 for runs in several for run in runs)
+        note = _BAND if banded else "mean over n seeds" if several else "one seed"
         dashed = _published_lines(panels, published, looks, labels)
-        _legend(figure, handles, dashed, _BAND if banded else "one seed")
+        _legend(figure, handles, dashed, note)
         return _finish(figure, path, title)
 
 
+def _metrics(metrics: str | Sequence[str]) -> list[str]:
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    if not metrics:
+        raise ValueError("A plot needs at least one metric. Received: metrics=[]")
+    return metrics
+
+
+def _measures(run: Run, metrics: Iterable[str]) -> bool:
+    """Whether a run has a curve of one of the metrics; one that failed early may have none."""
+    return run.status == "failed" or any(metric in run.history for metric in metrics)
+
+
 def _ticks_at_epochs(axes: Axes, results: Results, metric: str) -> None:
-    """Ticks where the points are, if those are whole and few; else at whole numbers."""
+    """Ticks where the points are, if those are whole, few and apart; else at whole numbers."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     measured = {epoch for run in results if metric in run.history for epoch in run.epochs}
-    few_and_whole = len(measured) <= 10 and all(float(epoch).is_integer() for epoch in measured)
+    places = sorted(measured)
+    few_and_whole = len(places) <= 10 and all(float(epoch).is_integer() for epoch in places)
+    apart = all(step >= (places[-1] - places[0]) / 20 for step in np.diff(places))
     axes.xaxis.set_major_locator(
-        FixedLocator(sorted(measured)) if few_and_whole else MaxNLocator(integer=True)
+        FixedLocator(places) if few_and_whole and apart else MaxNLocator(integer=True)
     )
 
 
@@ -400,9 +439,10 @@ def _panels(
 
 def _curves(axes: Axes, results: Results, name: str, metric: str, look: Mapping[str, Any]) -> None:
     """One setting in one panel."""
-    epochs, values = results.curves(name, metric)
-    status = {run.seed: run.status for run in results if run.name == name}
-    good = np.array([status[seed] == "finished" for seed in results.seeds(name)], dtype=bool)
+    runs = [r for r in results if r.name == name and metric in r.history]
+    epochs, values = Results(runs).curves(name, metric) if runs else (np.empty(0), np.empty((0, 0)))
+    runs = sorted((r for r in runs if r.status != "failed"), key=lambda r: r.seed)
+    good = np.array([run.status == "finished" for run in runs], dtype=bool)
     whole = np.isfinite(values[good]).all(axis=0)  # epochs that all these seeds have
     if good.any() and whole.any():
         _mean_and_band(axes, epochs[whole], values[good][:, whole], look)
@@ -450,7 +490,8 @@ def sweep(
         The figure.
 
     Raises:
-        ValueError: A setting lacks `x` as a number; two settings fall on the same x and group.
+        ValueError: A setting lacks `x` as a number, or as one above 0 for a logarithmic axis; two
+            settings fall on the same x and group.
 
     Example:
         >>> from keras_norm import experiments, plotting
@@ -460,12 +501,17 @@ def sweep(
         >>> figure.axes[0].get_xscale()
         'log'
     """
-    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    metrics = _metrics(metrics)
     results, names = _results(source, names)
     chosen = results.select(names)
     points = {metric: _sweep_points(chosen, x, metric, group) for metric in metrics}
     every = [p for groups in points.values() for line in groups.values() for p in line]
-    with style():
+    if xscale == "log" and (least := min(p.x for p in every)) <= 0:
+        raise ValueError(
+            f"A logarithmic axis has places above 0 only. Received: {x}={least:g} in one of the "
+            "settings. Pass xscale='linear', or leave that setting out with names=…."
+        )
+    with _drawing():
         figure, panels = _panels(metrics, False, alone=(6.6, 4.2))
         keys = dict.fromkeys(key for groups in points.values() for key in groups)
         looks = {key: _look(i) for i, key in enumerate(keys)}
@@ -473,7 +519,8 @@ def sweep(
             groups = points[metric]
             for key, line in groups.items():
                 _sweep_line(axes, line, looks[key])
-            axes.set(xscale=xscale, yscale=yscale, xlabel=_label(x, labels))
+            some = any(len(p.values) for line in groups.values() for p in line)
+            axes.set(xscale=xscale, yscale=yscale if some else "linear", xlabel=_label(x, labels))
             axes.set_ylabel(_label(metric, labels))
             _plain_numbers(axes)
             if xscale == "log":
@@ -496,6 +543,7 @@ class _Point:
 
     x: float
     values: Floats
+    diverged: int
     total: int
 
     @property
@@ -528,10 +576,10 @@ def _sweep_points(
                 f"{other!r} and {name!r}, both with {x}={value!r} in group {key!r}. "
                 "Choose the settings with names=…, or another group."
             )
-        finished = results.select(name, status="finished")
-        values = finished.values(name, metric) if finished.runs else np.empty(0)
+        values = _finished_values(results, name, metric)
         total = len(results.seeds(name))
-        groups.setdefault(key, []).append(_Point(value, values[np.isfinite(values)], total))
+        point = _Point(value, values, _diverged(runs, metric), total)
+        groups.setdefault(key, []).append(point)
     return {key: sorted(points, key=lambda p: p.x) for key, points in groups.items()}
 
 
@@ -564,7 +612,7 @@ def _diverged_strip(axes: Axes, lines: Sequence[tuple[list[_Point], Mapping[str,
     """Diverged runs as crosses below the data, a row per group that has any."""
     from matplotlib.patches import Rectangle
 
-    lost = [([p for p in points if len(p.values) < p.total], look) for points, look in lines]
+    lost = [([p for p in points if p.diverged], look) for points, look in lines]
     rows = [(points, look) for points, look in lost if points]
     if not rows:
         return
@@ -581,7 +629,7 @@ def _diverged_strip(axes: Axes, lines: Sequence[tuple[list[_Point], Mapping[str,
         for p in points:
             cross = {"color": look["color"], "markersize": 6, "markeredgewidth": 1.6}
             axes.plot(p.x, y, "x", transform=place, **cross)
-            count = f"{p.total - len(p.values)}/{p.total}"
+            count = f"{p.diverged}/{p.total}"
             right: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
             axes.annotate(count, (p.x, y), xycoords=place, **right, **small)
 
@@ -640,7 +688,7 @@ def bars(
     """
     results, names = _results(source, names)
     values = {name: _finished_values(results, name, metric) for name in names}
-    with style():
+    with _drawing():
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + 0.42 * len(names)))
@@ -651,7 +699,10 @@ def bars(
         for y, name in enumerate(names):
             _bar(axes, y, values[name], looks[name], from_zero)
         counts = [_count([run for run in results if run.name == name]) for name in names]
-        ticks = [f"{_name(n, labels)} ({c})" for n, c in zip(names, counts, strict=True)]
+        ticks = [
+            textwrap.fill(f"{_name(n, labels)} ({c})", _NAME_WIDTH)
+            for n, c in zip(names, counts, strict=True)
+        ]
         axes.set_yticks(range(len(names)), ticks)
         axes.set_ylim(len(names) - 0.4, -0.7)
         axes.margins(x=0.1)
@@ -669,6 +720,19 @@ def _finished_values(results: Results, name: str, metric: str) -> Floats:
     finished = results.select(name, status="finished")
     values = finished.values(name, metric) if finished.runs else np.empty(0)
     return values[np.isfinite(values)]
+
+
+def _diverged(runs: Sequence[Run], metric: str) -> int:
+    """How many runs diverged, or finished with a value that is no number."""
+    return sum(
+        run.status == "diverged"
+        or (
+            run.status == "finished"
+            and metric in run.metrics
+            and not np.isfinite(run.value(metric))
+        )
+        for run in runs
+    )
 
 
 def _bar(axes: Axes, y: int, values: Floats, look: Mapping[str, Any], from_zero: bool) -> None:
@@ -689,7 +753,7 @@ def _bar(axes: Axes, y: int, values: Floats, look: Mapping[str, Any], from_zero:
 
 def _with_spread(mean: float, spread: float) -> str:
     """Mean ± spread, to two digits of the spread."""
-    if not spread:
+    if spread <= 1e-12 * abs(mean):  # rounding
         return f"{mean:.4g}"
     places = max(0, 1 - math.floor(math.log10(spread)))
     return f"{mean:.{places}f} ± {spread:.{places}f}"
@@ -774,7 +838,7 @@ def paired_differences(
     tests = [results.compare(name, baseline, metric) for name in names]
     adjusted = holm([test.p for test in tests])
     p_text = "p by Holm" if len(tests) > 1 else "p ="
-    with style():
+    with _drawing():
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7.6, 0.9 + 0.38 * len(names)))
@@ -789,7 +853,8 @@ def paired_differences(
             text = f"{test.difference:+.4f}, {p_text} {p:.2g}, n = {test.n}"
             beside: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
             axes.annotate(text, (1.02, y), fontsize=8, color=_GREY, **beside)
-        axes.set_yticks(range(len(names)), [_name(name, labels) for name in names])
+        texts = [textwrap.fill(_name(name, labels), _NAME_WIDTH) for name in names]
+        axes.set_yticks(range(len(names)), texts)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.margins(x=0.1)
         axes.set_xlabel(f"difference of {_label(metric, labels)} from {_name(baseline, labels)}")
@@ -874,7 +939,7 @@ def heatmap(
         runs = [run for run in results if run.name == name]
         if len(found):
             means[at] = found.mean()
-        texts[at] = _cell_text(found, len(runs) - len(found), digits)
+        texts[at] = _cell_text(found, _diverged(runs, metric), digits)
     return matrix(
         means,
         rows=[_words(row, labels) for row in rows],
@@ -951,7 +1016,7 @@ def matrix(
         )
     if texts is None:
         texts = {at: f"{number:.3g}" for at, number in np.ndenumerate(array) if number == number}
-    with style():
+    with _drawing():
         from matplotlib import pyplot
 
         cell = 0.85 if any("\n" in text for text in texts.values()) else 0.6
@@ -1020,7 +1085,7 @@ def lines(
                 "A line needs one number for each x. Received: "
                 f"{name!r} of shape {np.shape(ys[name])} for x of shape {x.shape}."
             )
-    with style():
+    with _drawing():
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(6.6, 4.0))
@@ -1088,7 +1153,7 @@ def trajectories(
         raise ValueError(f"An animation is a .gif file. Received: animation={str(animation)!r}")
     points = {panel: _points(panel, paths) for panel in surfaces}
     names = list(dict.fromkeys(name for drawn in points.values() for name in drawn))
-    with style():
+    with _drawing():
         from matplotlib import pyplot
 
         size = (max(4.3 * len(surfaces), 5.0), 4.3)
@@ -1211,7 +1276,7 @@ def image_grid(
         )
     columns = min(len(array), columns or 8)
     rows = math.ceil(len(array) / columns)
-    with style():
+    with _drawing():
         from matplotlib import pyplot
 
         size = (max(1.15 * columns, 2.5), (1.15 + (0.22 if titles is not None else 0)) * rows)

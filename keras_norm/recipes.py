@@ -304,6 +304,13 @@ class Outcome:
         return folder / "model.keras"
 
 
+_TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+
+
 def flops(model: Any) -> int:
     """Floating-point operations of convolutions and dense layers in one forward pass.
 
@@ -326,7 +333,10 @@ def flops(model: Any) -> int:
         kernel = getattr(layer, "kernel", None)
         if kernel is None:
             continue
-        positions = math.prod(layer.output.shape[1:-1])
+        transposed = isinstance(layer, _TRANSPOSED)  # each kernel is laid on every input
+        shape = (layer.input if transposed else layer.output).shape[1:]
+        first = getattr(layer, "data_format", "channels_last") == "channels_first"
+        positions = math.prod(shape[1:] if first else shape[:-1])
         total += 2 * positions * math.prod(kernel.shape)
     return total
 
@@ -380,11 +390,13 @@ def train(
         An `Outcome`.
 
     Raises:
-        ValueError: for an unknown recipe, or a backup of another training.
+        ValueError: for an unknown recipe, settings out of their range, or a backup of another
+            training.
     """
     recipe = _recipe(recipe)
     if data is None:
         data = load()
+    _check(recipe, data)
     asked = dtype_policy or recipe.dtype_policy
     saved = _Backup(backup, f"{settings(recipe)} {seed} {asked} {data!r}")
     saved.read()
@@ -500,6 +512,27 @@ def fastest_policy() -> str:
     return "mixed_bfloat16" if bfloat16 < 0.8 * float32 else "float32"
 
 
+def _check(recipe: Recipe, data: datasets.Data) -> None:
+    """What would otherwise be noticed after the training, or as an error of others."""
+    for name in ("epochs", "batch_size"):
+        value = getattr(recipe, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"`{name}` of a recipe must be an int >= 1. Received: {name}={value!r}."
+            )
+    if recipe.matrix_rate is not None and not recipe.matrix_rate > 0:
+        raise ValueError(
+            "`matrix_rate` of a recipe must be > 0, or None to leave the kernels to Nesterov's "
+            f"rule. Received: matrix_rate={recipe.matrix_rate!r}."
+        )
+    least = min(data.input_shape[:2])
+    if not 0 <= recipe.views < least:
+        raise ValueError(
+            "`views` of a recipe are pixels, fewer than the images have. Received: "
+            f"views={recipe.views!r} for images of shape {data.input_shape}."
+        )
+
+
 def _recipe(recipe: Recipe | str) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
@@ -516,11 +549,20 @@ def _batches_on_device() -> bool:
     return keras.backend.backend() != "tensorflow" and kernels.on_gpu()
 
 
+def _callable_text(function: Any) -> str:
+    """A text that is the same in another process, where a function has another address."""
+    if isinstance(function, functools.partial):
+        given = {f"{i}": v for i, v in enumerate(function.args)} | function.keywords
+        return f"partial({_callable_text(function.func)}, {given!r})"
+    name = getattr(function, "__qualname__", None)
+    return repr(function) if name is None else f"{function.__module__}.{name}"
+
+
 def settings(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON values."""
     values = dataclasses.asdict(recipe)
     if callable(recipe.normalization):
-        values["normalization"] = repr(recipe.normalization)
+        values["normalization"] = _callable_text(recipe.normalization)
     return values
 
 
@@ -649,7 +691,7 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
         self.lookahead, self.clock = lookahead, clock
         if not self.saved:
             return 0
-        model.optimizer.build(model.trainable_variables)
+        models.build_optimizer(model)
         if lookahead is not None:
             lookahead.build(model)
         for i, variable in enumerate(self._variables()):
@@ -665,7 +707,7 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
-        values = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(self._variables())}
+        values = {f"v{i}": _storable(v) for i, v in enumerate(self._variables())}
         notes = {
             "digest": self.digest,
             "policy": self.policy,
@@ -675,6 +717,12 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
         }
         with replace_file(self.path) as temporary, temporary.open("wb") as file:
             np.savez(file, notes=np.array(json.dumps(notes)), **values)
+
+
+def _storable(variable: Any) -> Any:
+    """Its value in a dtype that NumPy's files know: bfloat16 as float32, without a loss."""
+    half = keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
+    return ops.convert_to_numpy(ops.cast(variable, "float32") if half else variable)
 
 
 # The command --------------------------------------------------------------------------------------

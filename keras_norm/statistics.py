@@ -348,16 +348,16 @@ class LayerStatistics:
         return error_of(self.variance, *errors, self.epsilon)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values; infinite standard errors are None."""
+        """All of it as JSON values; what is not finite is None."""
         found: dict[str, Any] = {}
         for key, value in dataclasses.asdict(self).items():
             if key in ("old", "new"):
                 value = {
-                    name: {"shape": list(v.shape), "values": v.ravel().tolist()}
+                    name: {"shape": list(v.shape), "values": _finite_or_none(v)}
                     for name, v in value.items()
                 }
             if isinstance(value, np.ndarray):
-                value = [x if math.isfinite(x) else None for x in value.ravel().tolist()]
+                value = _finite_or_none(value)
             found[key] = value
         return {**found, "shape": list(self.mean.shape)}
 
@@ -368,13 +368,24 @@ class LayerStatistics:
         for key, value in values.items():
             if key in ("old", "new"):
                 values[key] = {
-                    name: np.array(v["values"], np.float64).reshape(v["shape"])
+                    name: np.array(v["values"], np.float64).reshape(v["shape"])  # None is NaN
                     for name, v in value.items()
                 }
             if isinstance(value, list):
-                array = np.array([math.inf if x is None else x for x in value], np.float64)
+                lost = math.inf if key.startswith("standard_error") else math.nan
+                array = np.array([lost if x is None else x for x in value], np.float64)
                 values[key] = array.reshape(state["shape"]) if array.size else array
         return cls(**values)
+
+
+def _finite_or_none(values: npt.NDArray[Any]) -> list[float | None]:
+    return [x if math.isfinite(x) else None for x in values.ravel().tolist()]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a JSON value; an infinite one as its name."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -459,7 +470,7 @@ class Report:
             "data": self.data,
             "samples": self.samples,
             "batch_size": self.batch_size,
-            "settings": dict(self.settings),
+            "settings": {k: _plain(v) for k, v in self.settings.items()},
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -585,8 +596,10 @@ def _draw(report: Report) -> Any:
     for name, numbers in errors.items():
         if any(0 < v < math.inf for v in numbers):
             panels[2].plot(at, [v if 0 < v < math.inf else np.nan for v in numbers], label=name)
-    panels[2].set(ylabel="error (σ)", yscale="log", xlabel="layer")
-    panels[2].legend()
+    drawn = bool(panels[2].lines)
+    panels[2].set(ylabel="error (σ)", yscale="log" if drawn else "linear", xlabel="layer")
+    if drawn:
+        panels[2].legend()
     panels[2].set_xticks(at, [y.name.rpartition("/")[2] for y in layers], rotation=60, ha="right")
     figure.suptitle(f"{report.method}: {report.samples:,} examples of {report.data}")
     return figure
@@ -659,6 +672,8 @@ Selection = Callable[[Any], bool] | Iterable[Any] | None
 def _selected(layers: Mapping[str, Layer], selection: Selection) -> dict[str, Layer]:
     if selection is None:
         return dict(layers)
+    if isinstance(selection, keras.layers.Layer):  # which can be called as well
+        selection = [selection]
     if callable(selection):
         chosen = {name: y for name, y in layers.items() if selection(y)}
     else:
@@ -769,7 +784,8 @@ def reestimate(
         method: "layerwise" or "one_pass". Default: "layerwise".
         batch_size: examples per pass; batches of streams are cut anew. Default: 256.
         tolerance: stop when no layer's outputs have a standard error (`Report.error`) above this,
-            in units of sigma; at the latest with `samples`. Default: use all samples.
+            in units of sigma; at the latest with `samples`. Arrays are taken in random order then.
+            Default: use all samples.
         layers: which layers: their names or paths, the layers themselves, or a function of a
             layer. The others keep their statistics. Default: all.
         memory: budget for waiting activations, in bytes, on the device. Default: 2 GiB.
@@ -845,7 +861,8 @@ def _replace_statistics(
         held = store if o.method == "layerwise" else None
         inputs = getattr(model, "inputs", None)
         known_inputs = None if inputs is None else len(keras.tree.flatten(inputs))
-        sample = Sample(data, o.samples, o.batch_size, o.seed, held, known_inputs)
+        shuffled = o.tolerance is not None  # an early end is to find a random part
+        sample = Sample(data, o.samples, o.batch_size, o.seed, held, known_inputs, shuffled)
         names, layers = list(chosen), list(chosen.values())
         job = Job(model, names, layers, sample, store, rule, o.method, o.tolerance, bar)
         found, came = job.run()
@@ -864,7 +881,7 @@ def _warn_of_drift(report: Report) -> None:
         warnings.warn(
             f"The first {report.samples} examples of the stream are not a random sample: in layer "
             f"{worst.name!r} the mean of their first half is {worst.drift:.1f} times as far off as "
-            "it should be. Shuffle the data, or take all of it with samples=None.",
+            "it should be. Shuffle the data; if there is more of it, samples=None takes all.",
             stacklevel=4,
         )
 
@@ -935,9 +952,16 @@ def _blend(sources: Mapping[int, Values], prior: float) -> Rule:
         if any(v.shape != share.shape for v in source):  # positions count for all channels alike
             share = np.asarray(np.max(share, initial=0.0))
         new = [np.nan_to_num(v) for v in kind_of(layer).population(layer, moments)]
-        return tuple(old + share * (v - old) for old, v in zip(source, new, strict=True))
+        return tuple(_mean(old, v, share) for old, v in zip(source, new, strict=True))
 
     return rule
+
+
+def _mean(old: Floats, new: Floats, share: Floats) -> Floats:
+    """With `share` of the new; all of it where the share is 1, even if the old is not finite."""
+    with np.errstate(invalid="ignore"):
+        blend = old + share * (new - old)
+    return np.where(share == 1, new, np.where(share == 0, old, blend))
 
 
 def _check_prior(prior: float) -> None:
@@ -1064,9 +1088,9 @@ def _warn_of_classes(model: Any, target: Any) -> None:
 class RunningAdaptation:
     """Adapts a model to a stream, batch after batch, and forgets what is long past.
 
-    Every layer's statistics are (J3) and (J4) with the moments of all batches so far, each
-    example's weight halved with every `half_life` examples that come after it. The source is
-    never forgotten: its weight is always that of `prior` examples.
+    Every layer's statistics are (J3) and (J4) with the moments of all updates so far, each
+    example's weight halved with every `half_life` examples of later updates. The source is never
+    forgotten: its weight is always that of `prior` examples.
 
     Args:
         model: as in `reestimate`, with the statistics of the source domain.
@@ -1141,8 +1165,8 @@ class RunningAdaptation:
         def rule(layer: Layer, moments: Moments) -> Values:
             past = self._past.get(id(layer))
             if past is not None:
-                n = float(moments.examples.max(initial=0))
-                moments = past.scaled(0.5 ** (n / self.half_life)) + moments
+                kept = 0.5 ** (float(moments.examples.max(initial=0)) / self.half_life)
+                moments = past.scaled(kept) + moments if kept else moments
             merged[id(layer)] = moments
             return blend(layer, moments)
 
@@ -1294,7 +1318,13 @@ class DomainStatistics:
         read: dict[str, dict[str, dict[str, npt.NDArray[Any]]]] = {}
         with np.load(path) as arrays:
             for key in arrays.files:
-                domain, layer, variable = json.loads(key)
+                try:
+                    domain, layer, variable = json.loads(key)
+                except ValueError:
+                    raise ValueError(
+                        "Saved domains are read from a file that DomainStatistics.save wrote. "
+                        f"Received: {os.fspath(path)!r}, with an array {key!r}. Pass another file."
+                    ) from None
                 read.setdefault(domain, {}).setdefault(layer, {})[variable] = arrays[key]
         epsilons = self["source"].epsilons
         domains = {name: Snapshot(found, epsilons) for name, found in read.items()}

@@ -315,6 +315,15 @@ def test_batches_and_report(tmp_path):
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_at_most_so_many_examples():
+    model = network()
+    x, y = examples(200)
+    assert diagnose(model, [(x, y)], samples=60).samples == 60
+    assert (
+        diagnose(model, ((x[i : i + 50], y[i : i + 50]) for i in (0, 50)), samples=70).samples == 70
+    )
+
+
 def test_what_cannot_be_diagnosed():
     model = network()
     x, y = examples(32)

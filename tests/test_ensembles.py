@@ -123,7 +123,17 @@ def together(nets, **changes):
     x, y = problem()
     rows = [rows_of(seed) for seed in range(len(nets))]
     options = {"rows": rows, "seeds": range(len(nets)), "epochs": 1, "batch_size": BATCH_SIZE}
-    return train_together(nets, x, y, optimizer=optimizers.SGD(0.1), **{**options, **changes})
+    options |= {"optimizer": optimizers.SGD(0.1), **changes}
+    return train_together(nets, x, y, **options)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optimizers.Muon, keras.optimizers.Adafactor, keras.optimizers.Lamb, keras.optimizers.Muon],
+)
+def test_rules_of_whole_kernels_are_refused(optimizer):
+    with pytest.raises(ValueError, match=f"Received: {optimizer.__name__}, whose steps"):
+        together([make(0)], optimizer=optimizer())
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,47 @@ def test_the_monitor_sees_training_and_does_not_disturb_it():
     assert last["dense2"]["shift"] == pytest.approx(shift, rel=0, abs=1e-6)
 
 
+@pytest.mark.slow_on_jax
+def test_the_monitor_counts_steps_of_which_several_are_taken_at_once():
+    x, y = np.random.default_rng(2).normal(size=(60, 3)).astype("float32"), np.arange(60) % 3
+    model = classifier()
+    several = keras.backend.backend() != "torch"  # where Keras takes each step on its own
+    model.steps_per_execution = 4 if several else 1
+    monitor = InsideMonitor(*INPUTS, every=5, layers=(), shifts=())
+    model.fit(x, y, batch_size=5, epochs=2, verbose=0, callbacks=[monitor])
+    expected = [0, 8, 12, 16, 20, 24] if several else [0, 5, 10, 15, 20, 24]
+    assert [record["step"] for record in monitor.records] == expected
+
+
+@pytest.mark.slow_on_jax
+def test_the_monitor_looks_where_the_rate_is_0():
+    x, y = np.random.default_rng(2).normal(size=(20, 3)).astype("float32"), np.arange(20) % 3
+    model = classifier()
+    rate = keras.optimizers.schedules.PolynomialDecay(0.0, 4, 0.1)
+    model.compile(keras.optimizers.SGD(rate), model.loss)
+    monitor = InsideMonitor(*INPUTS, layers=(), shifts=["dense2"])
+    model.fit(x, y, batch_size=10, verbose=0, callbacks=[monitor])
+    first, last = monitor.records
+    assert (first["losses"] == first["loss"]).all()
+    assert not first["changes"].any()
+    assert last["changes"].all()
+    assert monitor.layer_records[0]["shift"] == 0 < monitor.layer_records[1]["shift"]
+
+
+def test_gradients_of_folded_time_are_those_of_an_example(float64):
+    model = linear(2)
+    inputs = keras.Input((5, 3), dtype="float64")
+    steps = keras.ops.reshape(inputs, (-1, 3))
+    folded = keras.Model(inputs, keras.ops.reshape(model.layers[0](steps), (-1, 5, 2)))
+    folded.compile("sgd", keras.losses.MeanSquaredError(dtype="float64"))
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 5, 2))
+    kernel = model.layers[0].get_weights()[0]
+    gradient = 2 * (x @ kernel - y) / (5 * 2)  # of the loss of one example
+    found = distributions(folded, x, y, ["d2"])["d2"]
+    assert found.gradient_rms == pytest.approx(np.sqrt(np.mean(gradient**2)), rel=1e-12)
+
+
 def test_dropout_is_the_same_at_both_ends_of_a_step():
     keras.utils.set_random_seed(0)
     layers = [keras.Input((200,)), Dropout(0.5), keras.layers.Dense(1, use_bias=False)]

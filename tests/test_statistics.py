@@ -494,6 +494,25 @@ def test_time_folded_into_the_batch():
     assert report.layers[0].examples == 10
 
 
+@pytest.mark.parametrize("folded", ["inputs", "time"])
+def test_rows_that_are_no_examples(folded):
+    """What fills up the last batch must not count, wherever the model has put it."""
+    if folded == "inputs":
+        inputs = [keras.Input((3,)), keras.Input((3,))]
+        x = ops.concatenate(inputs, axis=0)
+    else:
+        inputs = keras.Input((2, 3))
+        x = ops.reshape(ops.transpose(inputs, (1, 0, 2)), (-1, 3))
+    x = layers.Dense(3)(KINDS["keras"]()(KINDS["ours"](name="first")(x)))
+    model = keras.Model(inputs, x)
+    rng = np.random.default_rng(0)
+    data = [rng.normal(m, 1, (10, 3)).astype("float32") for m in (0, 5)]
+    data = data if folded == "inputs" else np.stack(data, axis=1)
+    report = reestimate(model, data, batch_size=4)
+    assert report["first"].elements[0] == 20
+    assert_exact(model, data, 2)
+
+
 def test_half_precision():
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -735,6 +754,16 @@ def test_tolerance_takes_what_it_needs():
     report = reestimate(model, x, samples=None, tolerance=0.03, method="one_pass", batch_size=100)
     assert report.error <= 0.03
     assert 512 < report.samples < 3000
+
+
+@pytest.mark.parametrize("method", ["layerwise", "one_pass"])
+def test_tolerance_takes_a_random_part_of_sorted_arrays(method):
+    model = keras.Sequential([keras.Input((1,)), KINDS["ours"](), layers.Dense(1)])
+    x = np.arange(5000, dtype="float32")[:, None]
+    report = reestimate(model, x, tolerance=0.1, method=method)
+    assert report.samples < 1000
+    layer = report.layers[0]
+    assert abs(layer.mean[0] - 2499.5) < 4 * layer.standard_error_of_mean[0]
 
 
 def test_the_stated_error_is_the_spread_of_estimates():
@@ -1046,6 +1075,22 @@ def test_wrong_arguments():
         reestimate(Subclassed(KINDS["ours"]), x)
 
 
+def test_inputs_that_do_not_fit():
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    model = keras.Model(inputs, KINDS["ours"]()(ops.add(*inputs)))
+    x = np.ones((8, 3), "float32")
+    before = all_bits(model)
+    with pytest.raises(ValueError, match="several inputs are a list"):
+        reestimate(model, (x, x))
+    sequence = keras.Sequential([keras.Input((None, 3)), KINDS["ours"]()])
+    batches = [np.ones((4, length, 3), "float32") for length in (5, 7)]
+    with pytest.raises(ValueError, match=r"one shape.*\(5, 3\).*\(7, 3\)"):
+        reestimate(sequence, iter(batches))
+    assert all_bits(model) == before
+    norm = model.layers[-1]
+    assert [y.status for y in reestimate(model, [x, x], layers=norm).layers] == ["updated"]
+
+
 def test_snapshots():
     model = trained_model()
     first = snapshot(model)
@@ -1187,6 +1232,18 @@ def test_adapt_without_prior_is_reestimation():
     assert (report.method, report.data, report.settings["prior"]) == ("adapt", "target", 0)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_adapt_without_prior_forgets_any_source(value):
+    model, target = small_model(), shifted((4,), 60, 1)
+    reestimate(model, target)
+    expected = statistics_of(model.get_layer("dense1_norm"))
+    for variable in statistics._statistics_of(model.get_layer("dense1_norm")):
+        variable.assign(np.full(variable.shape, value))
+    adapt(model, target)
+    for a, b in zip(statistics_of(model.get_layer("dense1_norm")), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "build",
     [pytest.param(mlp9, marks=pytest.mark.slow_on_jax), with_code_inside],
@@ -1272,6 +1329,20 @@ def test_running_adaptation_follows_a_stream():
         RunningAdaptation(model, half_life=0)
 
 
+def test_running_adaptation_forgets_all_in_a_long_update(tmp_path):
+    model, alone = small_model(), small_model()
+    with RunningAdaptation(model, prior=0, half_life=8) as stream:
+        stream.update(shifted((4,), 100, 0, shift=9))
+        last = shifted((4,), 9000, 1)
+        stream.update(last)
+        reestimate(alone, last, samples=None)
+        assert diff(snapshot(alone), model).largest_shift < 1e-4
+    with RunningAdaptation(model, half_life=np.inf) as stream:
+        report = stream.update(last[:50])
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json").settings["half_life"] == "inf"
+
+
 def test_domains(tmp_path):
     model = small_model()
     x = example_data((4,), 100)
@@ -1308,6 +1379,10 @@ def test_domains(tmp_path):
     with pytest.raises(ValueError, match="same batch normalization layers"):
         stranger.load(path)
     assert list(stranger) == ["source"]
+    np.savez(tmp_path / "other.npz", weights=np.ones(3))
+    with pytest.raises(ValueError, match="with an array 'weights'"):
+        domains.load(tmp_path / "other.npz")
+    assert list(others) == list(domains)
 
 
 def test_adaptation_recovers_what_a_shift_costs():

@@ -228,7 +228,7 @@ def test_switches_are_not_averaged(keep):
         layer.momentum = 0.99
 
 
-@pytest.mark.parametrize(("steps", "updates"), [(1, 8), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("steps", "updates"), [(1, 8), (3, 2), (4, 2), (6, 1)])
 def test_several_batches_at_once(steps, updates):
     """What is due within an execution is done after it, by the weights that are there then."""
     model, average = network(), AverageWeights("ema", steps=steps, keep=False)
@@ -243,7 +243,7 @@ def test_several_batches_at_once(steps, updates):
     first = model.trainable_variables[0].numpy() - 4  # as it was
     expected, k = first * np.nan, 0
     for w in range(1, 5):  # four executions
-        due = [b for b in ((1, 2), (3, 4))[(w - 1) % 2] if b % steps == 0]
+        due = [b for b in (2 * w - 1, 2 * w) if b % steps == 0]  # counted over the epochs
         for _ in due:
             k += 1
             d = min(0.999, k / (k + 9)) if k > 1 else 0.0
@@ -407,6 +407,40 @@ def test_lookahead_is_what_its_equations_say():
             slow = d * slow + (1 - d) * w
             w = slow
     np.testing.assert_allclose(model.layers[-1].get_weights()[0], w, rtol=1e-5)
+
+
+def test_lookahead_counts_batches_where_gradients_are_accumulated():
+    seen = []
+    for accumulated in (None, 4):
+        model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulated), "mse")
+        lookahead = Lookahead(16, steps=2)
+        model.fit(X[:, :2], Y, batch_size=8, epochs=2, verbose=0, callbacks=[lookahead])
+        seen.append(lookahead._step)
+    assert seen == [16, 16]
+
+
+def test_lookahead_of_a_second_model():
+    lookahead = Lookahead(4, steps=1, power=0)
+    models = [keras.Sequential([keras.Input((4,)), layers.Dense(1)]) for _ in range(2)]
+    for model in models:
+        model.compile("sgd", "mse")
+    models[0].fit(X, Y, verbose=0, callbacks=[lookahead])
+    before = models[0].get_weights()
+    models[1].fit(X, Y, verbose=0, callbacks=[lookahead])
+    assert same(before, models[0].get_weights())
+    assert same([v.numpy() for v in lookahead.variables], models[1].get_weights())
+
+
+def test_two_exchanges_leave_the_step_of_validation_as_it_was():
+    model, functions = network(), []
+    averages = [AverageWeights(), AverageWeights("swa")]
+    noting = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: functions.append(model.test_function)
+    )
+    fit(model, [*averages, noting], epochs=3)
+    assert all(function is functions[0] for function in functions)
+    assert not any(average.exchanged for average in averages)
 
 
 def test_lookahead_takes_statistics_along():

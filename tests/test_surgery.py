@@ -292,6 +292,15 @@ def test_wrong_weights_would_be_seen():
     assert difference > 1e-3
 
 
+def test_values_that_are_not_finite_are_not_reported_as_no_difference():
+    model = randomized(MLP((5,), "batch", input_shape=(4,)))
+    kernel = np.array(array(model.get_layer("dense1").kernel))
+    kernel[0, 0] = np.nan
+    model.get_layer("dense1").kernel.assign(kernel)
+    _, report = fold_batch_normalization(model)
+    assert np.isnan(report.largest_difference)
+
+
 def test_frozen_layers_and_dropout_stay():
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(3, name="a", trainable=False)]
