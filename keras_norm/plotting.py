@@ -691,18 +691,19 @@ def bars(
     with _drawing():
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + 0.42 * len(names)))
+        counts = [_count([run for run in results if run.name == name]) for name in names]
+        ticks = [
+            textwrap.fill(f"{_name(n, labels)} ({c})", _NAME_WIDTH)
+            for n, c in zip(names, counts, strict=True)
+        ]
+        height = _row_height(ticks, 0.42) * len(names)
+        figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + height))
         looks = _colors(results, names)
         means = [float(v.mean()) for v in values.values() if len(v)]
         if from_zero is None:
             from_zero = bool(means) and 0 <= min(means) <= 0.7 * max(means)
         for y, name in enumerate(names):
             _bar(axes, y, values[name], looks[name], from_zero)
-        counts = [_count([run for run in results if run.name == name]) for name in names]
-        ticks = [
-            textwrap.fill(f"{_name(n, labels)} ({c})", _NAME_WIDTH)
-            for n, c in zip(names, counts, strict=True)
-        ]
         axes.set_yticks(range(len(names)), ticks)
         axes.set_ylim(len(names) - 0.4, -0.7)
         axes.margins(x=0.1)
@@ -712,6 +713,12 @@ def bars(
         marks = _published_marks(axes, metric, published, names, looks, labels)
         _legend(figure, handles, marks, "mean ± 1 standard deviation over n seeds")
         return _finish(figure, path, title)
+
+
+def _row_height(texts: Sequence[str], usual: float) -> float:
+    """Inches for each setting beside an axis, where names may take several lines."""
+    lines = max((text.count("\n") + 1 for text in texts), default=1)
+    return max(usual, 0.17 * lines)
 
 
 def _finished_values(results: Results, name: str, metric: str) -> Floats:
@@ -841,7 +848,11 @@ def paired_differences(
     with _drawing():
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(7.6, 0.9 + 0.38 * len(names)))
+        texts = [textwrap.fill(_name(name, labels), _NAME_WIDTH) for name in names]
+        label = f"difference of {_label(metric, labels)} from {_name(baseline, labels)}"
+        label = textwrap.fill(label, 62)
+        height = _row_height(texts, 0.38) * len(names) + 0.17 * label.count("\n")
+        figure, axes = pyplot.subplots(figsize=(7.6, 0.9 + height))
         looks = _colors(results, names)
         axes.axvline(0, color=_GREY, linewidth=1)
         for y, (name, test, p) in enumerate(zip(names, tests, adjusted, strict=True)):
@@ -853,11 +864,10 @@ def paired_differences(
             text = f"{test.difference:+.4f}, {p_text} {p:.2g}, n = {test.n}"
             beside: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
             axes.annotate(text, (1.02, y), fontsize=8, color=_GREY, **beside)
-        texts = [textwrap.fill(_name(name, labels), _NAME_WIDTH) for name in names]
         axes.set_yticks(range(len(names)), texts)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.margins(x=0.1)
-        axes.set_xlabel(f"difference of {_label(metric, labels)} from {_name(baseline, labels)}")
+        axes.set_xlabel(label)
         axes.grid(visible=False, axis="y")
         handle = _handle("single seeds", color=_GREY, marker=".", alpha=0.6, linestyle="")
         note = "mean difference and its 95% confidence interval"

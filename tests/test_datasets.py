@@ -406,6 +406,19 @@ def test_batches_of_some_images_are_those_of_a_copy_of_them():
             data.train.batches(32, indices=wrong)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint64"])
+def test_indices_of_any_integer_type_give_the_same_images(dtype):
+    data = load("digits")
+    wanted = np.arange(150, 250)
+    batches = [
+        data.train.batches(100, shuffle=False, indices=indices, augment=datasets.FlipAndShift(1))
+        for indices in (wanted, wanted.astype(dtype))
+    ]
+    np.testing.assert_array_equal(batches[0][0][0], batches[1][0][0])
+    with pytest.raises(ValueError, match="at least one image"):
+        data.train.batches(100, indices=np.arange(0))
+
+
 def test_wrong_batch_arguments():
     wrong = [
         ({"batch_size": 0}, "at least 1.*batch_size=0"),
@@ -898,6 +911,22 @@ def test_without_tensorflow_the_error_says_what_is_needed(monkeypatch, tmp_path)
 
 
 @core
+def test_a_folder_that_may_not_be_entered_is_passed_over(monkeypatch, capsys):
+    """Path.exists and Path.is_dir raise there."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setenv("TFDS_DATA_DIR", "/forbidden/data")
+    monkeypatch.setattr(os, "access", lambda *a, **k: False)
+    for name in ("exists", "is_dir"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(DataUnavailableError, match="/forbidden/data/mnist"):
+        load("mnist")
+    assert load_or_digits("mnist").fallback
+
+
+@core
 def test_no_writable_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda *a, **k: False)
     with pytest.raises(DataUnavailableError, match=f"no folder here can be written.*{tmp_path}"):
@@ -969,7 +998,7 @@ def test_failed_download_leaves_everything_as_it_was(error, fake_tfds, monkeypat
     fake_tfds(prepare)
     (tmp_path / "given").mkdir()
     (tmp_path / "given/other").write_text("stays")
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "one/below/the/other"))
     for options in ({}, {"data_dir": tmp_path / "given"}):
         if isinstance(error, KeyboardInterrupt):
             with pytest.raises(KeyboardInterrupt):
@@ -1226,6 +1255,21 @@ def test_packing_keeps_every_image(encoding, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar10", "cifar10.npz"]
     with pytest.raises(ValueError, match=r"must have the shape \(28, 28, 1\).*\(32, 32, 3\)"):
         load("mnist", data_dir=path)
+
+
+def test_packing_into_a_folder_that_is_not_there(tmp_path):
+    write_prepared(tmp_path / "data", "mnist", (28, 28, 1))
+    path = tmp_path / "new" / "packed.npz"
+    assert datasets.pack("mnist", path, data_dir=tmp_path / "data") == path
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    with pytest.raises(OSError, match=r"packed\.npz"):
+        datasets.pack("mnist", path / "packed.npz", data_dir=tmp_path / "data")
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_packing_that_fails_keeps_the_old_file(monkeypatch, tmp_path):

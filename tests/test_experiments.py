@@ -359,6 +359,33 @@ def test_fresh_that_ends_before_its_first_run_loses_nothing(tmp_path):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def test_fresh_that_is_interrupted_keeps_what_it_has_not_made_anew(tmp_path):
+    quiet(train, SETTINGS, range(3), out=tmp_path)
+    old = Results.load(tmp_path).values("slow", "test_loss")
+    count = []
+
+    def stop_in_the_third(settings, seed, progress):
+        count.append(seed)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return {"final": {"test_loss": 0.0}}
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet(stop_in_the_third, SETTINGS, range(3), out=tmp_path, resume=False)
+    loaded = Results.load(tmp_path)
+    assert len(loaded) == 6
+    np.testing.assert_array_equal(loaded.values("slow", "test_loss"), [0.0, *old[1:]])
+
+
+@pytest.mark.parametrize("damage", [lambda csv: csv.unlink(), lambda csv: csv.write_bytes(b"name")])
+def test_a_csv_that_was_not_written_to_its_end_is_written_again(tmp_path, damage):
+    quiet(train, SETTINGS, [0], out=tmp_path)
+    whole = (tmp_path / "results.csv").read_bytes()
+    damage(tmp_path / "results.csv")
+    quiet(train, SETTINGS, [0], out=tmp_path)
+    assert (tmp_path / "results.csv").read_bytes() == whole
+
+
 def test_two_studies_share_a_folder(tmp_path):
     quiet(train, {"slow": SETTINGS["slow"]}, [0], out=tmp_path, context={"part": 1})
     quiet(train, {"fast": SETTINGS["fast"]}, [0], out=tmp_path, context={"part": 2})
@@ -428,6 +455,32 @@ def test_a_failed_run_can_be_recorded_and_is_tried_again(tmp_path, capsys):
     results = quiet(function, SETTINGS, range(2), **options)
     assert function.calls == [("fast", 0)]
     assert {r.status for r in results} == {"finished"}
+
+
+def test_an_unfit_history_is_a_failure_of_its_run(tmp_path):
+    def ragged(settings, seed, progress):
+        return {"history": {"loss": [1.0, 2.0], "accuracy": [1.0] * (2 - seed)}}
+
+    results = quiet(ragged, {"a": {}}, range(2), out=tmp_path, on_error="record")
+    assert [r.status for r in results] == ["finished", "failed"]
+    assert "accuracy=1 values for 2" in results.runs[1].error
+
+
+def test_a_setting_whose_runs_all_failed():
+    lost = [Run("lost", {"name": "lost"}, s, "failed", error="OSError: no image") for s in (0, 1)]
+    results = Results([*made("a"), *lost])
+    assert results.values("lost", "accuracy").shape == (0,)
+    assert results.best("accuracy", by="name") == {"a": "a"}
+    with pytest.raises(ValueError, match="at least two"):
+        results.compare("a", "lost", "accuracy")
+
+
+def test_numpy_numbers_become_numbers(tmp_path):
+    run = Run("a", {}, 0, history={"loss": np.float32([0.5])}, final={"accuracy": np.float64(0.5)})
+    Results([run]).save(tmp_path)
+    for file in ("results.json", "results.csv"):
+        loaded = Results.load(tmp_path / file).runs[0]
+        assert (loaded.history, loaded.final) == ({"loss": [0.5]}, {"accuracy": 0.5})
 
 
 def test_ctrl_c_while_saving_leaves_both_files_whole(tmp_path, monkeypatch):
@@ -557,6 +610,8 @@ def test_a_csv_of_unknown_origin_is_not_overwritten(tmp_path):
         ({"seeds": [1, 1]}, r"Received: seeds=\[1, 1\]"),
         ({"seeds": [-1]}, r"Received: seeds=\[-1\]"),
         ({"seeds": ["1"]}, r"Received: seeds=\['1'\]"),
+        ({"seeds": 3}, r"list of integers. Received: seeds=3"),
+        ({"settings": [{"a": 1}]}, r"dict of name -> settings. Received: settings=\[\{'a': 1\}\]"),
         ({"settings": {}}, r"Received: settings=\{\}"),
         ({"settings": {"": {}}}, r"non-empty names.*Received: ''"),
         ({"settings": {"a\n": {}}}, r"printable.*Received: 'a\\n'"),
@@ -585,6 +640,10 @@ def test_wrong_arguments(tmp_path, change, message):
         (None, "must return a dict.*Received: NoneType"),
         ({"history": [1.0]}, "metric -> list of values.*Received: list"),
         ({"history": {"loss": [1.0, 2.0], "accuracy": [1.0]}}, "Received: accuracy=1 values for 2"),
+        ({"history": {"loss": 3.0}}, r"history\['loss'\] must be a list.*Received: 3.0"),
+        ({"history": {1: [3.0]}}, r"need names, non-empty texts. Received: \[1\]"),
+        ({"final": [1.0]}, "'final' must be a dict.*Received: list"),
+        ({"final": {1: 3.0}}, r"metrics of 'final' need names.*Received: \[1\]"),
         ({"final": {"loss": "low"}}, r"final\['loss'\] must be one number. Received: 'low'"),
         ({"final": {"loss": [1.0]}}, r"must be one number. Received: \[1.0\]"),
         ({"model": object()}, "The result.model must consist of JSON values"),
@@ -875,6 +934,7 @@ def test_table_of_several_metrics_and_seconds():
     )  # fmt: skip
     assert table.rows[0][4:6] == ("1.0000 ± 0.0000 (n = 2)", "11.0 ± 1.0")
     assert Results(runs).table(["test"], digits={"test": 1}).rows[0][1] == "0.2 ± 0.0"
+    assert Results(runs).table(["seconds"], digits={"test": 1}).rows[0][1] == "11.0 ± 1.0"
 
 
 def test_table_refuses_what_is_not_there():
@@ -953,6 +1013,17 @@ def test_pairs_are_matched_by_seed():
     assert got.difference == pytest.approx((0.5 + 1.0 + 1.0) / 3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ties_of_ranks_are_not_broken_by_rounding(dtype):
+    """Accuracies are multiples of 1 / N, and what Keras measured is in float32."""
+    counts = np.array([7003, 7004, 7005, 7005, 7001]), np.array([7003, 7002, 7003, 7003, 7003])
+    a, b = ((c / 10_000).astype(dtype).astype(float).tolist() for c in counts)
+    results = Results(made("a", a) + made("b", b))
+    assert results.compare("a", "b", "accuracy").p_rank == stats.wilcoxon([2, 2, 2, -2]).pvalue
+    independent = results.compare("a", "b", "accuracy", paired=False)
+    assert independent.p_rank == stats.mannwhitneyu(*counts).pvalue
+
+
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize(("shift", "p", "effect"), [(0.0, 1.0, 0.0), (0.1, 0.0, math.inf)])
 def test_differences_without_spread(paired, shift, p, effect):
@@ -1019,6 +1090,7 @@ def test_classification_metrics_of_extreme_logits():
         (np.empty((0, 3)), [], r"logits of shape \(0, 3\)"),
         ([[0.0, 1.0]], [2], "y from 2 to 2"),
         ([[0.0, 1.0]], [-1], "y from -1 to -1"),
+        ([[0.0, 1.0]], [1.0], "y of type float64"),
     ],
 )
 def test_classification_metrics_refuse_what_does_not_fit(logits, y, received):
@@ -1116,6 +1188,25 @@ def test_training_on_arrays_refuses_a_model_that_is_not_compiled():
 
 
 @pytest.mark.slow_on_jax
+def test_training_on_arrays_refuses_labels_of_another_number():
+    x, y = examples()
+    for labels in (y[:5], y[:0]):
+        with pytest.raises(ValueError, match="one class number for each of x"):
+            experiments.train_on_arrays(
+                small_net({"rate": 0.5}, 0),
+                x[: len(labels) and 9],
+                labels,
+                epochs=1,
+                batch_size=8,
+            )
+
+
+def test_a_pool_refuses_a_model_that_is_not_compiled():
+    pool = experiments.ModelPool(lambda settings, seed: keras.Sequential([keras.Input((3,))]))
+    with pytest.raises(ValueError, match="must give a compiled model"):
+        pool({}, 0)
+
+
 def test_a_pooled_model_trains_as_a_new_one():
     """Weights, moving statistics, dropout masks and moments of Adam start anew with each seed."""
     x, y = examples()

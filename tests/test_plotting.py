@@ -171,6 +171,7 @@ def test_all_diverged_and_single_seed_and_ragged_epochs():
         (range(1, 11), list(range(1, 11))),
         (range(1, 31), None),
         ((0, 0.5, 1, 1.5), None),
+        ((1, 2, 3, 5, 10, 20, 50, 100, 200), None),
     ],
 )
 def test_ticks_are_where_the_epochs_are_if_those_are_few_and_whole(epochs, ticks):
@@ -191,6 +192,46 @@ def test_a_logarithmic_axis_has_plain_numbers_where_they_are_short(values, seen)
     texts = [t.get_text() for t in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
     assert any("times" in text or "^" in text for text in texts) == (seen is None)
     assert seen is None or seen in texts
+
+
+def test_runs_without_the_metric_or_with_one_epoch():
+    runs = [Run("a", {}, s, history={"acc": [0.1, 0.2 + s]}) for s in range(2)]
+    runs.append(Run("a", {}, 2, history={"loss": [1.0, 2.0]}))
+    figure = plotting.learning_curves(Results(runs), "acc")
+    assert legend_texts(figure) == ["a (n = 2)"]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.1, 0.7])
+    once = [Run("a", {}, s, history={"acc": [0.1 + s]}) for s in range(2)]
+    figure = plotting.learning_curves(Results(once), "acc")
+    assert figure.legends[0].get_title().get_text() == "mean over n seeds"
+    for empty in (lambda: plotting.learning_curves(Results(once), []),
+                  lambda: plotting.sweep(rates(), "rate", [])):  # fmt: skip
+        with pytest.raises(ValueError, match=r"Received: metrics=\[\]"):
+            empty()
+
+
+def test_failed_runs_have_not_diverged():
+    def lost(seed, status="failed"):
+        return Run("a", {"x": 1.0, "y": 1}, seed, status)
+
+    runs = Results([Run("a", {"x": 1.0, "y": 1}, 0, final={"m": 0.5}), lost(1), lost(2)])
+    assert plotting.heatmap(runs, "x", "y", "m").axes[0].texts[0].get_text() == "0.500"
+    assert not plotting.sweep(runs, "x", "m").axes[0].texts
+    ticks = plotting.bars(runs, "m").axes[0].get_yticklabels()
+    assert [t.get_text() for t in ticks] == ["a (n = 1, 2 failed)"]
+    without = Results([*runs.runs[:1], lost(1, "finished")])
+    assert not plotting.sweep(without, "x", "m").axes[0].texts
+    plotting.bars(Results([lost(1), Run("b", {}, 0, final={"m": 0.5})]), "m")
+
+
+def test_an_error_leaves_no_figure_open():
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+    with pytest.raises(ValueError, match="yscale"):
+        plotting.lines([1, 2], {"a": [3, 4]}, xlabel="", ylabel="", yscale="yscale")
+    with pytest.raises(ValueError, match="'published' must map"):
+        plotting.bars(study(), "test_accuracy", published={"a": 0.5})
+    assert not pyplot.get_fignums()
 
 
 def test_published_figures_are_dashed_and_named():
@@ -266,6 +307,27 @@ def test_a_setting_keeps_its_colour():
 
 def overlaps(a, b):
     return a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1
+
+
+@pytest.mark.parametrize("plot", ["learning_curves", "bars", "paired_differences"])
+def test_long_names_and_sources_are_wrapped(plot):
+    names = [f"{'a setting that somebody has given a very long name, ' * 2}{i}" for i in range(3)]
+    source = "a report whose title takes many more words than there is room for in one row, 2026"
+    runs = study(names)
+    if plot == "paired_differences":
+        figure = plotting.paired_differences(runs, names[0], "test_accuracy")
+    else:
+        draw = plotting.learning_curves if plot == "learning_curves" else plotting.bars
+        published = {"theirs": {"test_accuracy": (0.8, source)}}
+        figure = draw(runs, "test_accuracy", published=published)
+    figure.canvas.draw()
+    blocks = [a.get_tightbbox() for a in figure.axes]
+    blocks += [legend.get_window_extent() for legend in figure.legends]
+    for i, block in enumerate(blocks):
+        assert block.x0 >= 0
+        assert block.x1 <= figure.bbox.x1
+        assert not any(overlaps(block, other) for other in blocks[i + 1 :])
+    assert figure.axes[0].get_window_extent().width > 150
 
 
 @pytest.mark.parametrize("count", [2, 5, 8])
@@ -439,6 +501,17 @@ def test_sweep_refuses_what_it_cannot_place():
         plotting.sweep(rates(), "rate", "accuracy")
     with pytest.raises(ValueError, match=r"number under 'norm'. Received: 'batch'"):
         plotting.sweep(rates(), "norm", "accuracy")
+    decays = [Run(f"{d}", {"decay": d}, 0, final={"m": 0.5}) for d in (0, 1e-3)]
+    with pytest.raises(ValueError, match=r"Received: decay=0 .*xscale='linear'"):
+        plotting.sweep(Results(decays), "decay", "m")
+    plotting.sweep(Results(decays), "decay", "m", xscale="linear")
+
+
+def test_sweep_where_nothing_is_left_has_no_logarithm():
+    lost = [Run(f"{r}", {"rate": r}, 0, "diverged", final={"m": 1.0}) for r in (0.1, 1.0)]
+    figure = plotting.sweep(Results(lost), "rate", "m", yscale="log")
+    figure.canvas.draw()
+    assert [t.get_text() for t in figure.axes[0].texts[1:]] == ["1/1", "1/1"]
 
 
 # ------------------------------------------------------------------ bars, differences, heat maps
@@ -507,6 +580,7 @@ def test_bars_begin_at_zero_only_where_that_shows_something():
         (0.8, 0.00172, "0.8000 ± 0.0017"),
         (812.3, 41.9, "812 ± 42"),
         (0.5, 0.0, "0.5"),
+        (0.98, 1.1e-16, "0.98"),
     ],
 )
 def test_spread_decides_the_digits(mean, spread, text):
