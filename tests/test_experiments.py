@@ -1187,7 +1187,6 @@ def test_training_on_arrays_refuses_a_model_that_is_not_compiled():
         experiments.train_on_arrays(net, *examples(), epochs=1, batch_size=8)
 
 
-@pytest.mark.slow_on_jax
 def test_training_on_arrays_refuses_labels_of_another_number():
     x, y = examples()
     for labels in (y[:5], y[:0]):
@@ -1207,6 +1206,7 @@ def test_a_pool_refuses_a_model_that_is_not_compiled():
         pool({}, 0)
 
 
+@pytest.mark.slow_on_jax
 def test_a_pooled_model_trains_as_a_new_one():
     """Weights, moving statistics, dropout masks and moments of Adam start anew with each seed."""
     x, y = examples()

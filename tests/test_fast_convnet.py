@@ -188,6 +188,22 @@ def test_only_the_bias_of_the_whitening_is_trained():
     assert not array(layer.kernel).any()
 
 
+def test_the_kernel_is_that_of_float64_on_every_backend():
+    """Of patches that are nearly the same everywhere, where float32 loses the small variances."""
+    rng = np.random.default_rng(0)
+    x = (100 + 50 * rng.normal(size=(40, 1, 1, 1)) + rng.normal(size=(40, 6, 6, 3))).astype(
+        "float32"
+    )
+    layer = WhiteningConv2D(epsilon=1e-3)
+    layer.adapt(x)
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), (2, 2), axis=(1, 2))
+    patches = np.moveaxis(windows, 3, -1).reshape(-1, 12)
+    covariance = np.cov(patches.T, bias=True)
+    u = np.moveaxis(array(layer.kernel).astype(np.float64), -1, 0).reshape(12, 12)
+    expected = np.linalg.inv(covariance + 1e-3 * np.eye(12))  # U^T U
+    np.testing.assert_allclose(u.T @ u, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -321,6 +337,15 @@ def test_views_are_averaged(shift, tmp_path):
     views.save(tmp_path / "views.keras")
     again = keras.models.load_model(tmp_path / "views.keras")
     np.testing.assert_allclose(again.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_views_of_images_of_several_sizes():
+    model = FastConvNet((4,), input_shape=(None, None, 3))
+    views = TestTimeAugmentation(model, 1)
+    for size in (12, 9, 15):
+        x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype("float32")
+        expected = TestTimeAugmentation(model, 1)(x)
+        np.testing.assert_allclose(views.predict(x, verbose=0), array(expected), atol=1e-5)
 
 
 def test_views_refuse():

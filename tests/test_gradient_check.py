@@ -627,6 +627,34 @@ def test_float64_switched_off_is_refused(monkeypatch):
 # gradients()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("constant", [-1e9, 1e14])
+def test_large_constants_beside_a_gradient_hide_nothing(sign, constant):
+    """As the -1e9 of a mask: they do not depend on x, and cancel exactly."""
+    tanh = with_gradient(ops.tanh, lambda x, dy: sign * (1 - ops.square(ops.tanh(x))) * dy)
+    mask = np.tril(np.ones((5, 5), bool))
+
+    def causal(x):
+        return ops.where(mask, tanh(x), ops.full_like(x, constant))
+
+    report = check(causal, np.random.default_rng(1).normal(size=(5, 5)))
+    assert (report.entries[0].relative_norm < 1e-9) == (sign == 1)
+    if sign < 0:
+        with pytest.raises(GradientError):
+            report.require(1e-3)
+
+
+def test_wrong_numbers_are_refused():
+    x = np.ones(3)
+    for options, message in (
+        ({"samples": 2.5}, r"samples=2\.5"),
+        ({"seed": None}, "seed=None"),
+        ({"upstream": np.array([1.0, np.nan, 1.0])}, r"upstream 0\[1\]=nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(ops.tanh, x, **options)
+
+
 def test_gradients_of_arrays_and_variables():
     x, y = np.array([1.0, 2.0]), np.array([3.0, -1.0])
     w = keras.Variable(np.array([2.0, 5.0]), dtype="float64")

@@ -94,7 +94,9 @@ class TestErrors:
             ({"dropout": 1.0}, "Received: dropout=1.0"),
             ({"classes": 0}, "Received: classes=0"),
             ({"padding": "full"}, "Received: padding='full'"),
+            ({"dropout": None}, "Received: dropout=None"),
             ({"input_shape": (8, 8, 1)}, r"Received: input_shape=\(8, 8, 1\)"),
+            ({"input_shape": (None, None, 1)}, r"Received: input_shape=\(None, None, 1\)"),
         ],
     )
     def test_lenet(self, arguments, message):
@@ -106,10 +108,20 @@ class TestErrors:
             MLP((5, 0))
         with pytest.raises(ValueError, match="Received: input_shape=4"):
             MLP((5,), input_shape=4)
+        with pytest.raises(ValueError, match="Received: hidden=64"):
+            MLP(64)
 
     def test_cnn(self):
         with pytest.raises(ValueError, match="Received: widths=3"):
             CNN(3)
+        with pytest.raises(ValueError, match="Received: dense=64"):
+            CNN((8,), dense=64)
+        with pytest.raises(ValueError, match=r"Received: kernel_size=3\.0"):
+            CNN((8,), kernel_size=3.0)
+        with pytest.raises(ValueError, match=r"Received: input_shape=\(None, None, 3\), head="):
+            CNN((8,), head="flatten", input_shape=(None, None, 3))
+        model = CNN((4, 4), None, input_shape=(None, None, 3))
+        assert [model(np.ones((1, n, n, 3))).shape for n in (4, 9)] == [(1, 10)] * 2
 
 
 @pytest.mark.slow_on_jax
@@ -310,6 +322,17 @@ def test_swap_errors():
     assert swap_normalization(several, "rms").get_layer("n").axis == (1, 2, 3)
 
 
+@pytest.mark.parametrize(("axis", "data_format"), [(-3, "channels_first"), (3, "channels_last")])
+def test_swap_for_a_spatial_one_keeps_the_axis(axis, data_format):
+    inputs = keras.Input((3, 8, 5))
+    norm = keras.layers.BatchNormalization(axis=axis, name="n")
+    new = swap(keras.Model(inputs, norm(inputs)), "spatial").get_layer("n")
+    assert (new.data_format, new.gamma.shape) == (data_format, norm.gamma.shape)
+    other = keras.Model(inputs, keras.layers.BatchNormalization(axis=2, name="n")(inputs))
+    with pytest.raises(ValueError, match="Received: axis=2 of 'n'"):
+        swap_normalization(other, "spatial")
+
+
 # From the beginning again
 
 
@@ -346,6 +369,46 @@ def test_restarted_model_trains_like_a_new_one():
         for a, b in zip(weights, first, strict=True):
             np.testing.assert_array_equal(a, b)
     assert int(net.optimizer.iterations) == 8
+
+
+def test_restart_where_losses_are_scaled():
+    """Keras's LossScaleOptimizer would make its variables once more."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        net = MLP([4], "batch", input_shape=(4,), classes=3)
+    finally:
+        keras.config.set_dtype_policy(before)
+    net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert type(net.optimizer).__name__ == "LossScaleOptimizer"
+    x, y = np.random.default_rng(0).normal(size=(8, 4)).astype("float32"), np.arange(8) % 3
+    net.fit(x, y, verbose=0)
+    count = len(net.optimizer.variables)
+    restart(net, seed=0)
+    assert len(net.optimizer.variables) == count
+    assert int(net.optimizer.iterations) == 0
+
+
+def test_restart_refuses():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x)
+
+    own = Own()
+    own.compile("sgd", "mse")
+    own(np.ones((1, 4)))
+    with pytest.raises(ValueError, match="Received: Own"):
+        restart(own, seed=0)
+    net = net_to_restart()
+    before = [array(w) for w in net.weights]
+    with pytest.raises(ValueError, match=r"learning_rate=-1\.0"):
+        restart(net, seed=0, learning_rate=-1.0)
+    for a, b in zip(net.weights, before, strict=True):
+        np.testing.assert_array_equal(array(a), b)
 
 
 def test_an_optimizer_is_needed():

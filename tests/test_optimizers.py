@@ -1072,10 +1072,31 @@ def test_muon_chooses_matrices_by_pattern_and_survives_its_config():
     np.testing.assert_allclose(array(variables[0]), 1 - 0.2 * step, rtol=1e-5)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+def is_matrix(variable):
+    return len(variable.shape) > 1
+
+
+def test_muon_chooses_matrices_by_a_function_that_survives_its_config():
+    rule = optimizers.Muon(0.1, matrices=is_matrix)
+    again = optimizers.Muon.from_config(rule.get_config())
+    again.build([keras.Variable(np.ones(s), name=n) for n, s in (("k", (2, 3)), ("b", 3))])
+    assert again._is_matrix == (True, False)
+
+
+def test_adam_counts_beyond_what_bfloat16_can():
+    w, state = ops.zeros(2, dtype="bfloat16"), None
+    for _ in range(300):
+        w, state = optimizers.adam_step(w, ops.ones_like(w), state, learning_rate=1e-3)
+    assert float(state.t) == 300
+    assert keras.backend.standardize_dtype(w.dtype) == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"ns_steps": 0}, "ns_steps=0"),
+        ({"matrices": "("}, "not a regular expression"),
         ({"other_momentum": 2.0}, "2.0"),
         ({"matrices": "nothing"}, "nothing"),
         ({"matrices": "bias"}, r"rank 2 or more.*bias"),

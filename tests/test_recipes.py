@@ -1,6 +1,7 @@
 """Trainings by name: they learn, can be interrupted, and leave a model with its card."""
 
 import dataclasses
+import functools
 import json
 
 import keras
@@ -85,6 +86,16 @@ def test_resumed_with_muon(digits, tmp_path):
     again = recipes.train(muon, digits, seed=1, backup=tmp_path / "backup.npz")
     assert again.history == straight.history
     same_weights(again, straight)
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_float16"])
+def test_resumed_in_half_precision(digits, tmp_path, policy):
+    short = dataclasses.replace(SMALL, epochs=2, dtype_policy=policy)
+    straight = recipes.train(short, digits, seed=1)
+    interrupted(short, digits, tmp_path / "backup.npz", 1)
+    again = recipes.train(short, digits, seed=1, backup=tmp_path / "backup.npz")
+    assert again.history == straight.history
 
 
 def test_a_backup_of_another_training(digits, tmp_path):
@@ -173,6 +184,46 @@ def test_operations_are_counted():
     assert recipes.flops(dense) == 2 * (5 * 3 + 3 * 2)
     nested = keras.Sequential([keras.Input((5,)), dense])
     assert recipes.flops(nested) == recipes.flops(dense)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_operations_of_convolutions(data_format):
+    shape = (6, 6, 3) if data_format == "channels_last" else (3, 6, 6)
+    layers = [keras.layers.Conv2D(8, 3, data_format=data_format),
+              keras.layers.Conv2DTranspose(4, 2, 2, data_format=data_format)]  # fmt: skip
+    per_position = 3 * 3 * 3 * 8, 2 * 2 * 8 * 4  # of 4 x 4 outputs, and of as many inputs
+    inputs = keras.Input(shape)
+    try:
+        model = keras.Model(inputs, layers[1](layers[0](inputs)))
+    except (ValueError, NotImplementedError) as error:  # TensorFlow on a CPU
+        pytest.skip(str(error)[:80])
+    assert recipes.flops(model) == 2 * 4 * 4 * sum(per_position)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"matrix_rate": 0.0}, r"matrix_rate=0\.0"),
+        ({"views": 9}, "views=9"),
+    ],
+)
+def test_settings_out_of_their_range_are_seen_before_the_training(changes, message, digits):
+    with pytest.raises(ValueError, match=message):
+        recipes.train(dataclasses.replace(SMALL, **changes), digits)
+
+
+def own_normalization(name=None):
+    return keras.layers.BatchNormalization(name=name)
+
+
+def test_a_function_is_known_by_its_name():
+    """And not by its address, which is another one when a training is resumed."""
+    for function in (own_normalization, functools.partial(own_normalization)):
+        text = recipes.settings(dataclasses.replace(SMALL, normalization=function))["normalization"]
+        assert "own_normalization" in text
+        assert "0x" not in text
 
 
 def test_an_unknown_recipe():

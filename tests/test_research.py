@@ -548,6 +548,10 @@ def test_switches(name):
     assert not moved(LAYERS[name](trainable=False), training=True)
     assert not moved(LAYERS[name](update_statistics=False), training=True)
     assert moved(LAYERS[name](use_batch_statistics=False), training=True)
+    layer = LAYERS[name](use_batch_statistics=False)
+    layer.build(x.shape)
+    before = array(layer(x))  # by the statistics as they are before the batch moves them
+    np.testing.assert_array_equal(array(layer(x, training=True)), before)
     frozen, by_batch = LAYERS[name](trainable=False), LAYERS[name](use_batch_statistics=True)
     np.testing.assert_array_equal(array(frozen(x, training=True)), array(frozen(x)))
     np.testing.assert_allclose(
