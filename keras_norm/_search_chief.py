@@ -8,6 +8,7 @@ What the oracles get here that they have not:
     metrics of each epoch come in, and hopeless trials are stopped by the median rule;
     a budget refuses proposals before they become trials;
     trials of workers that went silent are given to others;
+    Hyperband goes on where trials fail, and knows the bracket of what goes on;
     seed 0 is a seed, and a resumed Bayesian search proposes what an undisturbed one would.
 
 Beside KerasTuner's service stands one of ours, `keras_norm.Search`, in JSON: a failed trial's
@@ -33,6 +34,7 @@ import numpy as np
 
 from keras_norm._files import replace_file
 from keras_norm._search_bayesian import Bayesian, curve
+from keras_norm._search_hyperband import Hyperband
 from keras_norm._search_process import Channel, Nursery
 from keras_norm._search_settings import Settings, record_of
 
@@ -254,8 +256,9 @@ def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
         # KerasTuner begins with 3 random trials per hyperparameter: all there are in most searches.
         first = min(3 * len(whole.space), round(0.4 * settings.trials), _STARTS)
         options |= {"num_initial_points": max(3, first)}
-    ours = (Bayesian, _Durable) if settings.tuner == "bayesian" else (_Durable,)
-    return type(f"Durable{kind.__name__}", (*ours, kind), {})(**options)
+    ours = {"bayesian": (Bayesian, _Durable), "hyperband": (Hyperband, _Durable)}
+    bases = (*ours.get(settings.tuner, (_Durable,)), kind)
+    return type(f"Durable{kind.__name__}", bases, {})(**options)
 
 
 def _no_trial(oracle: Any, status: str) -> Any:
@@ -273,10 +276,13 @@ def _write(path: Path, state: Any) -> None:
 
 
 class _Attendance:
-    """Which workers are there. It counts ticks: time in which the chief stood still is none."""
+    """Which workers are there. It counts ticks: time in which the chief stood still is none.
 
-    def __init__(self, patience: float) -> None:
-        self.patience = round(patience / _TICK)
+    Where the chief is alone, with no workers that its owner has started, none need come.
+    """
+
+    def __init__(self, patience: float, *, alone: bool = False) -> None:
+        self.patience, self.alone = round(patience / _TICK), alone
         self.silent: dict[str, int] = {}
         self.dismissed: set[str] = set()
 
@@ -292,8 +298,13 @@ class _Attendance:
             del self.silent[worker]
         return gone
 
-    def over(self) -> bool:
-        """Whether there were workers, and all that are left know that there is no more."""
+    def over(self, *, closing: bool = False) -> bool:
+        """Whether there were workers, and all that are left know that there is no more.
+
+        With `closing`, when no new trial begins, also whether nobody is there, or has to come.
+        """
+        if closing and self.alone and not self.silent:
+            return True
         return bool(self.dismissed) and set(self.silent) <= self.dismissed
 
 
@@ -358,7 +369,7 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     oracle.closing = spec.get("closed", False)
     for worker in set(oracle.ongoing_trials) & set(spec["absent"]):
         oracle.release(worker)
-    attendance = _Attendance(spec["patience"])
+    attendance = _Attendance(spec["patience"], alone=spec["alone"])
     for worker in oracle.ongoing_trials:
         attendance.seen(worker)
     server = grpc.server(
@@ -396,10 +407,10 @@ def _attend(channel: Channel, oracle: Any, attendance: _Attendance) -> None:
                     oracle.release(worker)
             finally:
                 oracle.lock.release()
-        if attendance.over() and not oracle.ongoing_trials:
+        if attendance.over(closing=oracle.closing) and not oracle.ongoing_trials:
             time.sleep(2 * _TICK)  # for the last answer to arrive
-            refused, exhausted = len(oracle.refused), oracle.exhausted
-            channel.send({"over": {"refused": refused, "exhausted": exhausted}})
+            outcome = {"refused": len(oracle.refused), "exhausted": oracle.exhausted}
+            channel.send({"over": {**outcome, "closed": oracle.closing}})
             with contextlib.suppress(EOFError):
                 channel.receive(10)
             return

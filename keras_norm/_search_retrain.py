@@ -7,7 +7,7 @@ retrained/model_card.md, .json      what it is, what it was trained on, how good
 retrained/next/                     the same, of a training that is to replace it when it is done
 
 In the folder of the search, tested.json says for which choice the test set has been used, and where
-what came of it lies.
+what came of it lies. It says so before the first net is tested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from keras_norm._search_settings import (
     Settings,
     TrialRecord,
     absolute_space,
+    at_least,
     environment,
     is_moved,
     locked,
@@ -57,12 +58,14 @@ def write_retrained(
     progress: bool,
 ) -> Path:
     """See `keras_norm.tuning.retrain`."""
+    epochs = search.settings.epochs if epochs is None else epochs
+    for name, value in (("top", top), ("seeds", seeds), ("epochs", epochs)):
+        at_least(name, value, 1)
     chosen = search.best(top)
     if not chosen:
         raise SearchError(f"No trial in {str(search.out)!r} has a score.")
-    settings = dataclasses.replace(
-        search.settings, epochs=epochs or search.settings.epochs, subset=subset, fixed={}
-    )
+    settings = dataclasses.replace(search.settings, epochs=epochs, subset=subset, fixed={})
+    _check_out(out)
     plan = {
         "trials": [t.number for t in chosen],
         "seeds": seeds,
@@ -78,10 +81,8 @@ def write_retrained(
         with _Runs(out, folder, settings, saved["space"], names, count, progress) as runs:
             runs.prepare(chosen, seeds)  # from here on the data and the space are known to be there
             _begin(search, out, folder, whole)
-            results = []
-            for trial in chosen:
-                results.append([runs.result(trial, seed) for seed in range(seeds)])
-                _note(search, out, whole, tested=True)
+            runs.testing = lambda: _note(search, out, whole, tested=True)
+            results = [[runs.result(trial, seed) for seed in range(seeds)] for trial in chosen]
         _finish(search, folder, plan, chosen, results)
         if folder != out:
             _replace(out, folder)
@@ -113,12 +114,32 @@ def _origin(search: Search, chosen: list[TrialRecord]) -> dict[str, Any]:
     return dict(json.loads(json.dumps({**own, "values": [t.values for t in chosen]})))
 
 
+def _check_out(out: Path) -> None:
+    """Refuses a folder of something else, whose files would be replaced."""
+    if (out / "search.json").exists():
+        raise SearchError(
+            f"out must be a folder of its own, and {str(out)!r} holds a search: leave it out, or "
+            "choose a new or an empty folder."
+        )
+    if (out / "plan.json").exists() or not out.is_dir():
+        return
+    if others := sorted(p.name for p in out.iterdir() if not _is_left_over(p)):
+        raise SearchError(
+            f"{str(out)!r} holds other files and no training of the best, such as {others[0]!r}: "
+            "choose a new or an empty folder."
+        )
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a training leaves it that is killed before it has begun."""
+    return path.name in (".lock", "processes.txt") or path.match(".plan.*.json")
+
+
 def _folder(search: Search, out: Path, plan: dict[str, Any], overwrite: bool) -> Path:
     """Where to train: beside what is to be replaced, if there is something."""
     earlier = _read(out / "plan.json")
     if overwrite:
-        is_empty = earlier is None and not (out / "model_card.json").exists()
-        return out if is_empty else out / "next"
+        return out if earlier is None else out / "next"
     noted = _read(search.out / "tested.json") or {}
     place = Path(noted.get("out", out))
     if noted.get("tested") and not _adds_seeds(noted["plan"], plan):
@@ -134,10 +155,12 @@ def _folder(search: Search, out: Path, plan: dict[str, Any], overwrite: bool) ->
 
 
 def _used(out: Path) -> str:
+    card = out / "model_card.md"
+    seen = f"see {str(card)!r}" if card.exists() else f"by what is unfinished in {str(out)!r}"
     return (
-        f"The test set has been used for this search: see {str(out / 'model_card.md')!r}. To "
-        "choose again by what it said would make its answer worthless; --overwrite does it. More "
-        "seeds of the same choice may be added."
+        f"The test set has been used for this search: {seen}. To choose again by what it said "
+        "would make its answer worthless; --overwrite does it. The same choice may go on, and "
+        "more seeds of it may be added."
     )
 
 
@@ -169,10 +192,14 @@ def _note(search: Search, out: Path, plan: dict[str, Any], *, tested: bool) -> N
 
 
 def _replace(out: Path, folder: Path) -> None:
-    """Puts what has been made in the place of what there was; the card, which says so, last."""
-    for old in out.glob("trial_*"):
-        shutil.rmtree(old)
-    for path in sorted(folder.iterdir(), key=lambda p: p.name == "model_card.json"):
+    """Puts what has been made in the place of what there was; the card, which says so, last.
+
+    The plan comes first: it names the trials whose folders are ours.
+    """
+    for number in (_read(out / "plan.json") or {}).get("trials", []):
+        shutil.rmtree(out / f"trial_{number}", ignore_errors=True)
+    order = {"plan.json": 0, "model_card.json": 2}
+    for path in sorted(folder.iterdir(), key=lambda p: order.get(p.name, 1)):
         path.replace(out / path.name)
     folder.rmdir()
 
@@ -182,6 +209,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError) as error:
+        raise SearchError(f"{str(path)!r} cannot be read: {error}.") from None
 
 
 class _Runs:
@@ -203,7 +232,9 @@ class _Runs:
         self.space, self.names = space, names
         total = count * settings.epochs
         self.bar = tqdm(total=total, unit="epoch", disable=None if progress else True)
+        self.done = 0
         self.nursery: Nursery | None = None
+        self.testing: Callable[[], None] = lambda: None  # called before a net is tested
 
     def __enter__(self) -> _Runs:
         return self
@@ -227,7 +258,9 @@ class _Runs:
         folder = path.parent
         folder.mkdir(parents=True, exist_ok=True)
         self.bar.set_postfix_str(f"#{trial.number}, seed {seed}")
-        if not path.exists():
+        if path.exists():
+            self.testing()
+        else:
             spec = {
                 "settings": self.settings.to_dict(),
                 "space": self.space,
@@ -238,9 +271,14 @@ class _Runs:
                 "folder": str(folder),
             }
             self._train(spec, folder)
-        self.bar.n = self.settings.epochs * math.ceil((self.bar.n + 1) / self.settings.epochs)
+        self.done += 1
+        self._show(0)
+        return dict(_read(path) or {})
+
+    def _show(self, epoch: int) -> None:
+        """How many epochs there are by now, with those of the training that is going on."""
+        self.bar.n = self.settings.epochs * self.done + epoch
         self.bar.refresh()
-        return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def _train(self, spec: dict[str, Any], folder: Path) -> None:
         child = self._nursery().start(
@@ -251,8 +289,12 @@ class _Runs:
         )
         message: dict[str, Any] | None = None
         with contextlib.suppress(EOFError):
-            while (message := child.channel.receive()) is not None and "epoch" in message:
-                self.bar.update(1)
+            while (message := child.channel.receive()) is not None and "failed" not in message:
+                if "testing" in message:
+                    self.testing()
+                    child.channel.send({"go": True})
+                else:
+                    self._show(message["epoch"])
         code = child.wait()
         if not (folder / "result.json").exists():
             reason = (message or {}).get("failed", f"the process ended with status {code}")
@@ -273,7 +315,11 @@ class _Runs:
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """The process of one training. Sends {"epoch": n} after each; last {"failed": reason}."""
+    """The process of one training.
+
+    Sends {"epoch": n} after each, and {"testing": true} before the test, where it waits for an
+    answer; last {"failed": reason}.
+    """
     import traceback
 
     from keras_norm._search_trial import brief
@@ -328,10 +374,11 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
             shuffle=False,
             verbose=0,
         )
-    return _tested(settings, spec, model, data, history)
+    return _tested(channel, settings, spec, model, data, history)
 
 
 def _tested(
+    channel: Channel,
     settings: Settings,
     spec: Mapping[str, Any],
     model: Any,
@@ -344,6 +391,7 @@ def _tested(
         trial.reestimated(model, data)
     with replace_file(Path(spec["folder"]) / "model.keras") as temporary:
         model.save(temporary)
+    channel.ask({"testing": True})
     test = model.evaluate(
         data.test.x, data.test.y, batch_size=trial.EVALUATION_BATCH, return_dict=True, verbose=0
     )

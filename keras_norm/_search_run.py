@@ -38,16 +38,19 @@ from keras_norm._search_settings import (
     clear_checkpoints,
     code_of,
     environment,
+    is_number,
     locked,
     new_identity,
+    plain,
     prepare,
     read_search,
     read_trials,
     warn_of_code,
+    with_absolute_paths,
     write_search,
 )
 
-__all__ = ["run_search"]
+__all__ = ["describe", "printable", "run_search"]
 
 _PATIENCE = 5 * BEAT  # seconds at least: a busy machine may lose a sign of life or two
 _RESTARTS = 5  # of one process, before any trial has ended since
@@ -74,9 +77,10 @@ def run_search(
     _check_threads(threads)
     if chief is not None and join is not None:
         raise SearchError("chief and join exclude each other.")
-    if time_limit is not None and not time_limit > 0:
+    time_limit, worker_timeout = plain(time_limit), plain(worker_timeout)
+    if time_limit is not None and not (is_number(time_limit) and time_limit > 0):
         raise SearchError(f"time_limit must be minutes above 0. Received: {time_limit!r}")
-    if not _PATIENCE <= worker_timeout < math.inf:
+    if not (is_number(worker_timeout) and _PATIENCE <= worker_timeout < math.inf):
         raise SearchError(
             f"worker_timeout must be seconds, at least {_PATIENCE:g}, for workers give a sign of "
             f"life every {BEAT:g}. Received: {worker_timeout!r}"
@@ -102,18 +106,22 @@ def run_search(
             owner.prepare_space(resume, overwrite)
             owner.start_chief(host, port, worker_timeout, time_limit)
             owner.watch()
-        clear_checkpoints(out, settings)
+        clear_checkpoints(out, settings, is_over=not owner.outcome.get("closed", True))
 
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Holds the folder; one that was made for a search that did not begin goes again."""
+    """Holds the folder; one that was made for a search that did not begin goes again.
+
+    In that of a worker that has joined, `search_…` holds trials, whose logs are nowhere else.
+    """
     is_new = not out.exists()
     try:
         with locked(out):
             yield
     except (SearchError, KeyboardInterrupt, SystemExit):
-        if is_new and not (out / "search.json").exists() and not list(out.glob("trial_*")):
+        begun = [*out.glob("search.json"), *out.glob("trial_*"), *out.glob("search_*")]
+        if is_new and not begun:
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -287,6 +295,7 @@ class _Owner:
             "host": host,
             "port": port,
             "patience": patience,
+            "alone": not names,
             "absent": [w for w in self._interrupted() if w not in names],
         }
         if time_limit is not None:
@@ -318,7 +327,7 @@ class _Owner:
                 "that holds it here with --space. (A chief cannot make a worker load code.)"
             )
         merged = {**theirs.to_dict(), "data_dir": None, **options, "space": own_space}
-        self.settings, self.space = Settings.of(merged), about["space"]
+        self.settings, self.space = with_absolute_paths(Settings.of(merged)), about["space"]
         self.identity = about.get("identity", "")
         warn_of_code(own_space, about.get("code", ""), "its chief has read another file")
         self._preload({"settings": self.settings.to_dict()})
@@ -530,7 +539,7 @@ class _Display:
             told,
         )
         width = shutil.get_terminal_size((120, 24)).columns
-        self._write(row if len(row) < width else row[: width - 2] + "…")
+        self._write(row if len(row) < width else row[: width - 4] + "...")
 
     def _refresh(self) -> None:
         if not self.show:
@@ -545,6 +554,7 @@ class _Display:
         self.bar.set_postfix_str(best + ", ".join(self.running.values()))
 
     def _write(self, text: str) -> None:
+        text = printable(text)
         if self.bar is not None and not self.bar.disable:
             self.bar.write(text)
         else:
@@ -566,6 +576,12 @@ class _Display:
 def _line(*cells: Any) -> str:
     formats = (">5", "<9", ">12", ">6", ">4", ">7", ">10", "")
     return "  ".join(f"{cell:{f}}" for cell, f in zip(cells, formats, strict=False))
+
+
+def printable(text: str) -> str:
+    """With what the output's encoding has not as "?": a reason may hold anything."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def describe(values: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "Settings",
     "TrialRecord",
     "absolute_space",
+    "at_least",
     "check_address",
     "checkpoints_done_with",
     "clear",
@@ -43,8 +44,10 @@ __all__ = [
     "code_of",
     "environment",
     "is_moved",
+    "is_number",
     "locked",
     "new_identity",
+    "plain",
     "prepare",
     "ranked",
     "read_search",
@@ -52,6 +55,7 @@ __all__ = [
     "record_of",
     "refined_from",
     "warn_of_code",
+    "with_absolute_paths",
     "write_search",
 ]
 
@@ -122,15 +126,15 @@ class Settings:
         if "fast" in self.families and self.data == "digits":
             raise SearchError("The family 'fast' needs images larger than those of digits.")
         for name in ("trials", "epochs", "prune_after", "prune_least", "refine_top"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("factor", self.factor, 2)
-        _at_least("seed", self.seed, 0)
+            at_least(name, getattr(self, name), 1)
+        at_least("factor", self.factor, 2)
+        at_least("seed", self.seed, 0)
         for name in ("subset", "max_parameters", "max_flops", "trial_timeout", "trial_memory"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise SearchError(f"{name} must be a number above 0. Received: {name}={value!r}")
         if self.subset is not None:
-            _at_least("subset", self.subset, 1)
+            at_least("subset", self.subset, 1)
         for name in ("prune", "tensorboard"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SearchError(f"{name} must be True or False. Received: {name}={value!r}")
@@ -143,11 +147,17 @@ class Settings:
             raise SearchError(
                 f"fixed must be a mapping, hyperparameter -> value. Received: fixed={self.fixed!r}"
             )
+        for name, value in self.fixed.items():
+            if not isinstance(value, str | int | float | None):
+                raise SearchError(
+                    "fixed must have values that are numbers, texts, True or False. Received: "
+                    f"{name}={value!r}"
+                )
         for name in ("refine", "data_dir"):
             value = getattr(self, name)
             if not isinstance(value, str | os.PathLike | None):
                 raise SearchError(f"{name} must be a folder. Received: {name}={value!r}")
-        if not (_is_number(self.validation) and 0 < self.validation < 1):
+        if not (is_number(self.validation) and 0 < self.validation < 1):
             raise SearchError(
                 "validation is the fraction of the training images that is held out, between 0 "
                 f"and 1. Received: validation={self.validation!r}"
@@ -162,14 +172,19 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
-        """From a mapping, such as the one in search.json; of an unknown name, an error."""
+        """From a mapping, such as the one in search.json; of an unknown name, an error.
+
+        Scalars of NumPy, which JSON does not take, become Python's.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(options) - names)
         if unknown:
             raise SearchError(
                 f"A search has no option {unknown[0]!r}. It has: {', '.join(sorted(names))}."
             )
-        given = dict(options)
+        given = {name: plain(value) for name, value in options.items()}
+        if isinstance(given.get("fixed"), Mapping):
+            given["fixed"] = {name: plain(value) for name, value in given["fixed"].items()}
         if isinstance(given.get("families"), list):
             given["families"] = tuple(given["families"])
         return cls(**given)
@@ -207,11 +222,17 @@ def _one_of(name: str, value: Any, allowed: Any) -> None:
         raise SearchError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
 
 
-def _is_number(value: Any) -> bool:
+def plain(value: Any) -> Any:
+    """Of a scalar of NumPy the Python number; of anything else itself."""
+    is_scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
+    return value.item() if is_scalar else value
+
+
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _at_least(name: str, value: Any, least: int) -> None:
+def at_least(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SearchError(
             f"{name} must be a whole number, at least {least}. Received: {name}={value!r}"
@@ -220,7 +241,7 @@ def _at_least(name: str, value: Any, least: int) -> None:
 
 def check_address(text: str) -> tuple[str, int]:
     """HOST and PORT of "HOST:PORT"; port 0 is any that is free."""
-    host, colon, port = text.rpartition(":")
+    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
         raise SearchError(f"An address is HOST:PORT, such as 192.0.2.7:8100. Received: {text!r}")
     return host.strip("[]"), int(port)
@@ -261,15 +282,19 @@ def _is_left_over(path: Path) -> bool:
 
 
 def _begun(options: Mapping[str, Any]) -> Settings:
-    settings = _with_absolute_paths(Settings.of(options))
+    settings = with_absolute_paths(Settings.of(options))
+    _check_trials(settings, options)
+    if settings.refine is not None:
+        refined_from(settings)
+    return settings
+
+
+def _check_trials(settings: Settings, options: Mapping[str, Any]) -> None:
     if settings.tuner == "hyperband" and "trials" in options:
         raise SearchError(
             "The number of Hyperband's trials follows from epochs and factor, here "
             f"{settings.planned}: leave out trials. Received: trials={settings.trials}"
         )
-    if settings.refine is not None:
-        refined_from(settings)
-    return settings
 
 
 def refined_from(settings: Settings) -> list[TrialRecord]:
@@ -284,7 +309,7 @@ def refined_from(settings: Settings) -> list[TrialRecord]:
 
 def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:
     saved = Settings.of(read_search(out)["settings"])
-    merged = _with_absolute_paths(Settings.of({**saved.to_dict(), **options}))
+    merged = with_absolute_paths(Settings.of({**saved.to_dict(), **options}))
     for name in saved.to_dict():
         old, new = getattr(saved, name), getattr(merged, name)
         moved = name == "space" and is_moved(old, new)  # whether it is the same will be seen
@@ -293,6 +318,7 @@ def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:
                 f"A search cannot be resumed with another {name}: it began with {old!r}, and now "
                 f"received {new!r}. Leave it out, or begin anew with --overwrite or another folder."
             )
+    _check_trials(merged, options)
     return merged
 
 
@@ -337,8 +363,8 @@ def warn_of_code(space: str, code: str, consequence: str) -> bool:
     return True
 
 
-def _with_absolute_paths(settings: Settings) -> Settings:
-    """So that they mean the same in every process, and when the search is resumed elsewhere."""
+def with_absolute_paths(settings: Settings) -> Settings:
+    """As texts, which mean the same in every process and when the search is resumed elsewhere."""
     changes: dict[str, Any] = {}
     for name in ("data_dir", "refine"):
         if (path := getattr(settings, name)) is not None:
@@ -415,14 +441,21 @@ def read_search(out: Path) -> dict[str, Any]:
 
     The identity of a search that was made without one is "".
     """
+    path = out / "search.json"
     try:
-        content = dict(json.loads((out / "search.json").read_text(encoding="utf-8")))
-        content["settings"] = {"scoring": "best", **content["settings"]}
-        return {"identity": "", "code": "", **content}
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SearchError(f"There is no search in {str(out)!r}.") from None
     except (OSError, ValueError) as error:
-        raise SearchError(f"{str(out / 'search.json')!r} cannot be read: {error}.") from None
+        raise SearchError(f"{str(path)!r} cannot be read: {error}.") from None
+    parts = [content.get(n) for n in ("settings", "space")] if isinstance(content, dict) else [0]
+    if not all(isinstance(part, dict) for part in parts):
+        raise SearchError(
+            f"{str(path)!r} is of no search: it must have settings and a space. Choose another "
+            "folder."
+        )
+    content["settings"] = {"scoring": "best", **content["settings"]}
+    return {"identity": "", "code": "", **content}
 
 
 # Trials -------------------------------------------------------------------------------------
@@ -486,8 +519,13 @@ def read_trials(out: Path) -> list[TrialRecord]:
     """The trials of a search, in order."""
     records = []
     for path in out.glob("trial_*/trial.json"):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        records.append(record_of(state))
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            records.append(record_of(state))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SearchError(
+                f"{str(path)!r} cannot be read: {type(error).__name__}: {error}."
+            ) from None
     return sorted(records, key=lambda r: r.number)
 
 
@@ -522,10 +560,15 @@ def checkpoints_done_with(trial_id: str, values: Mapping[str, Any]) -> list[str]
     return needless
 
 
-def clear_checkpoints(out: Path, settings: Settings) -> None:
-    """Removes what a worker that was killed has left, once all trials have ended."""
+def clear_checkpoints(out: Path, settings: Settings, *, is_over: bool) -> None:
+    """Removes what nobody goes on from, once all trials have ended and no other will be made.
+
+    That is so when all that were planned are there, or when the oracle has no more (`is_over`):
+    a worker that was killed may have left some, and of Hyperband there are those not gone on from.
+    """
     records = read_trials(out)
-    if all(r.status != "running" for r in records) and len(records) >= settings.planned:
+    is_over = is_over or len(records) >= settings.planned
+    if is_over and all(r.status != "running" for r in records):
         for path in out.glob("trial_*/checkpoint.npz"):
             path.unlink(missing_ok=True)
 

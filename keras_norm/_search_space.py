@@ -12,7 +12,6 @@ import copy
 import functools
 import importlib
 import importlib.util
-import itertools
 import math
 import sys
 import tempfile
@@ -46,6 +45,7 @@ __all__ = [
 
 _MOST_CALLS = 2000  # of a space, before no more is begun to find what it hides
 _FEW = 6  # values of a whole number that are all tried, to see what they bring forth
+_ROUNDING = 1e-6  # of a step: values beside a point of a grid by less are on it
 
 
 CROSSENTROPY = "crossentropy"  # a metric without penalties and smoothing, for comparisons
@@ -323,6 +323,11 @@ def space_of(reference: str) -> Callable[[Any, Task], Candidate]:
         raise SearchError(
             f"space={reference!r} cannot be had: {error}. If it has moved, name it with --space."
         ) from None
+    except (Exception, SystemExit) as error:
+        raise SearchError(
+            f"space={reference!r} cannot be had: its code raises {type(error).__name__}: {error}. "
+            "It must be importable."
+        ) from None
 
 
 def _from_file(path: Path) -> Any:
@@ -511,8 +516,9 @@ def narrow(space: Mapping[str, Any], best: Sequence[TrialRecord]) -> dict[str, A
     """The space around the best trials of an earlier search.
 
     Of a choice, the values that they have (of ordered ones, those between); of a range, from the
-    smallest to the largest that they have, and a tenth of the whole range beyond. What none of
-    them used stays as it is.
+    smallest to the largest that they have, and a tenth of the whole range beyond: on its
+    logarithmic scale, if it has one, and of whole numbers and steps those that lie in there. What
+    none of them used stays as it is.
     """
     entries = []
     for entry in space["space"]:
@@ -562,22 +568,47 @@ def _narrowed(entry: Mapping[str, Any], own: Sequence[Any]) -> Mapping[str, Any]
 def _narrowed_range(config: Mapping[str, Any], own: Sequence[Any], whole: bool) -> dict[str, Any]:
     there = math.log if config["sampling"] == "log" else float
     back = math.exp if config["sampling"] == "log" else float
-    low, high = config["min_value"], config["max_value"]
+    low, high, default = config["min_value"], config["max_value"], config["default"]
     margin = (there(high) - there(low)) / 10
-    least, most = back(there(min(own)) - margin), back(there(max(own)) + margin)
-    if whole or config["step"]:  # the grid stays
-        grid = [low + i * (config["step"] or 1) for i in range(10_000)]
-        grid = list(itertools.takewhile(lambda v: v <= high, grid))
-        inside = [v for v in grid if min(own) <= v <= max(own)] or [min(own)]
-        least, most = inside[0], inside[-1]
-    least, most = max(low, least), min(high, most)
-    default = config["default"]
-    inside_default = default is not None and least <= default <= most
-    return {
-        "min_value": int(least) if whole else least,
-        "max_value": int(most) if whole else most,
-        "default": default if inside_default else (int(least) if whole else least),
-    }
+    inside = [min(max(v, low), high) for v in own]  # the earlier range may have been wider
+    first, last = min(inside), max(inside)
+    least, most = back(there(first) - margin), back(there(last) + margin)
+    least, most = max(low, min(least, first)), min(high, max(most, last))
+    if config["step"]:
+        least, most = _on_grid(config, (least, first, last, most))
+    elif whole:
+        least = min(math.ceil(least), math.floor(first))
+        most = max(math.floor(most), math.ceil(last))
+    least, most = (int(least), int(most)) if whole else (least, most)
+    is_inside = default is not None and least <= default <= most
+    return {"min_value": least, "max_value": most, "default": default if is_inside else least}
+
+
+def _on_grid(config: Mapping[str, Any], values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a narrower range with a step, which is a factor where the sampling is logarithmic.
+
+    Args:
+        config: of the whole range, whose points from its minimum on are the grid.
+        values: where the range may begin, where it must have begun, where it must not have ended,
+            and where it may.
+    """
+    low, high, step = config["min_value"], config["max_value"], config["step"]
+    is_log = config["sampling"] == "log"
+
+    def place(value: float) -> float:
+        return math.log(value / low) / math.log(step) if is_log else (value - low) / step
+
+    least, first, last, most = map(place, values)
+    # The last point, from 0, as KerasTuner counts: of [0, 0.5] by 0.1 it is 0.4.
+    end = math.floor(place(high) + _ROUNDING) if is_log else int((high - low) // step)
+    begin = min(end, math.ceil(least - _ROUNDING), math.floor(first + _ROUNDING))
+    end = min(end, max(math.floor(most + _ROUNDING), math.ceil(last - _ROUNDING)))
+    if is_log:
+        return low * step**begin, low * step**end
+    least, most = low + begin * step, low + end * step
+    while (most - least) // step < end - begin:  # KerasTuner would leave the last point out
+        most = math.nextafter(most, math.inf)
+    return least, most
 
 
 def _can_be(entry: Mapping[str, Any], value: Any) -> bool:

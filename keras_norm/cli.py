@@ -143,7 +143,8 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add("--validation", type=float, metavar="F", help="fraction held out, default: 0.1")
     add("--families", nargs="+", choices=FAMILIES, help="of nets, default: mlp cnn")
     add("--space", metavar="FILE.py:FUNCTION", help="a hypermodel of one's own")
-    add("--fix", nargs="+", type=_pair, metavar="NAME=VALUE", dest="fixed", help="do not search")
+    add("--fix", nargs="+", type=_pair, action="extend", metavar="NAME=VALUE", dest="fixed",
+        help="do not search")  # fmt: skip
     add("--refine", metavar="DIR", help="narrow the space around the best of that search")
     add("--refine-top", type=_count, metavar="N", help="how many of them, default: 5")
     add("--max-parameters", type=_count, metavar="N", help="budget of a net")
@@ -182,7 +183,7 @@ def _run_tune(arguments: argparse.Namespace) -> int:
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("run", "out")}
     if "fixed" in options:
-        options["fixed"] = dict(options["fixed"])
+        options["fixed"] = _fixed(options["fixed"])
     signal.signal(signal.SIGTERM, _terminated)
     out = str(arguments.out)
     try:
@@ -201,6 +202,20 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     return 1
 
 
+def _fixed(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    from keras_norm.tuning import SearchError
+
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in found:
+            raise SearchError(
+                f"--fix takes one value of each name: leave one out. Received: {name}="
+                f"{found[name]} and {name}={value}"
+            )
+        found[name] = value
+    return found
+
+
 def _after_interrupt(options: dict[str, Any], out: str) -> str:
     if "join" in options:
         return "The chief gives the trials that were running here to others."
@@ -217,12 +232,13 @@ def _terminated(*_: Any) -> NoReturn:
 
 
 def _conclude(found: Any, out: str) -> None:
-    from keras_norm._search_run import describe
+    from keras_norm._search_run import describe, printable
 
     failed = sum(t.status == "failed" for t in found.trials)
     print(f"\n{len(found.trials)} trials, {failed} of them failed.")
     for trial in found.best(3):
-        print(f"  #{trial.number}: {trial.score:.4f}  {describe(trial.hyperparameters)[:120]}")
+        told = printable(describe(trial.hyperparameters)[:120])
+        print(f"  #{trial.number}: {trial.score:.4f}  {told}")
     if not found.best():
         return
     print(f"\nkeras-norm report {shlex.quote(out)}\nkeras-norm retrain {shlex.quote(out)} --top 1")

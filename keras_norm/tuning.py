@@ -129,9 +129,9 @@ def load(out: str | os.PathLike[str]) -> Search:
         `Search`.
 
     Raises:
-        SearchError: if there is none.
+        SearchError: if there is none, or its files cannot be read.
     """
-    folder = Path(out)
+    folder = Path(out).expanduser()
     settings = Settings.of(read_search(folder)["settings"])
     return Search(folder, settings, read_trials(folder))
 
@@ -268,7 +268,8 @@ def report(
 
     found = search if isinstance(search, Search) else load(search)
     try:
-        return write_report(found, found.out / "report" if out is None else Path(out))
+        folder = found.out / "report" if out is None else Path(out).expanduser()
+        return write_report(found, folder)
     except OSError as error:
         raise SearchError(f"The report cannot be written: {error}.") from None
 
@@ -299,7 +300,8 @@ def retrain(
         subset: number of images to train on. Default: all, also where the search had a subset.
         space: where the function of a space of one's own is now, if its file or module has moved.
             Default: where it was. If its code has changed, a warning says so.
-        out: folder to write to. Default: "retrained" in that of the search.
+        out: folder to write to, new, empty, or of an earlier call. Default: "retrained" in that of
+            the search.
         overwrite: do it again, although the test set has been used. What is there is replaced
             when all of the new is done, not before.
         progress: whether to show a bar. Default: True.
@@ -309,17 +311,18 @@ def retrain(
         best trial and the first seed, and in folders those of the others.
 
     Raises:
-        SearchError: if there is no trial with a score; if the test set has been used for this
-            search already and another choice (also one for another `out`); if the data or the
-            space are not there; if a training fails; if `space` is another function, or has other
-            hyperparameters.
+        SearchError: for options out of their range; if there is no trial with a score; if `out`
+            holds a search, or something else; if the test set has been used for this search already
+            and another choice (also one for another `out`, also by a call that was interrupted); if
+            the data or the space are not there; if a training fails; if `space` is another
+            function, or has other hyperparameters.
     """
     from keras_norm._search_retrain import write_retrained
 
     found = search if isinstance(search, Search) else load(search)
     return write_retrained(
         found,
-        found.out / "retrained" if out is None else Path(out),
+        found.out / "retrained" if out is None else Path(out).expanduser(),
         top=top,
         seeds=seeds,
         epochs=epochs,

@@ -62,6 +62,10 @@ def test_version(capsys):
         (["tune", "--out", "x", "--join", "a:1", "--time-limit", "1"], "decides on time_limit"),
         (["tune", "--out", "x", "--join", "a:1", "--overwrite"], "The chief decides on overwrite"),
         (["tune", "--out", "x", "--fix", "family"], "must be NAME=VALUE; got 'family'"),
+        (
+            ["tune", "--out", "x", "--fix", "family=mlp", "family=cnn"],
+            "--fix takes one value of each name: leave one out. Received: family=mlp and family=cn",
+        ),
         (["tune", "--out", "x", "--resume", "--overwrite"], "not allowed with argument"),
         (["tune", "--out", "x", "--validation", "2"], "between 0 and 1. Received: validation=2.0"),
         (["tune", "--out", "x", "--chief", "8100"], "An address is HOST:PORT"),
@@ -103,9 +107,11 @@ def test_numbers_and_limits_that_are_taken_off(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "search", search)
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     limits = ["--max-parameters", "1.5e3", "--trials", "1_0", "--trial-timeout", "none"]
-    assert main(["tune", "--out", str(tmp_path), *limits]) == 2
-    found = {name: given[name] for name in ("max_parameters", "trials", "trial_timeout")}
-    assert found == {"max_parameters": 1500, "trials": 10, "trial_timeout": None}
+    fixed = ["--fix", "a=1", "b=2", "--fix", "c=3"]
+    assert main(["tune", "--out", str(tmp_path), *limits, *fixed]) == 2
+    found = {name: given[name] for name in ("max_parameters", "trials", "trial_timeout", "fixed")}
+    expected = {"max_parameters": 1500, "trials": 10, "trial_timeout": None}
+    assert found == {**expected, "fixed": {"a": "1", "b": "2", "c": "3"}}
 
 
 def test_folder_that_cannot_be_written(capsys, tmp_path):

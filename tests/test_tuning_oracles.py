@@ -1,22 +1,32 @@
-"""The parts of a search, without its processes: oracles, spaces, settings."""
+"""The parts of a search, without its processes: oracles, spaces, settings, what comes after."""
 
+import io
 import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from keras_norm import _search_run, _search_trial, _search_worker, datasets, tuning
+from keras_norm import (
+    _search_retrain,
+    _search_run,
+    _search_trial,
+    _search_worker,
+    datasets,
+    tuning,
+)
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
 from keras_norm._search_report import importance, own_seconds
 from keras_norm._search_settings import (
     checkpoints_done_with,
+    clear_checkpoints,
     code_of,
     hyperband,
     prepare,
@@ -396,6 +406,93 @@ def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
         assert before["tuner/epochs"] == values["tuner/initial_epoch"] < values["tuner/epochs"]
 
 
+def halved(oracle, fails, workers=1):
+    """Hyperband's trials, number -> values; each takes as long as the epochs that it trains.
+
+    Whatever a trial goes on from must have its checkpoint.
+    """
+    trials, kept, now = {}, set(), 0
+    ends = {}  # worker -> when, and number of its trial
+    while True:
+        for worker in sorted({f"w{k}" for k in range(workers)} - set(ends)):
+            trial = oracle.create_trial(worker)
+            if trial.status == "RUNNING":
+                values = trials[trial.trial_id] = values_of(trial)
+                assert values.get("tuner/trial_id") in {None, *kept}
+                epochs = values["tuner/epochs"] - values["tuner/initial_epoch"]
+                ends[worker] = now + epochs + 0.001 * len(trials), trial.trial_id
+                kept.add(trial.trial_id)
+        if not ends:
+            return trials
+        worker = min(ends, key=ends.get)
+        now, number = ends.pop(worker)
+        values = trials[number]
+        if fails(int(number), values):
+            oracle.finish(worker, number, "FAILED", "no luck")
+        else:
+            for epoch in range(1, values["tuner/epochs"] + 1):
+                oracle.update_trial(number, {"val_accuracy": peak({"x": values["x"]})}, epoch)
+            oracle.finish(worker, number, "COMPLETED", "")
+        kept -= set(checkpoints_done_with(number, values))
+
+
+def sizes(trials):
+    """(bracket, round) -> number of trials."""
+    return Counter((v["tuner/bracket"], v["tuner/round"]) for v in trials.values())
+
+
+WHOLE = {(2, 0): 9, (2, 1): 3, (2, 2): 1, (1, 0): 5, (1, 1): 2, (0, 0): 3}  # nine epochs by three
+
+
+def test_hyperband_goes_on_where_trials_fail(tmp_path):
+    """KerasTuner's lets none go on from a round of nine of which three have failed."""
+    oracle = oracle_in(tmp_path, tuner="hyperband", epochs=9)
+    trials = halved(oracle, lambda number, values: number in (1, 4, 7))
+    assert sizes(trials) == WHOLE
+    assert oracle.exhausted == ""
+    first = [n for n, v in trials.items() if (v["tuner/bracket"], v["tuner/round"]) == (2, 0)]
+    lasting = [n for n in first if int(n) not in (1, 4, 7)]
+    best = sorted(lasting, key=lambda n: -peak({"x": trials[n]["x"]}))[:3]
+    onward = [v for v in trials.values() if (v["tuner/bracket"], v["tuner/round"]) == (2, 1)]
+    assert {v["tuner/trial_id"] for v in onward} == set(best)
+
+
+def test_hyperband_says_where_too_few_are_left(tmp_path):
+    def fails(number, values):
+        return (values["tuner/bracket"], values["tuner/round"]) == (2, 0) and number != 5
+
+    oracle = oracle_in(tmp_path, tuner="hyperband", epochs=9)
+    assert sizes(halved(oracle, fails)) == {**WHOLE, (2, 1): 1}
+    assert oracle.exhausted == "in some rounds more have failed than were to be left behind"
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_hyperband_of_several_workers_knows_the_brackets(tmp_path, workers):
+    """A trial goes on while a later bracket has begun; its checkpoint is still there."""
+    oracle = oracle_in(tmp_path, tuner="hyperband", epochs=9)
+    trials = halved(oracle, lambda number, values: False, workers)
+    assert sizes(trials) == WHOLE
+    for values in trials.values():
+        if "tuner/trial_id" in values:
+            before = trials[values["tuner/trial_id"]]
+            assert before["tuner/bracket"] == values["tuner/bracket"]
+
+
+def test_checkpoints_are_cleared_when_no_trial_will_be_made(tmp_path):
+    oracle = oracle_in(tmp_path, trials=9)
+    run(oracle, peak, 2)
+    checkpoint = tmp_path / "trial_0" / "checkpoint.npz"
+    checkpoint.touch()
+    clear_checkpoints(tmp_path, oracle.settings, is_over=False)  # the time was up
+    assert checkpoint.exists()
+    running = oracle.create_trial("w")
+    clear_checkpoints(tmp_path, oracle.settings, is_over=True)
+    assert checkpoint.exists()
+    score(oracle, running, [0.5])
+    clear_checkpoints(tmp_path, oracle.settings, is_over=True)  # fewer than were planned
+    assert not checkpoint.exists()
+
+
 @pytest.mark.parametrize(
     ("cores", "workers", "threads", "shares"),
     [
@@ -447,6 +544,15 @@ def test_attendance():
     assert there.tick() == ["a"]
     there.dismissed.add("b")
     assert there.over()
+
+
+def test_chief_that_nobody_joins_ends_when_the_time_is_up():
+    alone = _Attendance(patience=1.0, alone=True)
+    assert not alone.over()
+    assert alone.over(closing=True)
+    alone.seen("a")
+    assert not alone.over(closing=True)  # it has a trial, or is told that there is none
+    assert not _Attendance(patience=1.0).over(closing=True)  # its workers are still to come
 
 
 @pytest.fixture
@@ -916,6 +1022,34 @@ def test_narrow(explored):
         assert 1e-3 / tenth <= sample(space, seed).values["learning_rate"] <= 4e-3 * tenth
 
 
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "options", "best", "expected"),
+    [
+        ("Float", 1e-4, 0.1, {"step": 10, "sampling": "log"}, [1e-3, 1e-2], [1e-3, 1e-2]),
+        ("Int", 1, 1000, {"step": 10, "sampling": "log"}, [10, 1000], [10, 1000]),
+        ("Int", 1, 1000, {"sampling": "log"}, [40, 50], [21, 99]),  # 1000^.1 is 1.995
+        ("Int", 1000, 100_000, {}, [20_000, 80_000], [10_100, 89_900]),
+        ("Int", 1000, 100_000, {}, [5000, 80_000], [1000, 89_900]),
+        ("Int", 1, 100, {}, [40, 50], [31, 59]),  # a tenth is 9.9
+        ("Int", 0, 100, {"step": 7}, [35, 42], [28, 49]),
+        ("Float", 0.0, 0.5, {"step": 0.1}, [0.1, 0.3], [0.1, 0.3]),
+        ("Int", 1, 10, {}, [45, 50], [10, 10]),  # the earlier range was wider
+    ],
+)
+def test_narrow_range_holds_the_best_and_keeps_the_grid(kind, low, high, options, best, expected):
+    hp = keras_tuner.HyperParameters()
+    getattr(hp, kind)("n", low, high, **options)
+    space = dict(hp.get_config(), values={})
+    records = [TrialRecord(i, "completed", "", 0.5, {"n": n}, {}) for i, n in enumerate(best)]
+    (narrowed,) = spaces.hyperparameters(spaces.narrow(space, records), {}).space
+    assert [narrowed.min_value, narrowed.max_value] == pytest.approx(expected)
+    if narrowed.step is not None:
+        whole, grid = (np.array(list(one.values)) for one in (hp.space[0], narrowed))
+        assert grid[[0, -1]] == pytest.approx(expected)
+        first = np.abs(whole - grid[0]).argmin()
+        assert np.allclose(grid, whole[first : first + len(grid)], rtol=1e-12, atol=0)
+
+
 def test_what_cannot_narrow_says_so(explored):
     best = [TrialRecord(0, "completed", "", 0.5, {"x": 0.1}, {})]
     space = explored["digits"]
@@ -971,6 +1105,169 @@ def test_report_of_pruned_trials_alone(tmp_path):
     assert 'src="curves.png"' in text
 
 
+# Trained again ------------------------------------------------------------------------------
+
+
+class Trainings:
+    """Where the processes of trainings come from: each is this, and ends at once."""
+
+    def __init__(self, found, enough=math.inf):
+        self.found, self.enough, self.begun, self.noted = found, enough, 0, []
+
+    def start(self, name, target, spec, log):
+        if self.begun == self.enough:
+            raise KeyboardInterrupt
+        self.begun, self.folder, self.seed = self.begun + 1, Path(spec["folder"]), spec["seed"]
+        self.messages = [{"epoch": 1}, {"epoch": 2}, {"testing": True}]
+        self.channel = self
+        return self
+
+    def receive(self):
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop(0)
+
+    def send(self, message):
+        """It may test."""
+        assert message == {"go": True}
+        self.noted.append(json.loads((self.found.out / "tested.json").read_text())["tested"])
+        names = {"title": "Digits", "source": "", "class_names": [], "mean": [0.0], "std": [1.0]}
+        data = {**names, "input_shape": [8, 8, 1], "train": 10, "test": 10}
+        numbers = {"seed": self.seed, "test_accuracy": 0.5, "test_loss": 1.0}
+        result = {**numbers, "parameters": 1, "flops": 1, "data": data}
+        (self.folder / "result.json").write_text(json.dumps(result))
+        (self.folder / "model.keras").write_text(f"net {self.seed}")
+
+    def wait(self):
+        return 0
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A search of three trials."""
+    settings = Settings(data="digits", epochs=2)
+    write_search(tmp_path / "search", settings, line(), line(), "one")
+    history = {"val_accuracy": {1: 0.5, 2: 0.5}}
+    trials = [
+        TrialRecord(n, "completed", "", 0.5 + 0.1 * n, {"x": 0.1 * n}, history) for n in range(3)
+    ]
+    return tuning.Search(tmp_path / "search", settings, trials)
+
+
+@pytest.fixture
+def trainings(made, monkeypatch):
+    def of(enough=math.inf):
+        found = Trainings(made, enough)
+        monkeypatch.setattr(_search_retrain._Runs, "_nursery", lambda self: found)
+        return found
+
+    return of
+
+
+def test_use_of_the_test_set_is_noted_before_the_first_net_is_tested(made, trainings, tmp_path):
+    """Also by a call that is interrupted; that one goes on, and another choice is refused."""
+    first = trainings(enough=2)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.retrain(made, seeds=4, progress=False)
+    assert first.noted == [True, True]
+    unfinished = f"by what is unfinished in '{made.out / 'retrained'}'"
+    for options in ({"out": tmp_path / "other", "top": 3}, {"top": 3}, {"seeds": 1}):
+        with pytest.raises(SearchError, match=f"The test set has been used .*: {unfinished}"):
+            tuning.retrain(made, **options, progress=False)
+    second = trainings()
+    card = tuning.retrain(made, seeds=4, progress=False)
+    assert second.begun == 2
+    assert json.loads(card.with_suffix(".json").read_text())["training"]["seeds"] == 4
+
+
+def test_trainings_before_the_test_leave_the_choice_open(made, trainings, tmp_path):
+    trainings(enough=0)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.retrain(made, progress=False)
+    assert not json.loads((made.out / "tested.json").read_text())["tested"]
+    trainings()
+    tuning.retrain(made, out=tmp_path / "other", top=2, progress=False)
+
+
+def test_bar_of_trainings_counts_each_epoch_once(made, trainings, monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, total, **options):
+            shown.append(total)
+
+        def refresh(self):
+            shown.append(self.n)
+
+        def set_postfix_str(self, text):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    trainings()
+    tuning.retrain(made, seeds=2)
+    assert shown == [4, 1, 2, 2, 3, 4, 4]
+    shown.clear()
+    tuning.retrain(made, seeds=3)  # two are there
+    assert shown == [6, 2, 4, 5, 6, 6]
+
+
+def test_trainings_do_not_write_over_what_is_not_theirs(made, trainings, tmp_path):
+    trainings()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.keras").write_text("mine")
+    (made.out / "trial_0").mkdir()
+    (made.out / "trial_0" / "trial.json").touch()
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(SearchError, match=r"a folder of its own, and .* holds a search"):
+            tuning.retrain(made, out=made.out, progress=False, **options)
+        for out, name in ((mine, "model.keras"), (made.out / "trial_0", "trial.json")):
+            with pytest.raises(SearchError, match=f"holds other files .*, such as '{name}'"):
+                tuning.retrain(made, out=out, progress=False, **options)
+    assert [p.name for p in mine.iterdir()] == ["model.keras"]
+    assert (mine / "model.keras").read_text() == "mine"
+    assert (made.out / "trial_0" / "trial.json").exists()
+    assert not (made.out / "tested.json").exists()
+
+
+def test_what_is_trained_anew_replaces_the_trials_of_the_old_plan(made, trainings, tmp_path):
+    trainings()
+    out = tmp_path / "out"
+    tuning.retrain(made, top=2, out=out, progress=False)
+    (out / "trial_7").mkdir()
+    trainings(enough=0)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.retrain(made, top=1, out=out, overwrite=True, progress=False)
+    assert {p.name for p in out.glob("trial_*")} == {"trial_1", "trial_2", "trial_7"}
+    trainings()
+    tuning.retrain(made, top=1, out=out, overwrite=True, progress=False)
+    assert {p.name for p in out.glob("trial_*")} == {"trial_2", "trial_7"}
+    assert not (out / "next").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "seeds must be a whole number, at least 1. Received: seeds=0"),
+        ({"seeds": "2"}, "seeds must be a whole number, at least 1. Received: seeds='2'"),
+        ({"top": 0}, "top must be a whole number, at least 1. Received: top=0"),
+        ({"top": -1}, "top must be a whole number, at least 1. Received: top=-1"),
+        ({"top": "2"}, "top must be a whole number, at least 1. Received: top='2'"),
+        ({"epochs": 0}, "epochs must be a whole number, at least 1. Received: epochs=0"),
+        ({"epochs": 2.0}, "epochs must be a whole number, at least 1. Received: epochs=2.0"),
+        ({"subset": 0}, "subset must be a number above 0. Received: subset=0"),
+    ],
+)
+def test_options_of_trainings_are_checked(made, options, message):
+    before = sorted(made.out.rglob("*"))
+    with pytest.raises(SearchError, match=message):
+        tuning.retrain(made, **options)
+    assert sorted(made.out.rglob("*")) == before
+
+
 # Settings and folders -----------------------------------------------------------------------
 
 
@@ -994,11 +1291,113 @@ def test_report_of_pruned_trials_alone(tmp_path):
         ({"prune": "yes"}, "prune must be True or False. Received: prune='yes'"),
         ({"data_dir": 3}, "data_dir must be a folder. Received: data_dir=3"),
         ({"families": ["fast"], "data": "digits"}, "'fast' needs images larger"),
+        ({"fixed": {"x": [1]}}, r"values that are numbers, .* Received: x=\[1\]"),
     ],
 )
 def test_settings_are_checked(options, message):
     with pytest.raises(SearchError, match=message):
         Settings.of(options)
+
+
+def test_scalars_of_numpy_are_numbers():
+    fixed = {"rate": np.float32(0.5), "width": np.int64(128), "deep": np.bool_(True)}
+    settings = Settings.of({"fixed": fixed, "epochs": np.int64(3)})
+    found = json.loads(json.dumps(settings.to_dict()))
+    assert (found["fixed"], found["epochs"]) == ({"rate": 0.5, "width": 128, "deep": True}, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"time_limit": "5"}, "time_limit must be minutes above 0. Received: '5'"),
+        ({"worker_timeout": "60"}, "worker_timeout must be seconds, .* Received: '60'"),
+        ({"chief": 8100}, "An address is HOST:PORT, .* Received: 8100"),
+        ({"join": 8100}, "An address is HOST:PORT, .* Received: 8100"),
+    ],
+)
+def test_options_of_running_are_checked(tmp_path, options, message):
+    with pytest.raises(SearchError, match=message):
+        tuning.search(tmp_path / "search", **options)
+    assert not (tmp_path / "search").exists()
+
+
+def test_home_is_found_everywhere(made, trainings, monkeypatch):
+    monkeypatch.setenv("HOME", str(made.out.parent))
+    assert tuning.load("~/search").out == made.out
+    trainings()
+    card = tuning.retrain(made, out="~/trained", progress=False)
+    assert card == made.out.parent / "trained" / "model_card.md"
+    asked = []
+    write = "keras_norm._search_report.write_report"
+    monkeypatch.setattr(write, lambda found, out: asked.append((found.out, out)))
+    tuning.report("~/search", "~/page")
+    assert asked == [(made.out, made.out.parent / "page")]
+
+
+def test_files_that_are_not_those_of_a_search(tmp_path):
+    (tmp_path / "search.json").write_text("[]")
+    with pytest.raises(SearchError, match=r"search\.json' is of no search: it must have"):
+        tuning.load(tmp_path)
+    write_search(tmp_path, Settings(data="digits"), line(), line())
+    (tmp_path / "trial_0").mkdir()
+    for text, message in (("", "JSONDecodeError: Expecting value"), ("{}", "KeyError: 'message'")):
+        (tmp_path / "trial_0" / "trial.json").write_text(text)
+        with pytest.raises(SearchError, match=f"trial.json' cannot be read: {message}"):
+            tuning.report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("rates = {}['momentum']", "its code raises KeyError: 'momentum'"),
+        ("int('x')", "its code raises ValueError: invalid literal"),
+        ("raise SystemExit(0)", "its code raises SystemExit: 0"),
+        ("import no_such_module", r"No module named 'no_such_module'\. If it has moved"),
+    ],
+)
+def test_code_of_a_space_that_raises(tmp_path, code, message):
+    path = tmp_path / "raising.py"
+    path.write_text(code)
+    with pytest.raises(SearchError, match=f"space='{path}:space' cannot be had: {message}"):
+        spaces.space_of(f"{path}:space")
+
+
+def test_logs_of_a_worker_that_is_stopped_stay(tmp_path):
+    """They lie in a folder of the search that it joined, and nowhere else."""
+
+    def stopped(folder):
+        with _search_run._folder(tmp_path / folder.partition("/")[0]):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            raise SystemExit(143)
+
+    for folder in ("begun/search_one/trial_0", "not_begun"):
+        with pytest.raises(SystemExit):
+            stopped(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["begun"]
+
+
+def test_rows_are_printed_in_any_encoding(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", newline="")
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setenv("COLUMNS", "60")
+    display = _search_run._Display(Settings(data="digits"), show=True)
+    event = {"number": 0, "status": "failed", "score": None, "epoch": 0, "best_epoch": None}
+    event |= {"seconds": None, "parameters": None, "values": {}}
+    display._row({**event, "reason": "ValueError: a rate \u2265 1"})
+    monkeypatch.setenv("COLUMNS", "120")
+    display._row({**event, "reason": "ValueError: a rate \u2265 1"})
+    written.flush()
+    _, short, whole = written.buffer.getvalue().decode("latin-1").splitlines()
+    assert short.endswith("...")
+    assert len(short) < 60
+    assert whole.endswith("a rate ? 1")
+
+
+def test_number_of_trials_of_hyperband_follows(tmp_path):
+    write_search(tmp_path, Settings(data="digits", tuner="hyperband"), line(), line())
+    with pytest.raises(SearchError, match=r"30: leave out trials\. Received: trials=60"):
+        prepare(tmp_path, {"trials": 60}, resume=True, overwrite=False)
+    assert prepare(tmp_path, {}, resume=True, overwrite=False).planned == 30
 
 
 def test_what_may_change_when_a_search_is_resumed(tmp_path):
