@@ -232,10 +232,11 @@ def verdict_of(row: Mapping[str, Any], values: np.ndarray, published: Sequence[D
         return f"not comparable: {row['not_comparable']}"
     if not published:
         return "measured"
+    better = row.get("better", "more")
     if row.get("range"):  # both of its ends could be runs of ours, or ours are better
-        verdicts = [judge(values, [end]) for end in published]
+        verdicts = [judge(values, [end], better) for end in published]
         return next(v for v in ("not reproduced", "surpassed", verdicts[0]) if v in verdicts)
-    return judge(values, published, row.get("better", "more"))
+    return judge(values, published, better)
 
 
 def reasons(row: Mapping[str, Any], title: str, verdict: str) -> list[str]:

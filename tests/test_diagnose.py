@@ -315,6 +315,7 @@ def test_batches_and_report(tmp_path):
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow_on_jax
 def test_at_most_so_many_examples():
     model = network()
     x, y = examples(200)

@@ -339,6 +339,7 @@ def test_views_are_averaged(shift, tmp_path):
     np.testing.assert_allclose(again.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_on_jax
 def test_views_of_images_of_several_sizes():
     model = FastConvNet((4,), input_shape=(None, None, 3))
     views = TestTimeAugmentation(model, 1)

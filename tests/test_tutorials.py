@@ -234,7 +234,10 @@ def test_tutorial_6_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
     assert max(max(values) for values in answers["same_weights"].values()) < 1e-5
     assert len(answers["after_steps"]) == 12
     assert max(answers["after_steps"].values()) < 1e-3
-    assert answers["flag"]["no flag"] == 0 < answers["flag"]["training=True"]
+    flag = answers["flag"]
+    assert flag["no flag"] == 0 < flag["training=True"]
+    assert flag["fit"] == 0 < flag["fit, flag named"]  # by the model's own `call`
+    assert flag["fit, flag not named by a layer"] == flag["fit, flag named"]
     lines = answers["lines"]["ConvNet, tensors"], answers["lines"]["ConvNet, Sequential"]
     assert lines[0]["training"] > lines[1]["training"] > 0
     for net in ("two layers", "ConvNet"):
@@ -304,6 +307,22 @@ def test_a_typo_in_the_flags_is_an_error(tmp_path):
     assert process.returncode == 2
     assert "--fats" in process.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["06_three_ways.py", "07_cifar10_challenge.py"])
+def test_matplotlib_is_missed_before_anything_is_trained(tmp_path, name):
+    """Those that run without TensorFlow do so where Matplotlib may not be installed."""
+    (tmp_path / "without").mkdir()
+    absent = "raise ModuleNotFoundError(\"No module named 'matplotlib'\")"
+    (tmp_path / "without" / "matplotlib.py").write_text(absent)
+    (tmp_path / "out").mkdir()
+    process = run_as_its_readers_do(
+        name, tmp_path / "out", "--fast", PYTHONPATH=str(tmp_path / "without")
+    )
+    assert process.returncode == 1
+    assert process.stderr.rstrip().endswith("No module named 'matplotlib'")
+    assert not process.stdout
+    assert not list((tmp_path / "out").iterdir())
 
 
 # Well below what the fast runs reach (see the header of the tutorial), far above chance.

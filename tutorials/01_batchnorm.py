@@ -952,12 +952,12 @@ print(dropouts.table(DEAD, ["neither", "norm alone"], digits=3))
 """
 ## A failure and its cure: the moving statistics are not those of this net
 
-Look at the test accuracy with batch normalization above: far below the training accuracy, and
-jumping from epoch to epoch. Overfitting? Then the same net, with the same weights, would be no
-better when its means and variances are computed anew. At a learning rate of 1.0 each step moves the
-activations of every layer a long way, while (B11) and (B12) average over the nets of the last
-steps: no net ever had these statistics. `statistics.reestimate` computes them for the net as it is,
-layer by layer, from training images alone.
+Look at the test accuracy with batch normalization above: below the training accuracy, in some
+epochs far below, and jumping from one to the next. Overfitting? Then the same net, with the same
+weights, would be no better when its means and variances are computed anew. At a learning rate of
+1.0 each step moves the activations of every layer a long way, while (B11) and (B12) average over
+the nets of the last steps: no net ever had these statistics. `statistics.reestimate` computes them
+for the net as it is, layer by layer, from training images alone.
 """
 
 # %%

@@ -87,7 +87,8 @@ of the gradients before:
     AdamW              (D1)  w <- w - learning_rate weight_decay w,   then Adam
 
 The first three scale with the gradient: ten times the loss, ten times the step. The others divide
-it by its own size, weight by weight; for them the learning rate is nearly the length of a step.
+it by its own size, weight by weight; for them the learning rate is nearly the length of a step
+(AdaGrad's only at first).
 
 ## From scratch
 
@@ -175,7 +176,7 @@ print(f"Adam from scratch against the library: largest difference {difference:.1
 
 The loss w_1^2 / 10 + 2 w_2^2 is twenty times as steep across as along. A step that is right for the
 one direction is wrong for the other, which is the trouble of plain gradient descent. Every rule
-starts at the same point and takes 60 steps (30 with `--fast`), at that rate of a sweep with which
+starts at the same point and takes 60 steps (20 with `--fast`), at that rate of a sweep with which
 it ends lowest.
 
 On the right the ravine is turned by 45 degrees, and so is the start; rates and all else stay.
@@ -269,7 +270,8 @@ plotting.trajectories(
 """
 Across the ravine and along it the steps of the adaptive rules are alike, each weight having a rate
 of its own. But "its own" means the axes' own. Turned, gradient descent and the two momentums take
-exactly the turned path. The others notice (losses after 60 steps):
+exactly the turned path. The others notice (losses after 60 steps; after the 20 of `--fast` they are
+others, printed above):
 
 - AdaGrad falls from the second place to the last, 1.2e-2: both weights now see the steep direction,
   which fills both accumulators, and these never forget. Along the ravine it crawls.
@@ -451,6 +453,12 @@ A rule shown at a rate that suits another one is not being compared, it is being
 same net is trained at rates from 1e-4 to 3, each about three times the one before; the best is
 chosen by validation accuracy. The same with batch normalization before each ReLU, for later, at
 every second rate.
+
+Read the accuracies with batch normalization, in the plot as in the table further down, with care:
+they are those of moving statistics with the default momentum of .99, which are not re-estimated.
+After 200 steps .99^200 = 13% of them are still the initial 0 and 1 (after the 100 of `--fast` 37%),
+and the rest are averages over nets of the last hundred steps, which at a large rate are other nets.
+So these accuracies, and the rate that looks best by them, may come out too low.
 """
 
 # %%
@@ -734,8 +742,11 @@ range_test.plot(out / "range_test.png")
 
 # %% [markdown]
 """
-The maximum of the cycles should lie between the two. Which one is decided by validation accuracy
-after short trainings of two cycles; and which penalty, after full ones at that maximum.
+The maximum of the cycles should lie between the two, rather near the upper one, where steps are
+long. With `--full` they are 3.6e-5 and 8.1e-3. The candidates, .001, .003 and .01, are round
+numbers up to there; the last lies a little beyond, for the test is one short run, and exact to no
+better than that. Which one is decided by validation accuracy after short trainings of two cycles;
+and which penalty, after full ones at that maximum.
 """
 
 # %%
@@ -812,6 +823,10 @@ How large may the rate be before training breaks down? A rate counts as stable i
 the mean loss of the steps is a number, and lower than that of guessing, ln(classes); that may still
 be a poor net. The runs are those of the sweep: one seed, rates about three times apart without
 normalization and ten times with it (`--full`).
+
+The column "best rate" goes by validation accuracy, and with batch normalization that is judged by
+statistics that lag, as said above: another rate may be the best of those re-estimated. The columns
+of stable rates stand: the loss of the steps is that of training, by the statistics of the batch.
 """
 
 # %%
@@ -1053,7 +1068,7 @@ def answer_stable():
         accuracy = sweep.values(named(poor, last[poor], "batch"), "val_accuracy").mean()
         caution = (
             f"Stable is not good: {poor} at {last[poor]:g} with it has a validation accuracy of "
-            f"{100 * accuracy:.1f} %. "
+            f"{100 * accuracy:.1f} %, by moving statistics that lag. "
         )
     return (
         f"5. Largest stable rates of those tried: {'; '.join(rows)}. The grids differ: for Adam "

@@ -865,8 +865,8 @@ def answer_corruptions():
     return (
         f"3. On clean images the net answers {percent(CLEAN)} right, on corrupted ones "
         f"{percent(SOURCE)}, with statistics of {ADAPTED:,} such images {percent(AFTER)}: "
-        f"{percent(RECOVERY)} of the loss comes back (n = {len(fewer_seeds)}). Points gained, mean "
-        f"over the strengths: most {most}; least {least}. By Holm's test {up} of "
+        f"{percent(RECOVERY)} of the accuracy lost comes back (n = {len(fewer_seeds)}). Points "
+        f"gained, mean over the strengths: most {most}; least {least}. By Holm's test {up} of "
         f"{len(by_kind.names)} gain and {down} lose, at the 5% level. On clean images adaptation "
         f"changes the accuracy by {difference('no corruption', KIND_TESTS)}. New statistics undo "
         "what moves mean and variance of whole channels in all images alike. They do not bring "

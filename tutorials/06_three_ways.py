@@ -25,7 +25,8 @@ is downloaded to (163 MB). With neither network nor folder: the digits that come
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full`
 about half an hour (five seeds of each net and way, each trained for one epoch on 49,000 images). It
-runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's.
+runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's. It draws with
+Matplotlib, which an environment without TensorFlow may lack (`pip install matplotlib`).
 
 **Expect** after one epoch: see part E of RESULTS.md, whose rows `--full` reproduces.
 """
@@ -39,6 +40,8 @@ import math
 import textwrap
 import time
 
+import matplotlib  # noqa: F401 -- here, and not after all trainings, it is to be found missing
+
 from keras_norm import quiet
 
 quiet.start()
@@ -47,7 +50,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_norm import datasets, experiments, functional, models, optimizers, plotting
+from keras_norm import (
+    datasets,
+    experiments,
+    functional,
+    models,
+    optimizers,
+    plotting,
+    statistics,
+)
 from keras_norm.layers import BatchNormalization
 
 # Each net has functions of its own compiled, on purpose: TensorFlow warns of that.
@@ -773,8 +784,9 @@ other things:
 
 * **Tensors**: of all of it. The flag goes into every function that normalizes; the new averages
   come out, and have to be stored; and no gradient may be taken with respect to them.
-* **Subclassed**: of the flag. Keras sets it in `fit` and `predict`, and hands it on to the layers
-  of a layer, whether or not `call` names it. In a loop of our own we say `training=True`.
+* **Subclassed**: of the flag. The model's own `call` must name it (`training=None`), and hand it on
+  to the layers: then `fit` sets it to True, `predict` and `evaluate` to False. A layer need not
+  name it for the layers that it consists of. In a loop of our own we say `training=True`.
 * **Sequential**: of nothing.
 """
 
@@ -949,7 +961,7 @@ for net in NORMALIZED:
 
 # %% [markdown]
 """
-## Two failures and their cure
+## Three failures and their cures
 
 **The update forgotten.** With tensors, a step that leaves out `old.assign(new)` trains as well as
 before: in training the batch's own statistics are used. In inference, the mean 0 and variance 1 of
@@ -959,7 +971,10 @@ the beginning are not those of the units.
 to be asked about together. With a thousand of them nobody notices; with few, an answer depends on
 its neighbours; and with one, dense layers see nothing but beta.
 
-Both failures are tried on the weights of one training, so that nothing else differs.
+**The flag not named** by the `call` of a subclassed model: `fit` then has nothing to say it to, and
+the model is in inference mode all the time.
+
+The first two are tried on the weights of one training, so that nothing else differs.
 """
 
 # %%
@@ -1053,9 +1068,12 @@ plotting.bars(
 
 # %% [markdown]
 """
-And in Keras? A layer of our own that calls a normalization without naming the flag is no failure:
-Keras hands it on. A loop of our own that calls the model without `training=True` is one: the model
-is in inference mode all the time, and its statistics stay where they began.
+And in Keras? A *layer* need not name the flag: its normalization learns it from the call around
+it. The *model's own* `call` must, or `fit` runs it in inference mode: it normalizes by the initial
+0 and 1, which stay what they are, and nobody says so but `statistics.diagnose`. Naming it, `call`
+is to hand it on, too: TensorFlow and PyTorch do without that, JAX does not. A loop of our own that
+calls the model without `training=True` fails in the same way. Each of these is tried on a batch of
+ones, of which a training step moves the moving mean by a tenth.
 """
 
 
@@ -1071,15 +1089,61 @@ class WithoutFlag(keras.Model):
         return self.norm(x)
 
 
-def moved_by(**flag):
-    """How far a call moves the moving mean of a model that does not name the flag."""
-    model = WithoutFlag()
-    model(few * 0 + 1, **flag)
-    return float(np.abs(to_numpy(model.norm.moving_mean)).max())
+class WithFlag(WithoutFlag):
+    """The cure: names the flag, and hands it on."""
+
+    def call(self, x, training=None):
+        return self.norm(x, training=training)
 
 
-FLAG = {"training=True": moved_by(training=True), "no flag": moved_by()}
-print(f"A call of a model on ones moves its moving mean by: {FLAG}")
+class FlagKept(WithoutFlag):
+    """Names the flag, but does not hand it on."""
+
+    def call(self, x, training=None):
+        return self.norm(x)
+
+
+class LayerWithoutFlag(keras.layers.Layer):
+    """Does not name the flag either, but is no model."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = BatchNormalization(**NORM)
+
+    def call(self, x):
+        return self.norm(x)
+
+
+ONES = np.ones((BATCH_SIZE, *data.input_shape), "float32")
+
+
+def moved_by_call(model, **flag):
+    """How far a call moves the moving mean of a model with one normalization."""
+    model(ONES, **flag)
+    return float(np.abs(to_numpy(model.non_trainable_weights[0])).max())
+
+
+def moved_by_fit(model):
+    """How far a step of `fit` moves it."""
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(ONES, ONES, batch_size=BATCH_SIZE, verbose=0)
+    return float(np.abs(to_numpy(model.non_trainable_weights[0])).max())
+
+
+forgetful = WithoutFlag()
+FLAG = {
+    "training=True": moved_by_call(WithoutFlag(), training=True),
+    "no flag": moved_by_call(WithoutFlag()),
+    "fit": moved_by_fit(forgetful),
+    "fit, flag named": moved_by_fit(WithFlag()),
+    "fit, flag named, not handed on": moved_by_fit(FlagKept()),
+    "fit, flag not named by a layer": moved_by_fit(
+        keras.Sequential([keras.Input(data.input_shape), LayerWithoutFlag()])
+    ),
+}
+print(f"A batch of ones moves the moving mean by: {FLAG}")
+found = statistics.diagnose(forgetful, (ONES, ONES))
+print(f"Diagnosis: {found.first}. {found.causes[0].evidence}")
 
 # %% [markdown]
 """
@@ -1179,8 +1243,12 @@ def answer_normalization():
     )
     return (
         "4. Tensors: the flag, the statistics that come out of a step, and that they are not "
-        "trained. Subclassed: the flag where we write the loop ourselves (a call without it moves "
-        f"the moving mean by {FLAG['no flag']:g}, one with it by {FLAG['training=True']:.2g}). "
+        "trained. Subclassed: the flag. The model's own `call` must name it and hand it on, or "
+        f"`fit` runs the model in inference mode (a step moves the moving mean by {FLAG['fit']:g}, "
+        f"with the flag named by {FLAG['fit, flag named']:.2g}); a layer in it need not (by "
+        f"{FLAG['fit, flag not named by a layer']:.2g}). Where we write the loop ourselves, we say "
+        f"it (a call without it moves the moving mean by {FLAG['no flag']:g}, one with it by "
+        f"{FLAG['training=True']:.2g}). "
         f"Sequential: nothing. What if not, test accuracy, n = {len(seeds)}: {lines} ({ALONE} "
         "images one at a time, at most 2,000 by ten). What would change the answer: units whose "
         "mean and variance are near 0 and 1 as it is, for which the update is not missed."
