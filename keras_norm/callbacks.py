@@ -962,7 +962,7 @@ class AverageWeights(_Exchange):
         super().on_epoch_end(epoch, logs)
         self._update_in_epoch()
         self._left = [np.array(v.numpy()) for v in self.model.trainable_variables]
-        if self.backup is not None and self._averages:
+        if self.backup is not None and (self._averages or self._batches):
             self._save(epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -992,7 +992,8 @@ class AverageWeights(_Exchange):
         with np.load(path) as arrays:
             counts = {k: int(arrays[k]) for k in ("epoch", "updates", "batches") if k in arrays}
             averages = [arrays[f"a{i}"] for i in range(len(arrays.files) - len(counts))]
-        if [v.shape for v in averages] != [tuple(v.shape) for v in self._variables()]:
+        shapes = [tuple(v.shape) for v in self._variables()]
+        if averages and [v.shape for v in averages] != shapes:
             raise ValueError(
                 "A backup of an average must be of the same model. Received: "
                 f"backup={str(path)!r}, of other shapes. Remove it to begin anew."
@@ -1005,7 +1006,7 @@ class AverageWeights(_Exchange):
             )
             return
         self.updates, self._batches = counts["updates"], counts.get("batches", 0)
-        self._averaged = self._variables()
+        self._averaged = self._variables() if averages else []
         pairs = zip(averages, self._averaged, strict=True)
         self._averages = [_average(value, variable) for value, variable in pairs]
 
@@ -1034,8 +1035,9 @@ class Lookahead(keras.callbacks.Callback):
         power: number >= 0; 0 averages from the beginning. Default: 3.
 
     State: `variables`, the slow weights, one `keras.Variable` for each trainable weight and each
-        moving statistic, from the first step on; t is the optimizer's `iterations`. Save and
-        restore both with the model to resume a training exactly.
+        moving statistic, from the first step on; t is the optimizer's `iterations`, times the
+        batches whose gradients it accumulates. Save and restore both with the model to resume a
+        training exactly.
 
     Raises:
         ValueError: for arguments out of range.

@@ -198,6 +198,12 @@ def _name(name: str, labels: Labels | None) -> str:
     return (labels or {}).get(name, name)
 
 
+def _wrapped(text: str, letters: int) -> str:
+    """In lines of at most so many letters; as it is where it has no longer ones."""
+    too_long = any(len(line) > letters for line in text.split("\n"))
+    return textwrap.fill(text, letters) if too_long else text
+
+
 def _legend(
     figure: Figure, handles: Sequence[Any], published: Sequence[Any] = (), note: str = ""
 ) -> None:
@@ -208,7 +214,7 @@ def _legend(
     blocks = [(list(handles), note), (list(published), "")]
     widest = int(13 * figure.get_figwidth()) - 7  # letters in a row
     for handle in (*handles, *published):
-        handle.set_label(textwrap.fill(handle.get_label(), widest))
+        handle.set_label(_wrapped(handle.get_label(), widest))
     sizes = [_legend_shape(entries, widest + 7) for entries, _ in blocks]
     heights = [
         (0.195 * lines + 0.21 * bool(title) + 0.09) if entries else 0.0  # inches
@@ -693,7 +699,7 @@ def bars(
 
         counts = [_count([run for run in results if run.name == name]) for name in names]
         ticks = [
-            textwrap.fill(f"{_name(n, labels)} ({c})", _NAME_WIDTH)
+            _wrapped(f"{_name(n, labels)} ({c})", _NAME_WIDTH)
             for n, c in zip(names, counts, strict=True)
         ]
         height = _row_height(ticks, 0.42) * len(names)
@@ -848,9 +854,9 @@ def paired_differences(
     with _drawing():
         from matplotlib import pyplot
 
-        texts = [textwrap.fill(_name(name, labels), _NAME_WIDTH) for name in names]
+        texts = [_wrapped(_name(name, labels), _NAME_WIDTH) for name in names]
         label = f"difference of {_label(metric, labels)} from {_name(baseline, labels)}"
-        label = textwrap.fill(label, 62)
+        label = _wrapped(label, 62)
         height = _row_height(texts, 0.38) * len(names) + 0.17 * label.count("\n")
         figure, axes = pyplot.subplots(figsize=(7.6, 0.9 + height))
         looks = _colors(results, names)

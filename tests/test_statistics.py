@@ -810,6 +810,16 @@ def test_layers_that_do_not_run_keep_theirs():
     assert "did not run" in str(report)
 
 
+def test_a_shared_layer_that_gets_nothing_but_padding():
+    inputs, norm = keras.Input((4, 3)), KINDS["ours"](name="norm")
+    x = norm(layers.Dense(3)(norm(layers.Masking()(inputs))))
+    model = keras.Model(inputs, x)
+    before = all_bits(model)
+    report = reestimate(model, np.zeros((10, 4, 3), "float32"), batch_size=4)
+    assert report["norm"].status == "did not run"
+    assert all_bits(model) == before
+
+
 def test_a_report(tmp_path):
     model = mixed_model(convnet)
     old = snapshot(model)

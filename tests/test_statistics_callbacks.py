@@ -305,11 +305,12 @@ def test_interrupted_in_validation():
     assert same(state(model), plain(1).epochs[-1])
 
 
-def test_a_fit_that_is_resumed(tmp_path):
+@pytest.mark.parametrize(("options", "updates"), [({"kind": "swa"}, 4), ({"steps": 6}, 2)])
+def test_a_fit_that_is_resumed(tmp_path, options, updates):
     """Interrupted in epoch 2 and resumed from the backup: the same as without, average included."""
 
     def callbacks():
-        average = AverageWeights("swa", data=X, backup=tmp_path / "average.npz", batch_size=64)
+        average = AverageWeights(data=X, backup=tmp_path / "average.npz", batch_size=64, **options)
         return in_order([keras.callbacks.BackupAndRestore(tmp_path / "backup"), average])
 
     model = network()
@@ -322,7 +323,7 @@ def test_a_fit_that_is_resumed(tmp_path):
     assert (tmp_path / "average.npz").exists()
     model, second = network(), callbacks()
     fit(model, second, epochs=4)
-    assert second[1].updates == 4
+    assert second[1].updates == updates
     for a, b in zip(state(model), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
