@@ -112,6 +112,7 @@ def test_untouched_statistics():
     assert "a: 100% of" in found.causes[0].evidence
 
 
+@pytest.mark.slow_on_jax
 def test_domain_shift():
     found = diagnose(network(), examples(shift=60.0, scale=12.0))
     assert found.first == "domain shift", str(found)
@@ -127,6 +128,7 @@ def test_small_batches():
     assert found["small batches"].change < 0  # training is the worse
 
 
+@pytest.mark.slow_on_jax
 def test_dropout():
     found = diagnose(network(dropout=0.8), examples(), batch_size=96)
     assert found.first == "dropout", str(found)
@@ -175,6 +177,7 @@ def test_masks():
     assert "norm: gets no mask" in found["masks"].evidence
 
 
+@pytest.mark.slow_on_jax
 def test_masks_that_arrive_are_no_cause():
     inputs = keras.Input((12,), dtype="int32")
     x = layers.Embedding(10, 3, mask_zero=True)(inputs)
