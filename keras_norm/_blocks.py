@@ -217,7 +217,7 @@ class Blocks(NamedTuple):
 
 
 def check_widths(argument: str, widths: Any, what: str) -> None:
-    listed = isinstance(widths, Iterable) and not isinstance(widths, str)
+    listed = isinstance(widths, Sequence) and not isinstance(widths, str)
     if not listed or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
         raise ValueError(
             f"`{argument}` must list {what}, ints >= 1. Received: {argument}={widths!r}."

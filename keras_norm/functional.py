@@ -205,10 +205,15 @@ def _check_shapes(x: Array, axes: Sequence[int], **arrays: Array | None) -> None
             )
 
 
+def _broadcasts(shape: Sequence[int | None], to: Sequence[int | None]) -> bool:
+    """Whether an array of this shape broadcasts to the other; None fits everything."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(m in (1, None, n) or n is None for m, n in pairs)
+
+
 def _check_weights(x: Array, weights: Array | None) -> None:
     shape, of_x = (() if weights is None else _shape(weights)), _shape(x)
-    pairs = zip(reversed(shape), reversed(of_x), strict=False)
-    if len(shape) > len(of_x) or any(m not in (1, None, n) and n is not None for m, n in pairs):
+    if not _broadcasts(shape, of_x):
         raise ValueError(
             "`weights` must broadcast to x: each of their sizes is 1 or that of x. Received: "
             f"weights of shape {shape}, x of shape {of_x}. One weight for each example of (N, C) "
@@ -1475,9 +1480,7 @@ def check_mask_shape(mask: Sequence[int | None], shape: Sequence[int | None]) ->
     Example:
         >>> check_mask_shape((None, 1, 10), (32, 5, 10))
     """
-    pairs = zip(reversed(mask), reversed(shape), strict=False)
-    fits = all(m in (1, None, n) or n is None for m, n in pairs)
-    if len(mask) > len(shape) or not fits:
+    if not _broadcasts(mask, shape):
         raise ValueError(
             "The mask of a dropout (`noise_shape`) must broadcast to the input: each of its sizes "
             f"is 1 or that of the input. Received: shape {tuple(mask)} for an input of shape "
