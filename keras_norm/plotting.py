@@ -70,7 +70,7 @@ _MARKERS = "os^DvPX*<p"
 _DASHES = [(0, (6, 3)), (0, (3, 2)), (0, (8, 2, 2, 2)), (0, (2, 1))]
 _BAND = "mean, band: ± 1 standard deviation over n seeds"
 _GREY = "#444444"
-_NAME_WIDTH = 42  # letters in a line beside an axis
+_NAME_WIDTH = 52  # letters in a line beside an axis
 _DPI_MOVING = 72
 _FRAMES_PER_SECOND = 12
 
@@ -199,9 +199,10 @@ def _name(name: str, labels: Labels | None) -> str:
 
 
 def _wrapped(text: str, letters: int) -> str:
-    """In lines of at most so many letters; as it is where it has no longer ones."""
-    too_long = any(len(line) > letters for line in text.split("\n"))
-    return textwrap.fill(text, letters) if too_long else text
+    """In lines of at most so many letters, "n = 5" in one; as it is where none is longer."""
+    if all(len(line) <= letters for line in text.split("\n")):
+        return text
+    return textwrap.fill(text.replace(" = ", "\xa0=\xa0"), letters).replace("\xa0", " ")
 
 
 def _legend(
