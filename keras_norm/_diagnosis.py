@@ -52,7 +52,8 @@ _COLD = 0.05  # the share of the initial values from which statistics are called
 _MASKS = 0.1  # sigma: how much statistics change by the padding
 
 _REMEDIES = {
-    "no training mode": "Give the model's `call` an argument `training=None`, and train again.",
+    "no training mode": "Give the model's `call` an argument `training=None`, hand it on to the "
+    "layers, and train again.",
     "non-finite values": "Remove them from the data, or restore weights from before they appeared.",
     "cold statistics": "statistics.reestimate(model, training_data), or train longer, or lower "
     "`momentum`.",
@@ -351,16 +352,50 @@ def _tensors(values: Any) -> Any:
 # The training mode of `fit` ----------------------------------------------------------------------
 
 
-def _no_training_mode(model: Any) -> Cause | None:
-    """Keras's own training step tells the model that it trains only if `call` can be told so."""
-    own_step = type(model).train_step.__module__.partition(".")[0] == "keras"
-    if _has_switch(model) or not own_step:
+def _no_training_mode(model: Any, trials: _Trials, x: Any) -> Cause | None:
+    """Keras's own training step tells the model that it trains only if `call` can be told so.
+
+    On JAX it calls `call` itself, which sets no mode for the layers within: `call` must do so.
+    """
+    if type(model).train_step.__module__.partition(".")[0] != "keras":
+        return None
+    untold = [str(model.name)]
+    if not _has_switch(model):
+        fault = "has no argument `training`: fit calls it as inference does"
+    elif keras.backend.backend() == "jax" and (untold := _not_handed_on(model, trials, x)):
+        fault = (
+            f"does not hand `training` on to {', '.join(untold[:3])}"
+            f"{', ...' if len(untold) > 3 else ''}: on JAX fit calls them as inference does"
+        )
+    else:
         return None
     evidence = (
-        f"{type(model).__name__}.call has no argument `training`: fit calls it as inference does, "
-        "and no moving statistics move, nor is anything dropped out."
+        f"{type(model).__name__}.call {fault}, and no moving statistics move, nor is anything "
+        "dropped out."
     )
-    return Cause("no training mode", math.nan, 0.0, ((str(model.name), math.nan),), evidence)
+    return Cause(
+        "no training mode", math.nan, 0.0, tuple((name, math.nan) for name in untold), evidence
+    )
+
+
+def _not_handed_on(model: Any, trials: _Trials, x: Any) -> list[str]:
+    """Layers that a call of the model puts in training mode, and its training step does not."""
+    switched = {**trials.norms, **trials.random}
+    names = {id(layer): name for name, layer in switched.items()}
+    modes: dict[str, list[bool]] = {}
+
+    def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
+        modes.setdefault(names[id(layer)], []).append(bool(kwargs.get("training")))
+        return call(*args, **kwargs)
+
+    def modes_of(call: Any) -> dict[str, list[bool]]:
+        modes.clear()
+        with keras.StatelessScope(), intercepted(switched.values(), handler):
+            call(tree.map_structure(ops.convert_to_tensor, x), training=True)
+        return dict(modes)
+
+    called, trained = modes_of(model), modes_of(model.call)
+    return [name for name in called if any(called[name]) and not any(trained.get(name, [True]))]
 
 
 # Values that are not finite ----------------------------------------------------------------------
@@ -646,7 +681,7 @@ def diagnose(
         else:
             inference, training, parts = _steps(model, trials, batches)
             causes = _as_causes(parts, trials)
-    if (untold := _no_training_mode(model)) is not None:
+    if (untold := _no_training_mode(model, trials, batches[0][0])) is not None:
         causes = (untold, *causes)
     rows, shown = trials.rows, name or describe(data)
     return Diagnosis(shown, int(rows.sum()), int(rows.max()), inference, training, causes)

@@ -1007,7 +1007,8 @@ class Muon(SGD):
             Default: None, all of rank 3 or more.
         ns_steps, normalize: of `muon_step`.
         l2_decay: as in `SGD`, for all other variables. Default: None.
-        learning_rate_multipliers, **kwargs: as in `SGD`.
+        learning_rate_multipliers, **kwargs: as in `SGD`. A factor of 0 keeps no matrix as it is
+            where `normalize` sets its norm: leave it out of `matrices`, or do not train it.
 
     State: one velocity per variable (`float32` for variables in half precision).
 

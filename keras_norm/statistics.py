@@ -1362,8 +1362,8 @@ def diagnose(
     the moving ones, then those of the batch, then dropout and its like. What each step takes off
     the loss is put down to a cause:
 
-    - no training mode: the `call` of a subclassed model has no argument `training`, without which
-      `fit` leaves all of its layers in inference mode;
+    - no training mode: the `call` of a subclassed model has no argument `training` (or, on JAX,
+      does not hand it on), without which `fit` leaves its layers in inference mode;
     - non-finite values: in the data, in a variable, or made by a layer;
     - cold statistics: the moving ones are still a mixture of 0 and 1 and of the data's;
     - masks: a layer gets no mask although there was one below it, and padding counts;

@@ -258,6 +258,16 @@ class Told(Untold):
         return self.dense(self.norm(x, training=training))
 
 
+class NotHandedOn(Untold):
+    def call(self, x, training=None):
+        return self.dense(self.norm(x))
+
+
+class Frozen(Untold):
+    def call(self, x, training=None):
+        return self.dense(self.norm(x, training=False))
+
+
 class OwnStep(Untold):
     def train_step(self, *args):
         return super().train_step(*args)
@@ -285,6 +295,31 @@ def test_a_model_that_fit_cannot_train():
     model.compile("sgd", LOSS)
     model(data[0])
     assert "no training mode" not in [c.name for c in diagnose(model, data).causes]
+
+
+def test_a_mode_that_is_not_handed_on():
+    data = examples(64)
+    for kind in (NotHandedOn, Frozen):
+        model = kind()
+        model.compile("sgd", LOSS)
+        model.fit(*data, verbose=0)
+        moved = bool(np.any(ops.convert_to_numpy(model.norm.moving_mean)))
+        lost = kind is NotHandedOn and keras.backend.backend() == "jax"
+        assert moved == (kind is NotHandedOn and not lost)  # what Keras does
+        found = diagnose(model, data)
+        assert ("no training mode" in [c.name for c in found.causes]) == lost
+    if keras.backend.backend() == "jax":
+        model = NotHandedOn()
+        model.compile("sgd", LOSS)
+        model(data[0])
+        before = model.get_weights()
+        found = diagnose(model, data)
+        assert found.first == "no training mode"
+        text = "NotHandedOn.call does not hand `training` on to batch_normalization"
+        assert text in str(found)
+        assert "hand it on to the layers" in str(found)
+        for was, now in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(was, now)
 
 
 def test_a_layer_that_makes_them():
