@@ -1,14 +1,17 @@
 """Hyperband in front of KerasTuner's: trials that fail have ended too, as the worst of their round.
 
 KerasTuner's oracle lets the best of a round go on once more have completed than are thrown out, so
-each that failed takes the place of one that would have gone on. And it notes the bracket that was
-begun last, which with several workers need not be that of a trial that goes on.
+each that failed takes the place of one that would have gone on. It notes the bracket that was
+begun last, which with several workers need not be that of a trial that goes on. And where a space
+has fewer values than a bracket wants, it ends with all of them at the shortest training: here the
+best go on, the same share of them.
 
 Reference: Li et al., 2018, Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,23 +23,44 @@ class Hyperband:
 
     settings: Any
     exhausted: str
+    no_new_values = False  # none were found, and none are looked for again
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """Values of the trial that is to be made, for KerasTuner's `create_trial`."""
         oracle: Any = self
         oracle._remove_completed_brackets()
         for bracket in oracle._brackets:
-            if len(bracket["rounds"][0]) < oracle._get_size(bracket["bracket_num"], 0):
-                return dict(oracle._random_trial(trial_id, bracket))
+            if len(bracket["rounds"][0]) < oracle._get_size(bracket["bracket_num"], 0) and (
+                proposal := self._new(trial_id, bracket)
+            ):
+                return proposal
             if values := self._onward(trial_id, bracket):
                 return {"status": "RUNNING", "values": values}
-        if oracle._current_bracket > 0:  # of one iteration, in which they count down
-            oracle._increment_bracket_num()
+        if oracle._current_bracket > 0 and not self.no_new_values:
+            oracle._increment_bracket_num()  # of one iteration, in which they count down
             oracle._start_new_bracket()
-            return dict(oracle._random_trial(trial_id, oracle._brackets[-1]))
-        if not oracle.ongoing_trials and len(oracle.trials) < self.settings.planned:
+            if proposal := self._new(trial_id, oracle._brackets[-1]):
+                return proposal
+        if oracle.ongoing_trials:
+            return {"status": "IDLE"}
+        if len(oracle.trials) < self.settings.planned and not self.no_new_values:
             self.exhausted = "in some rounds more have failed than were to be left behind"
-        return {"status": "IDLE" if oracle.ongoing_trials else "STOPPED"}
+        return {"status": "STOPPED"}
+
+    def _new(self, trial_id: str, bracket: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A trial of the first round, with values that no other has."""
+        oracle: Any = self
+        if self.no_new_values:
+            return None
+        proposal = dict(oracle._random_trial(trial_id, bracket))
+        self.no_new_values = proposal["status"] != "RUNNING"
+        return None if self.no_new_values else proposal
+
+    def _places(self, bracket: Mapping[str, Any], number: int) -> int:
+        """How many trials a round may have: of a first round that found fewer, their share."""
+        oracle: Any = self
+        whole, first = (oracle._get_size(bracket["bracket_num"], n) for n in (number, 0))
+        return math.ceil(len(bracket["rounds"][0]) * whole / first)
 
     def _onward(self, trial_id: str, bracket: Mapping[str, Any]) -> dict[str, Any] | None:
         """Values of a trial that goes on from one of the round before, if one may by now.
@@ -52,7 +76,7 @@ class Hyperband:
             left = [oracle.trials[i["id"]] for i in rounds[number - 1] if i["id"] not in taken]
             completed = [t for t in left if t.status == "COMPLETED"]
             undecided = coming + sum(t.status == "RUNNING" for t in left)
-            places = oracle._get_size(bracket_num, number) - len(rounds[number])
+            places = self._places(bracket, number) - len(rounds[number])
             if completed and places > undecided:
                 sign = 1 if oracle.objective.direction == "max" else -1
                 best = max(completed, key=lambda t: sign * t.score)

@@ -466,6 +466,28 @@ def test_hyperband_says_where_too_few_are_left(tmp_path):
     assert oracle.exhausted == "in some rounds more have failed than were to be left behind"
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("values", "expected"), [(2, (1, 1)), (6, (2, 1)), (11, (3, 1))])
+def test_hyperband_halves_what_a_small_space_has(tmp_path, workers, values, expected):
+    """KerasTuner's ends with all of them at the shortest training."""
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("x", [k / values for k in range(values)])
+    space = dict(hp.get_config(), values={})
+    oracle = oracle_in(tmp_path, space, tuner="hyperband", epochs=9)
+    trials = halved(oracle, lambda number, values: False, workers)
+    assert oracle.exhausted.startswith("what is proposed has all been tried")
+    found = sizes(trials)
+    new = sum(n for (_, round_), n in found.items() if round_ == 0)
+    assert new in (values, values - 1)  # found by chance
+    assert (found[2, 1], found[2, 2]) == expected
+    best = max(trials.values(), key=lambda v: peak({"x": v["x"]}))
+    last = [v for v in trials.values() if (v["tuner/bracket"], v["tuner/round"]) == (2, 2)]
+    if values < 9:
+        assert [v["x"] for v in last] == [best["x"]]
+    else:
+        assert found[1, 1] == 1  # of two
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_hyperband_of_several_workers_knows_the_brackets(tmp_path, workers):
     """A trial goes on while a later bracket has begun; its checkpoint is still there."""
