@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_norm import functional
 from keras_norm._rows import NormalizationByRows, Rows, share_of
+from keras_norm._state import as_of_now
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
@@ -653,9 +654,8 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
         )
 
     def _by_moving(self, x: Array) -> Array:
-        return whiten(
-            x, self.moving_mean, self.moving_covariance, self.gamma, self.beta, **self._options
-        )
+        moving = as_of_now(self.moving_mean), as_of_now(self.moving_covariance)
+        return whiten(x, *moving, self.gamma, self.beta, **self._options)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""

@@ -1,6 +1,7 @@
 """TensorFlow's fused kernel of batch normalization, in training and in inference."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,16 +23,16 @@ def batch(
     import tensorflow as tf
 
     channels = x.shape[-1]
-    rows = tf.size(x) // channels
-    one_image = [1, 1, rows, channels]  # any rank as one image whose pixels are the rows
-    normalized = _forward(len(x.shape), epsilon)
-    if autodiff.in_graph():
-        normalized = _traced_forward(tuple(x.shape), epsilon)
+    one_image = [1, 1, -1, channels]  # any rank as one image whose pixels are the rows
+    normalized = _traced_forward(epsilon) if autodiff.in_graph() else _forward(epsilon)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        given = (None if v is None else tf.identity(v) for v in (x, gamma, beta))  # see `compiled`
-        y, mean, variance, *saved = normalized(*given)
-        return (y, mean, variance), (x, *saved)
+        scale = _float32_or(tf.ones, gamma, channels)
+        offset = _float32_or(tf.zeros, beta, channels)
+        y, mean, variance, *saved = normalized(_as_image(x), scale, offset)
+        for v in (mean, variance):
+            v.set_shape([channels])
+        return (tf.reshape(y, tf.shape(x)), mean, variance), (x, scale, *saved)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, scale, saved_mean, saved_variance, saved = residuals
@@ -51,26 +52,36 @@ def batch(
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
 
 
-@functools.lru_cache(maxsize=1024)
-def _traced_forward(shape: tuple[int | None, ...], epsilon: float) -> Any:
-    """`_forward`, traced once for arrays of one shape and not anew in each layer of a net."""
+@functools.lru_cache(maxsize=64)
+def _traced_forward(epsilon: float) -> Any:
+    """`_forward`, traced once for all sizes and not anew in each layer of a net."""
     import tensorflow as tf
 
-    return tf.function(_forward(len(shape), epsilon), autograph=False)
+    program = tf.function(_forward(epsilon), autograph=False)
+
+    def call(x: Array, scale: Array, offset: Array) -> Any:
+        specs = (
+            tf.TensorSpec([1, None, None, None], x.dtype),
+            *[tf.TensorSpec([None], "float32")] * 2,
+        )
+        # As operations: within the gradient of `tf.cond` the call of a function cannot be taken.
+        return program.get_concrete_function(*specs)(*map(tf.identity, (x, scale, offset)))
+
+    return call
 
 
-@functools.lru_cache(maxsize=1024)
-def _forward(rank: int, epsilon: float) -> Any:
-    """(x, gamma, beta) -> (y, mean, variance, ...): what the gradient needs besides x."""
+@functools.lru_cache(maxsize=64)
+def _forward(epsilon: float) -> Any:
+    """(x, scale, offset) -> (y, mean, variance, ...): what the gradient needs besides x, scale.
+
+    x: (1, N, P, C), of which y has the shape; scale, offset: (C,).
+    """
     import tensorflow as tf
 
-    def normalized(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Array, ...]:
-        channels = x.shape[-1]
-        rows = tf.size(x) // channels
-        scale = _float32_or(tf.ones, gamma, channels)
-        offset = _float32_or(tf.zeros, beta, channels)
+    def normalized(x: Array, scale: Array, offset: Array) -> tuple[Array, ...]:
+        rows = tf.size(x) // tf.size(scale)
         y, mean, variance, saved_mean, saved_variance, saved = tf.raw_ops.FusedBatchNormV3(
-            x=tf.reshape(x, [1, 1, rows, channels]),
+            x=x,
             scale=scale,
             offset=offset,
             mean=tf.zeros(0),
@@ -83,20 +94,34 @@ def _forward(rank: int, epsilon: float) -> Any:
         variance = variance * (tf.maximum(n - 1, 0) / tf.maximum(n, 1))
         # An empty batch has no statistics: NaN from the kernel, 0 by our convention.
         mean, variance = (tf.where(rows > 0, v, tf.zeros_like(v)) for v in (mean, variance))
-        y = tf.reshape(y, tf.shape(x))
         if not on_gpu():
             far = tf.reduce_any(mean * mean > FARTHEST_MEAN**2 * (variance + epsilon))
+            exactly = apart if autodiff.in_graph() else exact
             y, mean, variance = tf.cond(
-                far, lambda: exact(x, gamma, beta), lambda: (y, mean, variance)
+                far, lambda: exactly(x, scale, offset), lambda: (y, mean, variance)
             )
             saved_mean, saved_variance = mean, variance
-        return y, mean, variance, scale, saved_mean, saved_variance, saved
+        return y, mean, variance, saved_mean, saved_variance, saved
 
-    def exact(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Array, Array, Array]:
-        options: dict[str, Any] = {"axis": rank - 1, "epsilon": epsilon}
-        return functional.batch_normalization_forward(x, gamma, beta, **options)[0]
+    def exact(x: Array, scale: Array, offset: Array) -> tuple[Array, Array, Array]:
+        (y, mean, variance), _ = functional.batch_normalization_forward(
+            tf.squeeze(x, 0), scale, offset, epsilon=epsilon
+        )
+        return tf.expand_dims(y, 0), mean, variance
+
+    # TensorFlow spends its time on what every graph runs, and not on what is seldom taken.
+    apart = tf.function(exact, autograph=False, experimental_attributes={"_noinline": True})
 
     return normalized
+
+
+def _as_image(x: Array) -> Array:
+    """(N, ..., C) -> (1, N, P, C), an image of any rank."""
+    import tensorflow as tf
+
+    sizes, positions = tf.shape(x), x.shape[1:-1]
+    product = tf.reduce_prod(sizes[1:-1]) if None in positions else math.prod(positions)
+    return tf.reshape(x, [1, sizes[0] if len(x.shape) > 1 else 1, product, x.shape[-1]])
 
 
 def _float32_or(default: Any, v: Array | None, channels: int) -> Array:

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_norm import functional
 from keras_norm._rows import NormalizationByRows, Rows, elements_of
+from keras_norm._state import as_of_now
 from keras_norm.autodiff import custom_vjp
 
 __all__ = ["QuantileNormalization", "quantile_normalization", "quantile_normalize"]
@@ -429,7 +430,8 @@ class QuantileNormalization(NormalizationByRows):
         )
 
     def _by_moving(self, x: Array) -> Array:
-        return quantile_normalize(x, self.moving_quantiles, self.gamma, self.beta, **self._options)
+        moving = as_of_now(self.moving_quantiles)
+        return quantile_normalize(x, moving, self.gamma, self.beta, **self._options)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as Keras serializes them."""

@@ -107,6 +107,7 @@ class NormalizationByRows(MovingStatistics):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.autocast = False  # `call` casts the inputs; weights in half precision would overflow
         check_dtype(self)
         self.axis = axis
         self.epsilon = epsilon
@@ -222,7 +223,7 @@ class NormalizationByRows(MovingStatistics):
             share = weight / ops.where(total > 0, total, ops.ones_like(total))
             batch, weight = self._merged(batch, share), total
         sound = functools.reduce(
-            ops.logical_and, [ops.all(ops.isfinite(v)) for v in batch], weight > 0
+            ops.logical_and, [ops.all(ops.isfinite(v)) for v in (*batch, weight)], weight > 0
         )
         update = now["update"] > 0.5
         moves = ops.logical_and(sound, update)

@@ -16,9 +16,19 @@ from keras import ops
 
 from keras_norm import autodiff
 
-__all__ = ["LiveNumbers"]
+__all__ = ["LiveNumbers", "as_of_now"]
 
 Array = Any
+
+
+def as_of_now(variable: Any) -> Array:
+    """Its value, for a backward pass that comes after an assignment: PyTorch assigns in place."""
+    value = variable.value
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return value.clone() if torch.is_grad_enabled() else value
+    return value
 
 
 class LiveNumbers:

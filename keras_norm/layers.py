@@ -10,8 +10,9 @@ The layers of `keras_norm.research` can be imported from here as well.
 import functools
 import json
 import math
+import numbers
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from keras_norm._moving import (
     weights_of,
 )
 from keras_norm._rematerialization import Draws, decided, is_repeated, known
-from keras_norm._state import LiveNumbers
+from keras_norm._state import LiveNumbers, as_of_now
 
 __all__ = [
     "BatchNormalization",
@@ -105,8 +106,9 @@ class BatchNormalization(MovingStatistics):
             normalize by the moving statistics in training, too; None to follow `training`.
             Default: None.
         warn_untouched: bool, whether to warn, once, when inference meets moving statistics that
-            still have their initial values. Default: False, for a model that has just been made
-            is called for many good reasons.
+            still have their initial values (on JAX outside of compiled functions only, and so
+            not in `predict`). Default: False, for a model that has just been made is called for
+            many good reasons.
         **kwargs: of every Keras layer: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -142,9 +144,10 @@ class BatchNormalization(MovingStatistics):
 
     Without `train_parameters`, gamma and beta are not among `trainable_variables`, and their
     gradient in training is zero. (An optimizer with momentum or weight decay in a training
-    function compiled before goes on moving them by those, and Keras on JAX refuses such a
-    function: compile the model again, as for `trainable`.) One change may come too late, and
-    then raises: a layer that was made with `use_batch_statistics=None`, and not told otherwise
+    function compiled before goes on moving them by those; compile the model again, as for
+    `trainable`. On JAX do so before the next `fit`, and never in a callback: Keras's training
+    step ends in an error there, and the model's weights are lost.) One change may come too late,
+    and then raises: a layer that was made with `use_batch_statistics=None`, and not told otherwise
     until a function with it was compiled, stays with that, for its functions are compiled
     without the choice. `trainable = False` switches off the training of parameters and the
     updates, and lets the moving statistics normalize unless `use_batch_statistics` is True.
@@ -217,6 +220,7 @@ class BatchNormalization(MovingStatistics):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.autocast = False  # `call` casts the inputs; weights in half precision would overflow
         check_dtype(self)
         functional.check_epsilon(epsilon)
         check_fraction("renorm_momentum", renorm_momentum)
@@ -429,8 +433,8 @@ class BatchNormalization(MovingStatistics):
             self._warn_if_untouched()
         return kernels.normalize(
             x,
-            self.moving_mean,
-            self.moving_variance,
+            as_of_now(self.moving_mean),
+            as_of_now(self.moving_variance),
             self.gamma,
             self.beta,
             axis=self.axis,
@@ -452,7 +456,7 @@ class BatchNormalization(MovingStatistics):
         ):
             return self._normalize_by_kernel(x, gamma, beta, use_moving, updates)
         if use_moving is not False:
-            options["given"] = self.moving_mean, self.moving_variance
+            options["given"] = as_of_now(self.moving_mean), as_of_now(self.moving_variance)
             options["use_given"] = use_moving
         if not ghost:
             return functional.batch_normalization(x, gamma, beta, **options)
@@ -469,7 +473,7 @@ class BatchNormalization(MovingStatistics):
             return kernels.batch_normalization(x, gamma, beta, **where, training=updates)
 
         def by_moving() -> tuple[Array, Array, Array]:
-            moving = self.moving_mean, self.moving_variance
+            moving = as_of_now(self.moving_mean), as_of_now(self.moving_variance)
             y = functional.normalize(x, *moving, gamma, beta, **where)
             mean, variance = functional.moments(x, axis=self.axis)
             return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
@@ -506,6 +510,7 @@ class BatchNormalization(MovingStatistics):
             )
             r, d = unless_moving(r, ops.ones_like(r)), unless_moving(d, ops.zeros_like(d))
             # (B19): gamma (r x_hat + d) + beta = (gamma r) x_hat + (gamma d + beta)
+            gamma, beta = (None if v is None else in_dtype(v, r.dtype) for v in (gamma, beta))
             beta = (d if gamma is None else gamma * d) + (0 if beta is None else beta)
             gamma = r if gamma is None else gamma * r
         y = functional.normalize(
@@ -531,6 +536,7 @@ class BatchNormalization(MovingStatistics):
         if weight is not None:
             present = weight > 0  # (C,), or () where all channels have the same
             moves = ops.logical_and(moves, ops.any(present))
+            moves = ops.logical_and(moves, ops.all(ops.isfinite(weight)))
         if moves is not True:
             self._live.count(ops.where(moves, 0.0, now["update"]))
         if weight is not None and len(weight.shape):
@@ -687,18 +693,35 @@ def _gated(gamma: Any, beta: Any, trained: Any) -> tuple[Array | None, Array | N
 
 
 def _check_renorm_clipping(renorm: bool, clipping: dict[str, float] | None) -> None:
-    bounds = dict(clipping or {}) if renorm else {}
     names = ("rmax", "rmin", "dmax")
+    if clipping is not None and not isinstance(clipping, Mapping):
+        raise ValueError(
+            f"`renorm_clipping` must be a dict of bounds with keys of {names}. Received: "
+            f"renorm_clipping={clipping!r}."
+        )
+    bounds = dict(clipping or {}) if renorm else {}
     if unknown := sorted(set(bounds) - set(names)):
         raise ValueError(
             f"Received invalid keys for `renorm_clipping`, whose keys are {names}. Received: "
             f"renorm_clipping={clipping} with {unknown}."
         )
+    for name, bound in bounds.items():
+        number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+        if bound is not None and not (number and not math.isnan(bound)):
+            raise ValueError(
+                "The bounds of `renorm_clipping` must be numbers, or None for no bound. Received: "
+                f"{name}={bound!r}."
+            )
     rmin, rmax, dmax = bounds.get("rmin"), bounds.get("rmax"), bounds.get("dmax")
     if rmin is not None and rmax is not None and rmax < rmin:
         raise ValueError(
             "rmax should be greater than rmin in `renorm_clipping`: they bound the ratio of "
             f"standard deviations. Received: rmax={rmax}, rmin={rmin}."
+        )
+    if rmax is not None and rmax <= 0:
+        raise ValueError(
+            "rmax should be positive in `renorm_clipping`: it bounds the ratio of standard "
+            f"deviations, which are. Received: rmax={rmax}."
         )
     if dmax is not None and dmax < 0:
         raise ValueError(
@@ -939,10 +962,10 @@ class LayerNormalization(_Affine):
         [[-1.0, 1.0], [-1.0, 1.0]]
 
     Numerics:
-        Statistics are accumulated, and variables kept, in at least float32; float16 and bfloat16
-        inputs give outputs of the same dtype. In float32 a mean of 1000 beside a variance of 1
-        costs no digit (`keras.layers` forms x inv_std - mean inv_std there, the difference of
-        two large numbers).
+        Statistics are accumulated in at least float32, variables kept in the policy's variable
+        dtype; float16 and bfloat16 inputs give outputs of the same dtype. In float32 a mean of
+        1000 beside a variance of 1 costs no digit (`keras.layers` forms x inv_std - mean inv_std
+        there, the difference of two large numbers).
 
     Reference:
         Ba, Kiros and Hinton, 2016, Layer Normalization, section 3.
@@ -1065,8 +1088,8 @@ class RMSNormalization(_WithinExample):
         [[1.0, -1.0]]
 
     Numerics:
-        The mean square is accumulated, and the scale kept, in at least float32; float16 and
-        bfloat16 inputs give outputs of the same dtype.
+        The mean square is accumulated in at least float32, the scale kept in the policy's
+        variable dtype; float16 and bfloat16 inputs give outputs of the same dtype.
 
     Reference:
         Zhang and Sennrich, 2019, Root Mean Square Layer Normalization, section 4.

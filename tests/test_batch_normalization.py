@@ -1,6 +1,8 @@
 """The BatchNormalization layer: against Keras and NumPy, its state, switches, masks and saving."""
 
+import functools
 import json
+import math
 import warnings
 
 import forked
@@ -15,9 +17,11 @@ from reference import complex_step, relative_error
 from keras_norm._gradients import float64_promotion, gradients
 from keras_norm.layers import (
     BatchNormalization,
+    DecorrelatedBatchNormalization,
     Dropout,
     GroupNormalization,
     LayerNormalization,
+    QuantileNormalization,
     SpatialBatchNormalization,
 )
 
@@ -170,6 +174,41 @@ def test_weights_go_from_keras_and_back(renorm, tmp_path):
 
 SAMPLE_WEIGHT = np.array([0.5, 2.0, 0.0, 1.0, 1.5])
 MASK = np.array([1, 1, 1, 0, 1], bool)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        BatchNormalization,
+        functools.partial(BatchNormalization, virtual_batch_size=4),
+        functools.partial(BatchNormalization, axis=(1, 2)),
+        functools.partial(BatchNormalization, dtype="mixed_bfloat16"),
+        DecorrelatedBatchNormalization,
+        QuantileNormalization,
+    ],
+)
+def test_fit_by_moving_statistics(make):
+    """They move after they have normalized, and before the backward pass: PyTorch's in place."""
+    x = normal(16, 3, 2).astype("float32")
+    layer = make(use_batch_statistics=False)
+    model = keras.Sequential([keras.Input((3, 2)), keras.layers.Dense(2), layer])
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    model.fit(x, x, verbose=0)
+    moved = [np.abs(a - b).max() > 0 for a, b in zip(before, model.get_weights(), strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("kind", [BatchNormalization, DecorrelatedBatchNormalization])
+def test_inference_and_training_in_one_loss(kind):
+    """As of a teacher; on PyTorch the built-in layer's backward pass raises."""
+    inputs = keras.Input((2,))
+    hidden, layer = keras.layers.Dense(2)(inputs), kind()
+    outputs = ops.square(layer(hidden, training=False)) + ops.square(layer(hidden, training=True))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    x = normal(8, 2).astype("float32")
+    assert np.isfinite(model.train_on_batch(x, x))
 
 
 @pytest.mark.parametrize(
@@ -364,6 +403,32 @@ def test_half_precision(dtype):
     for training in (True, False):
         y = layer(ops.cast(x, half), training=training)
         np.testing.assert_allclose(array(ops.cast(y, "float64")), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "mixed_float16"])
+def test_renormalization_in_half_precision(dtype):
+    x = normal(64, 3).astype("float32")
+    same = [BatchNormalization(renorm=True, dtype=dtype, **o) for o in ({}, {"scale": False})]
+    whole = BatchNormalization(renorm=True)(x, training=True)
+    for layer in same:
+        y = ops.cast(layer(x, training=True), "float32")
+        np.testing.assert_allclose(array(y), array(whole), atol=4e-2)
+
+
+@pytest.mark.parametrize("kind", [BatchNormalization, DecorrelatedBatchNormalization])
+def test_weights_are_not_rounded_to_half_precision(kind):
+    """In float16 1e5 is infinite, and 1e-8 zero."""
+    x = 3 + 2 * normal(32, 4).astype("float32")
+    expected = kind(momentum=0.0)
+    expected(x, training=True)
+    for weight in (1e5, 1e-8):
+        layer = kind(momentum=0.0, dtype="mixed_float16")
+        layer(x, training=True, sample_weight=np.full(32, weight, "float32"))
+        np.testing.assert_allclose(array(layer.moving_mean), array(expected.moving_mean), rtol=1e-3)
+        assert layer.skipped_batches == 0
+        layer(x, training=True, sample_weight=np.array([np.inf] + [1.0] * 31, "float32"))
+        np.testing.assert_allclose(array(layer.moving_mean), array(expected.moving_mean), rtol=1e-3)
+        assert layer.skipped_batches == 1
 
 
 # Masks and weights ----------------------------------------------------------------------------
@@ -968,6 +1033,10 @@ def test_initializers_regularizers_and_constraints_act():
         ({"renorm": True, "renorm_clipping": {"max": 1}}, "Received invalid keys.*'max'"),
         ({"renorm": True, "renorm_clipping": {"rmax": 0.0, "rmin": 1.0}}, "rmax should be greater"),
         ({"renorm": True, "renorm_clipping": {"dmax": -1.0}}, "dmax should be non-negative"),
+        ({"renorm": True, "renorm_clipping": {"rmax": -1.0}}, "rmax should be positive"),
+        ({"renorm": True, "renorm_clipping": {"rmax": math.nan}}, "must be numbers.*rmax=nan"),
+        ({"renorm": True, "renorm_clipping": {"rmax": "3"}}, "must be numbers.*rmax='3'"),
+        ({"renorm": True, "renorm_clipping": "rmax"}, "must be a dict"),
         ({"virtual_batch_size": 0}, "Received: virtual_batch_size=0"),
         ({"virtual_batch_size": 2.5}, "Received: virtual_batch_size=2.5"),
         ({"virtual_batch_size": 2, "renorm": True}, "Choose one"),

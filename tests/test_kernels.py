@@ -261,24 +261,36 @@ def test_whose_the_fused_kernel_is(enabled, flags, library, monkeypatch, tmp_pat
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a kernel of TensorFlow")
-def test_the_fused_kernel_is_traced_once_for_a_shape():
-    """In a graph; outside of one every length would be traced for itself."""
+def test_the_fused_kernel_is_traced_once_for_all_shapes(monkeypatch):
+    """In a graph; outside of one it is not traced at all."""
     import tensorflow as tf
 
-    traced = _kernels_fused._traced_forward
-    traced.cache_clear()
+    calls = []
+    kernel = tf.raw_ops.FusedBatchNormV3
+
+    def counted(**arguments):
+        calls.append(arguments["x"])
+        return kernel(**arguments)
+
+    monkeypatch.setattr(tf.raw_ops, "FusedBatchNormV3", counted)
+    _kernels_fused._traced_forward.cache_clear()
+    _kernels_fused._forward.cache_clear()
     x = np.random.default_rng(0).standard_normal((3, 5, 5, 16)).astype("float32")
 
     @tf.function
-    def twice(x):
-        for _ in range(2):
-            x, *_ = kernels.batch_normalization(x, implementation="fused")
+    def thrice(x):
+        for shape in ((3, 5, 5, 16), (15, 10, 8), (10, 120)):
+            x = tf.reshape(x, shape)
+            x, mean, variance = kernels.batch_normalization(x, implementation="fused")
+            assert tuple(x.shape) == shape
+            assert mean.shape == variance.shape == shape[-1:]
         return x
 
-    twice(x)
-    assert traced(x.shape, 1e-3).experimental_get_tracing_count() == 1
-    kernels.batch_normalization(x[:2], implementation="fused")
-    assert traced.cache_info().currsize == 1
+    thrice(x)
+    assert len(calls) == 1
+    for _ in range(2):
+        kernels.batch_normalization(x[:2], implementation="fused")
+    assert len(calls) == 3
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="bfloat16 is composed there")
