@@ -64,8 +64,9 @@ def _traced_forward(epsilon: float) -> Any:
             tf.TensorSpec([1, None, None, None], x.dtype),
             *[tf.TensorSpec([None], "float32")] * 2,
         )
-        # As operations: within the gradient of `tf.cond` the call of a function cannot be taken.
-        return program.get_concrete_function(*specs)(*map(tf.identity, (x, scale, offset)))
+        # As operations (x is one): within the gradient of `tf.cond`, the call of a function cannot
+        # take what the branch has computed.
+        return program.get_concrete_function(*specs)(x, tf.identity(scale), tf.identity(offset))
 
     return call
 
@@ -119,9 +120,11 @@ def _as_image(x: Array) -> Array:
     """(N, ..., C) -> (1, N, P, C), an image of any rank."""
     import tensorflow as tf
 
-    sizes, positions = tf.shape(x), x.shape[1:-1]
-    product = tf.reduce_prod(sizes[1:-1]) if None in positions else math.prod(positions)
-    return tf.reshape(x, [1, sizes[0] if len(x.shape) > 1 else 1, product, x.shape[-1]])
+    positions, channels = x.shape[1:-1], x.shape[-1]
+    if None not in positions and math.prod(positions) > 0:
+        return tf.reshape(x, [1, -1, math.prod(positions), channels])
+    sizes = tf.shape(x)
+    return tf.reshape(x, [1, sizes[0], tf.reduce_prod(sizes[1:-1]), channels])
 
 
 def _float32_or(default: Any, v: Array | None, channels: int) -> Array:

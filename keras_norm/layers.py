@@ -535,8 +535,9 @@ class BatchNormalization(MovingStatistics):
         moves = kernels.are_finite(mean, variance)
         if weight is not None:
             present = weight > 0  # (C,), or () where all channels have the same
-            moves = ops.logical_and(moves, ops.any(present))
-            moves = ops.logical_and(moves, ops.all(ops.isfinite(weight)))
+            moves = ops.logical_and(moves, ops.any(present) if len(weight.shape) else present)
+            if batch.weights is not None:
+                moves = ops.logical_and(moves, ops.all(ops.isfinite(weight)))
         if moves is not True:
             self._live.count(ops.where(moves, 0.0, now["update"]))
         if weight is not None and len(weight.shape):
@@ -657,7 +658,9 @@ class _Batch(NamedTuple):
 
     def elements(self, axis: Any) -> Array:
         """How many each channel has, (), in the dtype of the statistics."""
-        n = math.prod(self._sizes(axis, ops.shape(self.x)))
+        # Integers first: every product with what is not known yet is an operation.
+        sizes = sorted(self._sizes(axis, ops.shape(self.x)), key=lambda n: not isinstance(n, int))
+        n = math.prod(sizes)
         return ops.cast(ops.convert_to_tensor(n), self.mean.dtype)
 
     def _sizes(self, axis: Any, shape: Sequence[Any]) -> list[Any]:
