@@ -404,7 +404,8 @@ def whiten(
         y, of the shape and dtype of x; differentiable in every array that was given.
 
     Raises:
-        ValueError: as `decorrelated_batch_normalization`, and for a covariance of other channels.
+        ValueError: as `decorrelated_batch_normalization`, and for a mean or a covariance of other
+            channels.
 
     Example:
         >>> y = whiten(np.array([[3.0, 5.0]]), np.ones(2), np.array([[[4.0]], [[16.0]]]))
@@ -412,12 +413,17 @@ def whiten(
         [[1.0, 1.0]]
     """
     whitening = _Whitening.checked(method, epsilon, shrinkage, iterations)
-    x, covariance = ops.convert_to_tensor(x), ops.convert_to_tensor(covariance)
+    x, mean, covariance = map(ops.convert_to_tensor, (x, mean, covariance))
     channels, shape = x.shape[Rows.of(x, axis).channel], tuple(covariance.shape)
     if len(shape) != 3 or shape[1] != shape[2] or shape[0] * shape[1] != channels:
         raise ValueError(
             "`covariance` must be of shape (C / S, S, S) for the C channels of x. Received: "
             f"covariance.shape={shape}, channels={channels}. For one group use shape (1, C, C)."
+        )
+    if tuple(mean.shape) != (channels,):
+        raise ValueError(
+            "`mean` must be of shape (C,), one for each of the C channels of x. Received: "
+            f"mean.shape={tuple(mean.shape)}, channels={channels}."
         )
     size = shape[-1]
 

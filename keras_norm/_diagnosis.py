@@ -50,6 +50,7 @@ Batch = tuple[Any, Any, Any]  # x, y, weights
 _STALE = 0.05  # sigma: statistics that are nearer to the data's have no cause of their own
 _COLD = 0.05  # the share of the initial values from which statistics are called cold
 _MASKS = 0.1  # sigma: how much statistics change by the padding
+_ROUNDING = 1e-5  # of the loss: the rounding of float32 a hundred times, as many layers add up
 
 _REMEDIES = {
     "no training mode": "Give the model's `call` an argument `training=None`, hand it on to the "
@@ -63,6 +64,8 @@ _REMEDIES = {
     "mask=... to the call.",
     "frozen layers": "statistics.reestimate(model, data, layers=[...]) for these layers, or "
     "unfreeze them.",
+    "shared layers": "One normalization for each call: in training every call has statistics of "
+    "its own, in inference they are pooled.",
     "small batches": "Train in larger batches, or with group or layer normalization.",
     "dropout": "None needed if inference is the better; a lower rate if training is much worse.",
     "other layers": "Look for what else depends on `training` in the model's own code.",
@@ -75,12 +78,14 @@ class Cause:
 
     Args:
         name: "no training mode", "non-finite values", "cold statistics", "domain shift", "masks",
-            "frozen layers", "small batches", "dropout" or "other layers".
+            "frozen layers", "shared layers", "small batches", "dropout" or "other layers".
         change: what it adds to the loss of inference over that of training; of frozen layers,
             which are the same in both modes, to both. NaN for the first two, which have none.
         error: standard error of the change, over the batches.
         layers: (name, its part of the change), in the order of their calls.
         evidence: what was seen.
+        tolerance: what a change must be larger than not to be rounding: 1e-5 of the loss, at
+            least 1e-6. Default: 1e-6.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Cause:
     error: float
     layers: tuple[tuple[str, float], ...]
     evidence: str = ""
+    tolerance: float = 1e-6
 
     @property
     def remedy(self) -> str:
@@ -96,8 +102,8 @@ class Cause:
 
     @property
     def significant(self) -> bool:
-        """Whether the change is more than twice its standard error."""
-        return not abs(self.change) <= 2 * self.error + 1e-6
+        """Whether the change is more than twice its standard error, and than rounding."""
+        return not abs(self.change) <= 2 * self.error + self.tolerance
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class Diagnosis:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values; what is not finite is None."""
+        """All of it as JSON values, one for each field; what is not finite is None."""
 
         def plain(x: Any) -> Any:
             return None if isinstance(x, float) and not math.isfinite(x) else x
@@ -297,7 +303,9 @@ class _Trials:
             for path, layer in statistics._inside(model, "", set())
             if hasattr(layer, "seed_generator") and _has_switch(layer) and id(layer) not in known
         }
-        self._state = [(v, copy_of(v)) for v in model.non_trainable_variables]
+        # Of all variables: SpectralNormalization, for one, assigns its kernel in training mode.
+        variables = {id(v): v for v in (*model.variables, *model.metrics_variables)}
+        self._state = [(v, copy_of(v)) for v in variables.values()]
         self.rows = np.array([_rows(batch) for batch in batches], np.float64)
 
     def losses(self, values: statistics.Snapshot, on: Iterable[str] = ()) -> Floats:
@@ -317,8 +325,15 @@ class _Trials:
 
     def reset(self) -> None:
         """Puts back all that runs of the model may have moved."""
-        for variable, value in self._state:
-            variable.assign(value)
+        statistics._assign_all(self._state)
+
+    def end(self) -> None:
+        """The same, and metrics that the first loss has made are as new."""
+        known = {id(variable) for variable, _ in self._state}
+        for metric in self._model.metrics:
+            if not all(id(variable) in known for variable in metric.variables):
+                metric.reset_state()
+        self.reset()
 
     def _run(self, values: statistics.Snapshot, training: bool) -> Floats:
         found = []
@@ -467,7 +482,7 @@ def _host(value: Any) -> Any:
 def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[str, float]:
     """Normalization layer -> how far padding moves the statistics of its inputs, in sigma.
 
-    Of those layers that get no mask, although one of the same shape was there below them.
+    Of those layers that get no mask, although one that fits was there below them.
     """
     seen: list[npt.NDArray[Any]] = []
     pairs: dict[int, tuple[Moments, Moments]] = {}
@@ -482,9 +497,9 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
             seen.extend([] if mask is None else [np.asarray(_host(mask))])
         if id(layer) in norms and kwargs.get("mask") is None:
             x = np.asarray(_host(args[0] if args else kwargs["inputs"]))
-            fitting = [m for m in seen if m.shape == x.shape[: m.ndim] and not np.all(m)]
+            axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
+            fitting = [m for m in seen if _fits(m, x.shape, axis) and not np.all(m)]
             if fitting:
-                axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
                 whole, part = pairs.setdefault(id(layer), (Moments(axis), Moments(axis)))
                 whole.update(x)
                 part.update(x, mask=fitting[-1])
@@ -507,6 +522,13 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
                 parts = (part.mean, part.variance(), whole.mean, whole.variance())
                 found[name] = rms(np.nan_to_num(movement(*parts, layer.epsilon)))
     return found
+
+
+def _fits(mask: npt.NDArray[Any], shape: tuple[int, ...], axis: int | tuple[int, ...]) -> bool:
+    """Whether a mask says which positions of an input count: it must not tell channels apart."""
+    channels = {a % len(shape) for a in ((axis,) if isinstance(axis, int) else axis)}
+    apart = any(a in channels and n > 1 for a, n in enumerate(mask.shape))
+    return mask.shape == shape[: mask.ndim] and not apart
 
 
 # From inference to training ----------------------------------------------------------------------
@@ -561,13 +583,15 @@ class _Parts:
     evidence: list[str] = field(default_factory=list)
 
 
-def _as_causes(parts: Mapping[str, _Parts], trials: _Trials) -> tuple[Cause, ...]:
+def _as_causes(parts: Mapping[str, _Parts], trials: _Trials, loss: float) -> tuple[Cause, ...]:
     causes = []
+    tolerance = max(1e-6, _ROUNDING * loss) if math.isfinite(loss) else 1e-6
     for name, part in parts.items():
         total = np.sum([d for _, d in part.layers], axis=0)
         layers = tuple((layer, trials.mean(d)) for layer, d in part.layers)
         evidence = "; ".join(part.evidence[:3]) + ("; ..." if len(part.evidence) > 3 else "")
-        causes.append(Cause(name, trials.mean(total), trials.error(total), layers, evidence))
+        size = trials.mean(total), trials.error(total)
+        causes.append(Cause(name, *size, layers, evidence, tolerance))
     return tuple(sorted(causes, key=lambda c: (not c.significant, -abs(c.change))))
 
 
@@ -588,26 +612,25 @@ def _mixed(
     return statistics.Snapshot({**old.statistics, **replaced}, old.epsilons)
 
 
-def _order_of(model: Any, trials: _Trials, batch: Batch) -> list[str]:
-    """Names of the normalization and random layers in the order of their first calls."""
+def _calls_of(model: Any, trials: _Trials, batch: Batch) -> dict[str, int]:
+    """Normalization or random layer, in the order of their first calls -> number of its calls."""
     switched = {**trials.norms, **trials.random}
     names = {id(layer): name for name, layer in switched.items()}
-    order: list[str] = []
+    calls: dict[str, int] = {}
 
     def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
-        if names[id(layer)] not in order:
-            order.append(names[id(layer)])
+        calls[names[id(layer)]] = calls.get(names[id(layer)], 0) + 1
         return call(*args, **kwargs)
 
     with intercepted(switched.values(), handler), functions_by_python():
         model(tree.map_structure(ops.convert_to_tensor, batch[0]), training=False)
-    return order
+    return calls
 
 
 def _steps(model: Any, trials: _Trials, batches: Sequence[Batch]) -> tuple[float, float, Any]:
     """Inference loss, training loss, and the parts of the difference."""
     parts: dict[str, _Parts] = {}
-    order = _order_of(model, trials, batches[0])
+    order = _calls_of(model, trials, batches[0])
     live = [n for n in order if n in trials.norms and not _frozen(trials.norms[n])]
     frozen = [n for n in order if n in trials.norms and n not in live]
     lost = _masks_lost(model, trials, batches)
@@ -636,7 +659,11 @@ def _steps(model: Any, trials: _Trials, batches: Sequence[Batch]) -> tuple[float
             add("domain shift", name, after, f"its statistics are {stale[name].off:.2g} sigma off")
     exact = before
     for k, name in enumerate(live):
-        add("small batches", name, trials.losses(new, live[: k + 1]))
+        after = trials.losses(new, live[: k + 1])
+        if order[name] > 1:
+            add("shared layers", name, after, f"is called {order[name]} times")
+        else:
+            add("small batches", name, after)
     random = [n for n in order if n in trials.random]
     for k, name in enumerate(random):
         add("dropout", name, trials.losses(new, [*live, *random[: k + 1]]))
@@ -671,16 +698,19 @@ def diagnose(
     batches = _batches_of(data, samples, batch_size, seed)
     with statistics._transaction(model, []):
         trials = _Trials(model, batches)
-        cause = _not_finite(model, batches)
-        trials.reset()
-        if cause is not None:
-            now = statistics.snapshot(model)
-            inference = trials.mean(trials.losses(now))
-            training = trials.mean(trials.training_losses(now))
-            causes: tuple[Cause, ...] = (cause,)
-        else:
-            inference, training, parts = _steps(model, trials, batches)
-            causes = _as_causes(parts, trials)
+        try:
+            cause = _not_finite(model, batches)
+            trials.reset()
+            if cause is not None:
+                now = statistics.snapshot(model)
+                inference = trials.mean(trials.losses(now))
+                training = trials.mean(trials.training_losses(now))
+                causes: tuple[Cause, ...] = (cause,)
+            else:
+                inference, training, parts = _steps(model, trials, batches)
+                causes = _as_causes(parts, trials, max(abs(inference), abs(training)))
+        finally:
+            trials.end()
     if (untold := _no_training_mode(model, trials, batches[0][0])) is not None:
         causes = (untold, *causes)
     rows, shown = trials.rows, name or describe(data)

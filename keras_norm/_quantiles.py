@@ -177,7 +177,7 @@ def quantile_normalization(
         epsilon: > 0, in the unit of x: the slope dy / dx is at most 1 / epsilon. Elements
             closer to each other than this, equal ones above all, share one value. Default: 1e-3.
         mask: booleans, of x's rank, broadcastable to x, of size 1 on the axis of the channels:
-            what is False does not count among the ranks. Default: all count.
+            what is False, or 0, does not count among the ranks. Default: all count.
 
     Returns:
         (y, q): y of the shape and dtype of x; q the quantiles of each channel, (K, C), in at
@@ -202,7 +202,8 @@ def quantile_normalization(
     x = ops.convert_to_tensor(x)
     rows = Rows.of(x, axis)
     dtype = functional.compute_dtype(x)
-    weights = rows.weights(mask, dtype)
+    counted = None if mask is None else ops.cast(ops.convert_to_tensor(mask), "bool")
+    weights = rows.weights(counted, dtype)
 
     def forward(x: Array, gamma: Any, beta: Any, weights: Any) -> tuple[Any, Any]:
         v = _columns(x, axis)

@@ -107,7 +107,7 @@ class _Builder:
         if isinstance(layer, keras.Model) and id(layer) not in self.replacements:
             return self.model(layer)
         make = self.replacements.get(id(layer))
-        new = type(layer).from_config(layer.get_config()) if make is None else make()
+        new = _same(layer) if make is None else make()
         if new is None:
             new = keras.layers.Identity(name=layer.name)  # never called
             self.left_out.add(id(new))
@@ -119,11 +119,20 @@ class _Builder:
 
     def _call(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if id(layer) in self.left_out:
-            return args[0]
+            return args[0] if args else kwargs["inputs"]
         if id(layer) in self.in_place:  # it may not know the `mask` of the one before
             known = inspect.signature(layer.call).parameters
             kwargs = {name: value for name, value in kwargs.items() if name in known}
         return layer(*args, **kwargs)
+
+
+def _same(layer: Layer) -> Layer:
+    """A new layer of the same configuration."""
+    if type(layer) is keras.layers.Lambda:  # its configuration would not bring back a `lambda`
+        options = keras.layers.Layer.get_config(layer)  # name, trainable, dtype
+        shape, mask = layer._output_shape, layer.mask
+        return keras.layers.Lambda(layer.function, shape, mask, dict(layer.arguments), **options)
+    return type(layer).from_config(layer.get_config())
 
 
 def _like_input(tensor: Any) -> Any:
@@ -261,7 +270,7 @@ class _Step(NamedTuple):
     layer: Layer
     before: Layer | None  # whose output it takes; None for an input of the model
     alone: bool  # whether nothing else takes that output
-    ndim: int  # of its input
+    training: bool  # whether the call itself says so, whatever the mode of the model
 
 
 def fold_batch_normalization(
@@ -283,8 +292,9 @@ def fold_batch_normalization(
         (new model, `FoldReport`). What cannot be folded stays as it is, and the report says why:
         something stands between, such as an activation; the output before the normalization is
         used elsewhere; one of the two layers is used in several places; its axis is not that of
-        the channels; it normalizes by the batch in inference; it is in a layer of its own. The
-        original is left as it is, to the last bit.
+        the channels; it normalizes by the batch in inference; it computes in another dtype than
+        the layer before it; it is in a layer of its own. The original is left as it is, to the
+        last bit.
 
     Raises:
         ValueError: for a subclassed or unbuilt model, and inputs that the model does not take.
@@ -352,7 +362,7 @@ def _steps(model: Any) -> Iterator[_Step]:
     if isinstance(model, keras.Sequential):
         before: Layer | None = None
         for layer in model.layers:
-            yield _Step(layer, before, True, len(model.inputs[0].shape) if before is None else 0)
+            yield _Step(layer, before, True, False)
             before = layer
         return
     nodes = [n for some in model._nodes_by_depth.values() for n in some if not n.is_input]
@@ -362,7 +372,15 @@ def _steps(model: Any) -> Iterator[_Step]:
     for node in nodes:
         tensors = node.input_tensors
         first = tensors[0] if tensors else None
-        yield _Step(node.operation, makers.get(id(first)), takers[id(first)] == 1, 0)
+        before = makers.get(id(first))
+        yield _Step(node.operation, before, takers[id(first)] == 1, _in_training(node))
+
+
+def _in_training(node: Any) -> bool:
+    if not isinstance(node.operation, _KINDS):
+        return False
+    call, given = inspect.signature(node.operation.call), node.arguments
+    return bool(call.bind(*given.args, **given.kwargs).arguments.get("training"))
 
 
 def _reason_against(step: _Step, uses: Mapping[int, int]) -> str | None:
@@ -371,6 +389,8 @@ def _reason_against(step: _Step, uses: Mapping[int, int]) -> str | None:
         return f"{type(norm).__name__} is a class of its own, which may do something else"
     if getattr(norm, "use_batch_statistics", None):
         return "use_batch_statistics=True: it normalizes by the batch in inference, too"
+    if step.training:
+        return "its call has training=True: it normalizes by the batch unless told otherwise"
     if linear is None:
         return "it is the first layer of its model"
     if type(linear) not in _LINEAR:
@@ -385,6 +405,8 @@ def _reason_against(step: _Step, uses: Mapping[int, int]) -> str | None:
         return f"the activation of {_named(linear)} stands between"
     if getattr(linear, "quantization_mode", None) or getattr(linear, "lora_enabled", False):
         return f"{_named(linear)} is quantized, or has a low-rank addition"
+    if linear.compute_dtype != norm.compute_dtype:
+        return f"{_named(linear)} gives {linear.compute_dtype}, and it {norm.compute_dtype}"
     if not _is_channel_axis(norm, linear):
         return f"its axis {norm.axis} is not that of the channels of {_named(linear)}"
     return None

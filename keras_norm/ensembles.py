@@ -32,7 +32,7 @@ __all__ = ["EvaluateTogether", "train_together"]
 Array = npt.NDArray[Any]
 Tensor = Any
 
-_NOT_CARRIED = ("_constraint", "_quantizer", "lora_rank")
+_NOT_CARRIED = ("_constraint", "_quantizer", "lora_rank", "virtual_batch_size")
 _SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)  # over all weights
 
 _PLAIN = (keras.layers.Activation, keras.layers.ReLU)  # the same for all nets, and without weights
@@ -68,15 +68,17 @@ def train_together(
         models: S >= 1 built functional or Sequential models, which are a chain of `Flatten`,
             `Dense`, `Activation`, `ReLU` and `keras_norm.layers.BatchNormalization` and
             `LayerNormalization` with axis -1, and end in logits; such as `models.MLP` without
-            dropout. They have no constraints, activity regularizers or frozen layers, and no
-            penalties but L1 and L2. Their weights are where training begins; at its end they hold
-            the trained ones.
+            dropout. They have no constraints, activity regularizers, virtual batches or frozen
+            layers, and no penalties but L1 and L2. Their weights are where training begins; at its
+            end they hold the trained ones.
         x: (M, ...), the inputs of all examples.
         y: (M,), their classes, integers.
-        rows: for each model an array of as many different row numbers of x and y.
+        rows: for each model an array of as many different row numbers of x and y, integers from 0;
+            of a mask, `np.flatnonzero(mask)`.
         seeds: for each model the seed of its order.
         optimizer: a Keras optimizer whose rule treats each weight on its own, not used before.
-            Lamb, Adafactor and Muon do not, and are refused; nor does clipping by norm.
+            Lamb, Adafactor and Muon do not, nor does one with `clipnorm` or `global_clipnorm`, and
+            are refused; `clipvalue` is no hindrance.
         epochs: int >= 1.
         batch_size: int >= 1, examples of each net in a step. What is left over at the end of an
             epoch is dropped.
@@ -110,6 +112,14 @@ def train_together(
             f"{type(optimizer).__name__}, whose steps depend on whole kernels. Take Adam or SGD, "
             "or train the nets one by one."
         )
+    for clip in ("clipnorm", "global_clipnorm"):
+        if getattr(optimizer, clip, None) is not None:
+            raise ValueError(
+                "The nets share an optimizer, so its rule must treat each weight on its own, and "
+                f"clipping by norm does not. Received: {type(optimizer).__name__} with "
+                f"{clip}={getattr(optimizer, clip)}. Take `clipvalue`, or train the nets one by "
+                "one."
+            )
     rows = [np.asarray(r) for r in rows]
     _check(models, x, y, rows, seeds)
     stacked = _Stacked(models, np.asarray(x))
@@ -131,14 +141,14 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
     Args:
         y: (M,), the classes of all examples, as given to `train_together`.
         evaluate: name -> for each net an array of as many row numbers, such as
-            `{"val": [rows of net 1, rows of net 2]}`.
+            `{"val": [rows of net 1, rows of net 2]}`; integers from 0.
 
     State:
         history: "{name}_loss" and "{name}_accuracy" -> a list of (S,) arrays, one for each epoch;
             and "loss", the mean cross-entropy of each net over the steps of the epoch.
 
     Raises:
-        ValueError: when training begins, if it has another number of nets.
+        ValueError: for other rows; when training begins, if it has another number of nets.
 
     Example:
         >>> from keras_norm import datasets, models, optimizers
@@ -156,7 +166,10 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, y: Array, evaluate: Mapping[str, Sequence[Array]]) -> None:
         super().__init__()
         self._y = np.asarray(y)
-        self._rows = {name: np.asarray(rows, dtype="int32") for name, rows in evaluate.items()}
+        given = {name: np.asarray(rows) for name, rows in evaluate.items()}
+        for name, rows in given.items():
+            _check_rows(rows, len(self._y), name)
+        self._rows = {name: rows.astype("int32") for name, rows in given.items()}
         self.history: dict[str, list[Array]] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -202,12 +215,27 @@ def _check(
             f"another. Received: {len(x)} inputs, {len(y)} classes, "
             f"{sorted({len(r) for r in rows})} rows."
         )
+    for s, some in enumerate(rows):
+        _check_rows(some, len(x), f"rows[{s}]")
     structures = {str([(type(w).__name__, _config(w)) for w in m.layers]) for m in models}
     if len(structures) != 1 or not models[0].weights:
         raise ValueError(
             "Models that are trained together must be built and of the same structure. Received: "
             f"{len(structures)} different structures among {len(models)} models. Make them by one "
             "function, with seeds as the only difference."
+        )
+
+
+def _check_rows(rows: Array, examples: int, name: str) -> None:
+    if rows.dtype.kind not in "iu":
+        raise ValueError(
+            f"Rows are given by their numbers, integers. Received: {name} of dtype {rows.dtype}. "
+            "Of a boolean mask take np.flatnonzero(mask)."
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < examples:
+        raise ValueError(
+            f"Rows are numbered from 0 to the number of examples less 1. Received: {name} from "
+            f"{rows.min()} to {rows.max()} for {examples} examples."
         )
 
 
@@ -297,7 +325,7 @@ def _check_plain(layer: Any) -> None:
     if used:
         raise ValueError(
             "Models that are trained together may have no constraints, no activity regularizers, "
-            "no frozen layers, and no penalties but L1 and L2. Received: layer "
+            "no virtual batches, no frozen layers, and no penalties but L1 and L2. Received: layer "
             f"{layer.name!r} with {used[0]}. Train such models one by one."
         )
 

@@ -326,15 +326,15 @@ def distributions(
         model: a built, compiled `keras.Model`.
         x: inputs of some examples, in one batch.
         y: their targets.
-        layers: names of layers, each called once, with one array of outputs. Default: all but the
-            inputs.
+        layers: names of layers, each called once, whose output is one array of a floating dtype.
+            Default: all such but the inputs.
 
     Returns:
         Name -> `Distribution`.
 
     Raises:
-        ValueError: for a model that is not compiled, layers that are not there, or that are called
-            more than once or not at all.
+        ValueError: for a model that is not compiled, layers that are not there, that are called
+            more than once or not at all, or that are named and have other outputs.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -362,6 +362,14 @@ def distributions(
         surface.loss()  # nothing that it assigns stays
     if missing := [y.name for y in chosen if id(y) not in outputs]:
         raise ValueError(f"`layers` must be called by the model. Received: {missing}.")
+    others = [name for name in names if not _one_floating(outputs[id(known[name])])]
+    if others and layers is not None:
+        raise ValueError(
+            "`layers` must be those whose output is one array of a floating dtype. Received: "
+            f"{others}. Leave them out of `layers`."
+        )
+    names = [name for name in names if name not in others]
+    chosen = [known[name] for name in names]
 
     def shifted(*offsets: Tensor) -> Tensor:
         by_layer = {id(y): offset for y, offset in zip(chosen, offsets, strict=True)}
@@ -380,6 +388,11 @@ def distributions(
         name: Distribution.of(ops.convert_to_numpy(value), number * ops.convert_to_numpy(gradient))
         for name, value, gradient in zip(names, values, grads, strict=True)
     }
+
+
+def _one_floating(output: Any) -> bool:
+    dtype = keras.backend.standardize_dtype
+    return ops.is_tensor(output) and keras.backend.is_float_dtype(dtype(output.dtype))
 
 
 def _once(layer: Any, outputs: dict[int, Tensor]) -> None:
@@ -408,8 +421,8 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         every: int >= 1, steps between two looks. Default: 50.
         lengths: step lengths, in units of the learning rate at the time. Default: from half of it
             to four times.
-        layers: names of layers for the distributions, see `distributions`; () for none. Default:
-            all.
+        layers: names of layers for the distributions, see `distributions`, also for the default;
+            () for none.
         shifts: names of layers for the covariate shift under a step of the learning rate, see
             `covariate_shift`; () for none. Default: all with weights.
 

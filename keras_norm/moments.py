@@ -474,6 +474,9 @@ class Covariance(Moments):
         group_size: int S >= 1, neighbouring channels that form a group; divides their number.
             Default: None, all of them.
 
+    Raises:
+        ValueError: for another `group_size`.
+
     State, beside that of `Moments`:
         comoment: (C / S, S, S), (M11).
 
@@ -498,7 +501,16 @@ class Covariance(Moments):
     _format = "keras_norm.moments.covariance/1"
 
     def __init__(self, axis: int = -1, group_size: int | None = None) -> None:
-        self.group_size = group_size
+        if group_size is not None and (
+            isinstance(group_size, bool)
+            or not isinstance(group_size, int | np.integer)
+            or group_size < 1
+        ):
+            raise ValueError(
+                "`group_size` is a number of channels: an int >= 1, or None for all of them. "
+                f"Received: group_size={group_size!r}."
+            )
+        self.group_size = None if group_size is None else int(group_size)
         super().__init__(axis)
 
     def _like(self) -> Self:
@@ -565,6 +577,8 @@ class Covariance(Moments):
             )
 
     def _merge(self, other: Any) -> None:
+        if self.count.ndim == 0:  # neither has taken in anything
+            return
         both = (self.count > 0) & (other.count > 0)
         d = self._groups(np.where(both, other.mean - self.mean, 0.0))
         share = self._groups(_divide(self.count * other.count, self.count + other.count))
@@ -591,8 +605,11 @@ class Covariance(Moments):
             unbiased: divide by count - 1 instead of by the count. Default: False.
 
         Returns:
-            (C / S, S, S), float64; NaN where there is too little data.
+            (C / S, S, S), float64; NaN where there is too little data. Before any data the
+            number of channels is unknown, and it is a single NaN, ().
         """
+        if self.count.ndim == 0:
+            return np.full((), np.nan)
         divisor = self._groups(self.count)[:, :, None] - (1.0 if unbiased else 0.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(divisor > 0, self.comoment / divisor, np.nan)

@@ -1,5 +1,6 @@
 """The doctor of the gap between training and inference: each disease is made, and named first."""
 
+import dataclasses
 import json
 
 import keras
@@ -8,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import keras_norm.layers
-from keras_norm._diagnosis import Diagnosis
+from keras_norm._diagnosis import Diagnosis, _fits
 from keras_norm.statistics import diagnose, reestimate
 
 pytestmark = pytest.mark.core
@@ -186,6 +187,112 @@ def test_masks_that_arrive_are_no_cause():
     model.compile("sgd", LOSS)
     found = diagnose(model, padded(64, 5, np.random.default_rng(0)))
     assert "masks" not in [c.name for c in found.causes]
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("units", [6, 7])
+def test_a_mask_of_as_many_steps_as_there_are_channels(units):
+    """After the pooling there are no steps left, whatever the number of units."""
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.GlobalAveragePooling1D()(layers.Embedding(10, 3, mask_zero=True)(inputs))
+    x = layers.BatchNormalization(name="norm")(layers.Dense(units)(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    model.compile("sgd", LOSS)
+    rng = np.random.default_rng(0)
+    x, y = padded(64, rng.integers(1, 7, (64, 1)), rng)
+    found = diagnose(model, (x[:, :6], y))
+    assert "cold statistics" in [c.name for c in found.causes]
+    assert "masks" not in [c.name for c in found.causes]
+
+
+def test_which_masks_fit():
+    for shape, axis, expected in (
+        ((4, 5, 6), -1, True),
+        ((4, 5, 6), (1, 2), False),
+        ((4, 6, 5), -1, False),
+        ((4, 5), -1, False),
+        ((4, 5), 1, False),
+    ):
+        assert _fits(np.ones((4, 5), bool), shape, axis) == expected
+    assert _fits(np.ones((4, 1), bool), (4, 1), -1)
+
+
+@pytest.mark.slow_on_jax
+def test_a_kernel_that_is_assigned_in_training(monkeypatch):
+    """Spectral normalization divides it, which the normalization after it undoes."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    spectral = layers.SpectralNormalization(layers.Dense(6))
+    x = layers.Dense(2)(layers.BatchNormalization()(spectral(inputs)))
+    model = keras.Model(inputs, x)
+    model.compile("sgd", LOSS)
+    x, y = examples(96)
+    spectral.layer.kernel.assign(ops.convert_to_numpy(spectral.layer.kernel) * 3)
+    reestimate(model, x)
+    before, loss = bits(model), model.evaluate(x, y, verbose=0)
+    found = diagnose(model, (x, y), batch_size=96)
+    assert bits(model) == before
+    assert found.inference_loss == pytest.approx(loss, rel=1e-4)
+    assert found.first is None, str(found)
+    kernel = np.array(spectral.layer.kernel.numpy())
+
+    def fail_in_training(**_):
+        if not np.array_equal(spectral.layer.kernel.numpy(), kernel):
+            raise RuntimeError("in training")
+        return ops.zeros(())
+
+    monkeypatch.setattr(model, "compute_loss", fail_in_training)
+    with pytest.raises(RuntimeError, match="in training"):
+        diagnose(model, (x, y), batch_size=96)
+    assert bits(model) == before
+
+
+def test_a_normalization_that_is_called_twice():
+    inputs = keras.Input((4,))
+    norm = layers.BatchNormalization(name="shared")
+    x = layers.Dense(2)(norm(layers.Dense(4, bias_initializer="ones")(norm(inputs))))
+    model = keras.Model(inputs, x)
+    model.compile("sgd", LOSS)
+    x, y = examples(96)
+    reestimate(model, x)
+    found = diagnose(model, (x, y), batch_size=96)
+    assert found.first == "shared layers", str(found)
+    assert found["shared layers"].evidence == "shared: is called 2 times"
+    assert "One normalization for each call" in found.causes[0].remedy
+    assert "small batches" not in [c.name for c in found.causes]
+
+
+def test_rounding_is_no_cause():
+    """Of a large loss it is large, and of one batch there is no standard error to hide it."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, _ = examples(96)
+    reestimate(model, x)
+    found = diagnose(model, (x, np.full((96, 1), 35.0)), batch_size=96)
+    assert found.inference_loss > 1000
+    assert found.first is None, str(found)
+    one = found.causes[0]
+    assert one.tolerance == pytest.approx(1e-5 * found.inference_loss, rel=1e-4)
+    assert found.to_dict()["causes"][0]["tolerance"] == one.tolerance
+    assert dataclasses.replace(one, change=2 * one.tolerance).significant
+    assert not dataclasses.replace(one, change=0.9 * one.tolerance).significant
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_metrics_of_several_outputs_stay(evaluated):
+    inputs = keras.Input((4,))
+    x = layers.BatchNormalization()(inputs)
+    model = keras.Model(inputs, {"p": layers.Dense(2)(x), "q": layers.Dense(2)(x)})
+    model.compile("sgd", {"p": LOSS, "q": LOSS}, metrics={"p": ["accuracy"], "q": []})
+    x, y = examples(64)
+    data = x, {"p": y, "q": y}
+    if evaluated:
+        model.evaluate(*data, verbose=0)
+    before = {v.path: np.array(v.numpy()) for v in model.metrics_variables}
+    diagnose(model, data, batch_size=32)
+    for variable in model.metrics_variables:
+        np.testing.assert_array_equal(variable.numpy(), before.get(variable.path, 0.0))
 
 
 def test_values_that_are_not_finite():

@@ -136,6 +136,45 @@ def test_rules_of_whole_kernels_are_refused(optimizer):
         together([make(0)], optimizer=optimizer())
 
 
+@pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
+def test_clipping_by_norm_is_refused(option):
+    with pytest.raises(ValueError, match=rf"Received: Adam with {option}=0\.1.*`clipvalue`"):
+        together([make(0)], optimizer=optimizers.Adam(0.01, **{option: 0.1}))
+
+
+@pytest.mark.slow_on_jax
+def test_clipping_by_value_is_that_of_each_net():
+    x, y = problem()
+    nets, singles = ([make(seed) for seed in SEEDS] for _ in range(2))
+    rows = [rows_of(seed) for seed in SEEDS]
+    options = {"optimizer": optimizers.SGD(0.1, clipvalue=1e-3), "epochs": EPOCHS}
+    together(nets, rows=rows, seeds=SEEDS, **options)
+    for net, single, seed in zip(nets, singles, SEEDS, strict=True):
+        alone(single, x, y, seed, optimizers.SGD(0.1, clipvalue=1e-3))
+        for ours, theirs in zip(net.get_weights(), single.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.arange(150) < 90, r"of dtype bool. Of a boolean mask take np\.flatnonzero\(mask\)"),
+        (np.arange(90.0), "of dtype float64"),
+        (np.arange(-1, 89), "from -1 to 88 for 150 examples"),
+        (np.arange(61, 151), "from 61 to 150 for 150 examples"),
+    ],
+)
+def test_rows_are_numbers_of_examples(rows, message):
+    with pytest.raises(ValueError, match=r"Received: rows\[1\] " + message):
+        together([make(0), make(1)], rows=[np.arange(len(rows)), rows])
+    with pytest.raises(ValueError, match="Received: val " + message):
+        EvaluateTogether(np.zeros(150), {"val": [rows]})
+
+
+def virtual():
+    return BatchNormalization(virtual_batch_size=5)
+
+
 @pytest.mark.parametrize(
     ("nets", "changes", "message"),
     [
@@ -149,6 +188,7 @@ def test_rules_of_whole_kernels_are_refused(optimizer):
         (lambda: [frozen_net()], {}, "with trainable=False"),
         (lambda: [dense(kernel_constraint="non_neg")], {}, "with kernel_constraint"),
         (lambda: [dense(activity_regularizer="l2")], {}, "with activity_regularizer"),
+        (lambda: [make(0, virtual)], {}, "with virtual_batch_size"),
         (
             lambda: [dense(kernel_regularizer="orthogonal_regularizer")],
             {},

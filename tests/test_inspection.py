@@ -222,6 +222,25 @@ def test_inputs_by_name():
     assert found.losses[0] < found.loss
 
 
+@pytest.mark.slow_on_jax
+def test_layers_without_one_floating_output_are_left_out():
+    """The states of a recurrent layer, and whole numbers, have no distribution of their own."""
+    inputs = keras.Input((4,))
+    whole = keras.layers.Discretization(bin_boundaries=[0.0, 1.0], name="whole")(inputs)
+    embedded = keras.layers.Embedding(3, 2, name="embedded")(whole)
+    sequence, state, _ = keras.layers.LSTM(3, return_state=True, name="states")(embedded)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(sequence + state))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = RNG.normal(size=(6, 4)).astype("float32"), np.arange(6) % 3
+    found = distributions(model, x, y)
+    assert {"embedded", "logits"} <= set(found)
+    assert {"whole", "states"}.isdisjoint(found)
+    assert found["embedded"].gradient_rms > 0
+    for name in ("whole", "states"):
+        with pytest.raises(ValueError, match=rf"one array of a floating.*Received: \['{name}'\]"):
+            distributions(model, x, y, [name, "logits"])
+
+
 def test_errors():
     model, (x, y) = classifier(), INPUTS
     for lengths in ([], [0.0], [np.inf]):

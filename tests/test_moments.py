@@ -321,6 +321,22 @@ def test_two_halves_make_one_covariance():
     assert Covariance().empty
 
 
+def test_no_covariances_of_no_data():
+    for empty in (Covariance(), Covariance(group_size=2), Covariance().merge(Covariance())):
+        for unbiased in (False, True):
+            assert empty.covariance(unbiased=unbiased).shape == ()
+            assert np.isnan(empty.covariance(unbiased=unbiased))
+    one = Covariance().update(np.ones((1, 3)))
+    assert np.isnan(one.covariance(unbiased=True)).all()
+    assert Covariance.from_dict(Covariance(group_size=np.int64(2)).to_dict()).group_size == 2
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
+def test_sizes_of_groups_that_are_none(size):
+    with pytest.raises(ValueError, match=f"None for all of them. Received: group_size={size!r}"):
+        Covariance(group_size=size)
+
+
 def test_covariances_refuse():
     m = Covariance(group_size=2).update(correlated(9, 4))
     before = m.to_dict()

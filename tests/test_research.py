@@ -298,6 +298,9 @@ def test_quantiles_with_a_mask():
     subset = x.reshape(-1, 3)[mask.ravel()]
     _, of_subset = research.quantile_normalization(subset, quantiles=4)
     np.testing.assert_allclose(array(q), array(of_subset), rtol=1e-12)
+    for value in (0.5, 2):  # what is not 0 counts, as in the layer
+        _, of_numbers = research.quantile_normalization(x, **{**options, "mask": value * mask})
+        np.testing.assert_array_equal(array(of_numbers), array(q))
 
 
 @pytest.mark.parametrize("target", ["normal", "uniform"])
@@ -792,6 +795,14 @@ class TestErrors:
     def test_quantile(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             QuantileNormalization(**arguments)
+
+    def test_statistics_of_other_channels(self):
+        with pytest.raises(ValueError, match=r"Received: mean\.shape=\(2,\), channels=4"):
+            research.whiten(np.ones((3, 4)), np.zeros(2), np.ones((2, 2, 2)))
+        with pytest.raises(
+            ValueError, match=r"Received: covariance\.shape=\(1, 2, 2\), channels=4"
+        ):
+            research.whiten(np.ones((3, 4)), np.zeros(4), np.ones((1, 2, 2)))
 
     def test_groups_that_do_not_divide_the_channels(self):
         with pytest.raises(ValueError, match=r"Received: group_size=4, channels=6.*\[1, 2, 3, 6\]"):

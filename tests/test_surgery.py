@@ -223,6 +223,52 @@ def test_what_cannot_be_folded():
     assert set(folded(x)) == {"y", "raw"}
 
 
+def test_layers_of_two_dtypes_stay_apart():
+    """Merged, the outputs would be of the other dtype."""
+    for first, second in (("mixed_float16", "float32"), ("float32", "mixed_float16")):
+        norm = ours.BatchNormalization(name="norm", dtype=second)
+        dense = keras.layers.Dense(5, name="dense", dtype=first)
+        model = randomized(keras.Sequential([keras.Input((4,)), dense, norm]))
+        folded, report = fold(model)
+        assert report.folded == ()
+        assert f"Dense 'dense' gives {dense.compute_dtype}, and it {norm.compute_dtype}" in str(
+            report
+        )
+        assert folded.outputs[0].dtype == model.outputs[0].dtype == norm.compute_dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mode_that_the_call_fixes(kind):
+    inputs = keras.Input((4,))
+    x = KINDS[kind](name="by_batch")(keras.layers.Dense(5)(inputs), training=True)
+    y = KINDS[kind](name="by_keyword")(inputs=keras.layers.Dense(5)(x), training=False)
+    model = randomized(keras.Model(inputs, y))
+    for layer in model.layers[2:5:2]:
+        layer.momentum = 1.0  # the moving statistics stay
+    x = np.random.default_rng(1).normal(3, 1, (6, 4)).astype("float32")
+    folded, report = fold(model, x)
+    assert [a for a, _ in report.folded] == ["by_keyword"]
+    assert report.skipped[0][0] == "by_batch"
+    assert "its call has training=True" in report.skipped[0][1]
+    np.testing.assert_allclose(array(folded(x)), array(model(x)), rtol=1e-4, atol=1e-4)
+
+
+def test_lambdas_keep_their_functions():
+    """Rebuilt from the configuration they would be code from outside, which Keras refuses."""
+    factor = 3.0
+    inputs = keras.Input((4,))
+    x = ours.BatchNormalization(name="norm")(keras.layers.Dense(5)(inputs))
+    options = {"arguments": {"power": 2}, "name": "scaled", "output_shape": (5,)}
+    scaled = keras.layers.Lambda(lambda v, power: factor * keras.ops.power(v, power), **options)
+    model = randomized(keras.Model(inputs, scaled(x)))
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    folded, report = fold(model, x)
+    assert len(report.folded) == 1
+    assert_same_outputs(model, folded, x, report)
+    assert folded.get_layer("scaled").get_config() == scaled.get_config()
+    assert swap_normalization(model, "layer").get_layer("scaled").function is scaled.function
+
+
 def nested(shared):
     block = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(4, name="inner"), ours.BatchNormalization(name="in")]
