@@ -121,6 +121,8 @@ def judge_claim(test: Comparison, p: float, expected: str) -> str:
     """Whether a is "more" or "less" than b, or the "same", as claimed; p is the adjusted one."""
     if test.n < FEWEST:
         return f"open: n = {test.n}"
+    if test.untested:
+        return f"open: {test.untested}"
     if expected == "same":
         return "reproduced: no difference seen" if p > 0.05 else "not reproduced: they differ"
     if p > 0.05:

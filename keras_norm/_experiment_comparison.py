@@ -17,6 +17,11 @@ Floats = npt.NDArray[np.float64]
 class Comparison:
     """The test of a difference between two settings, a − b.
 
+    Where all seeds differ by the same, and not by 0, there is no spread to hold the difference
+    against, and no t-test (`untested` says so): `low`, `high`, `p`, `p_adjusted` and `effect_size`
+    are NaN, which is neither above nor below any level. Accuracies are multiples of 1 / N, and with
+    two seeds this is common.
+
     Args:
         a: Name of the first setting.
         b: Name of the second.
@@ -30,6 +35,13 @@ class Comparison:
         p_rank: Two-sided p of Wilcoxon's signed-rank test, or of Mann and Whitney's.
         effect_size: Cohen's d_z of paired, Cohen's d of independent samples.
         p_adjusted: p adjusted for the number of tests (`Results.compare_pairs`), or None.
+
+    Example:
+        >>> from keras_norm.experiments import Results, Run
+        >>> runs = [Run(n, {"n": n}, s, final={"accuracy": a + s / 10})
+        ...         for n, a in (("a", 0.504), ("b", 0.5)) for s in range(2)]
+        >>> Results(runs).compare("a", "b", "accuracy").in_points()
+        '+0.4 points (not tested: all seeds differ alike)'
     """
 
     a: str
@@ -45,6 +57,13 @@ class Comparison:
     effect_size: float
     p_adjusted: float | None = None
 
+    @property
+    def untested(self) -> str:
+        """Why there is no t-test, as it reads in a sentence; "" where there is one."""
+        if not math.isnan(self.p):
+            return ""
+        return f"not tested: {'all seeds differ alike' if self.paired else 'no seed differs'}"
+
     def in_points(self) -> str:
         """The difference of two fractions in percentage points, as it reads in a sentence.
 
@@ -54,6 +73,8 @@ class Comparison:
             ...     ).in_points()
             '+1.2 points (95 % +0.4 to +2.0; p by Holm 0.03)'
         """
+        if self.untested:
+            return f"{100 * self.difference:+.1f} points ({self.untested})"
         p = f"p = {self.p:.2g}" if self.p_adjusted is None else f"p by Holm {self.p_adjusted:.2g}"
         return (
             f"{100 * self.difference:+.1f} points (95 % {100 * self.low:+.1f} to "
@@ -66,14 +87,20 @@ class Comparison:
             if self.paired
             else ("Welch's t-test", "Mann–Whitney", "d")
         )
-        verdict = "is" if self.p < 0.05 else "is not"
         floor = 2.0 ** (1 - self.n)
         note = f", at best {floor:.2g} with {self.n} pairs" if self.paired and floor > 0.05 else ""
+        start = f"{self.metric} of {self.a!r} minus {self.b!r}: {self.difference:+.4f} ("
+        rank, n = (
+            f"{rank_test} p = {self.p_rank:.2g}{note}",
+            f"n = {self.n}{' pairs' * self.paired}",
+        )
+        if self.untested:
+            return f"{start}{rank}; {n}); by a t-test {self.untested}."
+        verdict = "is" if self.p < 0.05 else "is not"
         return (
-            f"{self.metric} of {self.a!r} minus {self.b!r}: {self.difference:+.4f} "
-            f"(95% confidence interval {self.low:+.4f} to {self.high:+.4f}; "
-            f"{t_test} p = {self.p:.2g}, {rank_test} p = {self.p_rank:.2g}{note}; "
-            f"Cohen's {size} = {self.effect_size:.2f}; n = {self.n}{' pairs' * self.paired}): "
+            f"{start}95% confidence interval {self.low:+.4f} to {self.high:+.4f}; "
+            f"{t_test} p = {self.p:.2g}, {rank}; "
+            f"Cohen's {size} = {self.effect_size:.2f}; {n}): "
             f"the difference {verdict} significant at the 5% level."
         )
 
@@ -90,13 +117,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
         adjusted p_k = max over j <= k of min(1, (m - j + 1) p_j)
 
     Args:
-        p_values: Each in [0, 1].
+        p_values: Each in [0, 1]; or NaN for a test that could not be made, which counts in m.
 
     Returns:
-        The adjusted ones, in the order of `p_values`.
+        The adjusted ones, in the order of `p_values`; NaN stays NaN.
 
     Raises:
-        ValueError: A value outside of [0, 1], or NaN.
+        ValueError: A value outside of [0, 1].
 
     Example:
         >>> from keras_norm.experiments import holm
@@ -106,10 +133,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Reference: Holm, 1979, A Simple Sequentially Rejective Multiple Test Procedure.
     """
     p = [float(value) for value in p_values]
-    if not all(0 <= value <= 1 for value in p):
+    made = [index for index, value in enumerate(p) if not math.isnan(value)]
+    if not all(0 <= p[index] <= 1 for index in made):
         raise ValueError(f"p-values lie in [0, 1]. Received: p_values={p}.")
-    adjusted, largest = [0.0] * len(p), 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+    adjusted, largest = [math.nan] * len(p), 0.0
+    for rank, index in enumerate(sorted(made, key=p.__getitem__)):
         largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
         adjusted[index] = largest
     return adjusted
@@ -121,6 +149,7 @@ def paired_test(a: Floats, b: Floats) -> dict[str, Any]:
     differences = a - b
     n, mean = len(differences), float(differences.mean())
     spread = _rounded(differences.std(ddof=1), a, b)
+    mean = mean if spread else _rounded(mean, a, b)
     sizes = _with_ties(np.abs(differences), _resolution(a, b))
     ranked = (np.sign(differences) * sizes)[sizes > _resolution(a, b)]
     return {
@@ -137,6 +166,7 @@ def independent_test(a: Floats, b: Floats) -> dict[str, Any]:
     mean = float(a.mean() - b.mean())
     variances = [_rounded(x.std(ddof=1), a, b) ** 2 for x in (a, b)]
     errors = [v / len(x) for v, x in zip(variances, (a, b), strict=True)]  # of the means, squared
+    mean = mean if sum(errors) else _rounded(mean, a, b)
     weights = sum(e**2 / (len(x) - 1) for e, x in zip(errors, (a, b), strict=True))
     degrees = sum(errors) ** 2 / weights if weights else len(a) + len(b) - 2.0
     pooled = sum(v * (len(x) - 1) for v, x in zip(variances, (a, b), strict=True))
@@ -153,8 +183,9 @@ def _t_test(mean: float, standard_error: float, degrees: float) -> dict[str, flo
     """Difference, its 95% confidence interval and two-sided p."""
     from scipy import stats
 
-    margin = float(stats.t.ppf(0.975, degrees)) * standard_error
-    p = 2 * float(stats.t.sf(abs(_ratio(mean, standard_error)), degrees))
+    ratio = _ratio(mean, standard_error)
+    p = 2 * float(stats.t.sf(abs(ratio), degrees))
+    margin = float(stats.t.ppf(0.975, degrees)) * standard_error if ratio == ratio else math.nan
     return {"difference": mean, "low": mean - margin, "high": mean + margin, "p": p}
 
 
@@ -174,12 +205,13 @@ def _rounding(a: Floats, b: Floats) -> float:
     return 1e-12 * float(np.abs([*a, *b]).max())
 
 
-def _rounded(spread: float, a: Floats, b: Floats) -> float:
-    """A spread that is rounding error alone counts as 0."""
-    return float(spread) if spread > _rounding(a, b) else 0.0
+def _rounded(value: float, a: Floats, b: Floats) -> float:
+    """What is rounding error alone counts as 0."""
+    return float(value) if abs(value) > _rounding(a, b) else 0.0
 
 
 def _ratio(mean: float, spread: float) -> float:
+    """NaN where a mean has no spread to be held against."""
     if spread:
         return mean / spread
-    return math.copysign(math.inf, mean) if mean else 0.0
+    return math.nan if mean else 0.0

@@ -350,8 +350,9 @@ class Results:
         Raises:
             ValueError: Fewer than two values (pairs), or a value is NaN or infinite.
 
-        Numerics: float64. When all differences are equal (to 1e-12 of the values) there is no
-        spread to test against: p is 0, or 1 if they are all 0.
+        Numerics: float64. When all differences are equal (to 1e-12 of the values; unpaired: all
+        values of `a`, and all of `b`) there is no spread to test against: p, interval and effect
+        size are NaN, and the sentence says so; if they are all 0, p is 1 and the others are 0.
         """
         seeds_a, seeds_b = self.seeds(a), self.seeds(b)
         values_a, values_b = self.values(a, metric), self.values(b, metric)
@@ -386,7 +387,8 @@ class Results:
             metric: Metric, as in `values`.
 
         Returns:
-            Name of the difference -> its `Comparison`, with `p_adjusted`.
+            Name of the difference -> its `Comparison`, with `p_adjusted`. One without a t-test
+            (`Comparison.untested`) counts in their number.
 
         Raises:
             ValueError: As `compare`, for values that are NaN or infinite.

@@ -369,7 +369,8 @@ def run(
         function: `function(settings, seed, progress)` trains once and returns a dict with
             "history" (metric -> value per epoch, as `fit(…).history`; an entry "epoch" gives the
             epoch numbers; default: what was reported to `progress`), "final" (metric -> number),
-            optionally "diverged" (bool), and anything else that is JSON-able, kept as extra.
+            optionally "diverged" (bool), and anything else that is JSON-able, kept as extra. One
+            that gives neither "history" nor "final", and reports nothing, is in error.
             It gets a copy of the settings, the seed, and a `Progress`.
         settings: Name -> settings of JSON values. Keys must not contain dots. If all have a number
             under "epochs", the time left is reckoned in epochs.
@@ -532,6 +533,12 @@ def _outcome(returned: Any, progress: Progress) -> dict[str, Any]:
         raise ValueError(
             "The training function must return a dict with 'history', 'final' or both. "
             f"Received: {type(returned).__name__}"
+        )
+    if not (progress.history or {"history", "final"} & returned.keys()):
+        raise ValueError(
+            "The training function must return its metrics under 'history' or 'final', or report "
+            f"them to `progress`; other keys are kept as extra. Received: {list(returned)}. Return "
+            '{"final": {metric: number}}.'
         )
     extra = dict(returned)
     epochs, history = read_history(extra.pop("history", None) or progress.history)

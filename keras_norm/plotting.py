@@ -15,7 +15,7 @@ Arguments with the same meaning everywhere:
         as in `Results.table`. One whose name is drawn gets the colour of that setting.
     labels: Metric, setting name, key or value -> text to show instead. Default: underscores become
         blanks, and accuracies and seconds get their unit.
-    title: Title above the plot; default none.
+    title: Title above the plot, in lines that fit its width; default none.
     path: File to write, .png, .pdf or .svg; default none.
 """
 
@@ -143,7 +143,7 @@ def _finish(figure: Figure, path: PathLike, title: str | None) -> Figure:
     from matplotlib import pyplot
 
     if title:
-        figure.suptitle(title)
+        _head(figure, title)
     if path is not None:
         try:
             with replace_file(_checked(path)) as temporary:
@@ -151,6 +151,12 @@ def _finish(figure: Figure, path: PathLike, title: str | None) -> Figure:
         finally:
             pyplot.close(figure)
     return figure
+
+
+def _head(figure: Figure, title: str) -> None:
+    """The title of a figure, in lines that fit its width."""
+    widest = int(11 * figure.get_figwidth())  # letters of the title's size
+    figure.suptitle("\n".join(_wrapped(line, widest) for line in title.split("\n")))
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
@@ -868,7 +874,8 @@ def paired_differences(
             axes.plot(test.difference, y, color=color, marker=marker, markersize=7)
             singles = _differences(results, name, baseline, metric)
             axes.plot(singles, [y + 0.22] * len(singles), ".", color=_GREY, alpha=0.6, markersize=4)
-            text = f"{test.difference:+.4f}, {p_text} {p:.2g}, n = {test.n}"
+            tested = test.untested or f"{p_text} {p:.2g}"
+            text = f"{test.difference:+.4f}, {tested}, n = {test.n}"
             beside: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
             axes.annotate(text, (1.02, y), fontsize=8, color=_GREY, **beside)
         axes.set_yticks(range(len(names)), texts)
@@ -915,7 +922,8 @@ def heatmap(
         labels: Texts to show instead of keys, values and the metric.
         digits: Decimal places in the cells; default 3.
         limits: Least and greatest number of the colours, for plots that are to be compared; default
-            those of the cells.
+            those of the cells, but at least so far apart as two standard deviations over seeds
+            (their mean over the cells): what is chance is not to look like a difference.
         title: Title; default none.
         path: File to write; default none.
 
@@ -949,13 +957,15 @@ def heatmap(
                 "Choose the settings with names=…."
             )
     columns, rows = (_in_order(values[key]) for key in (x, y))
-    means, texts = np.full((len(rows), len(columns)), np.nan), {}
+    means, texts, spreads = np.full((len(rows), len(columns)), np.nan), {}, []
     for (column, row), name in cells.items():
         at = rows.index(row), columns.index(column)
         found = _finished_values(results, name, metric)
         runs = [run for run in results if run.name == name]
         if len(found):
             means[at] = found.mean()
+        if len(found) > 1:
+            spreads.append(found.std(ddof=1))
         texts[at] = _cell_text(found, _diverged(runs, metric), digits)
     return matrix(
         means,
@@ -965,10 +975,19 @@ def heatmap(
         ylabel=_label(y, labels),
         value=f"{_label(metric, labels)}, mean over seeds",
         texts=texts,
-        limits=limits,
+        limits=limits or _limits(means, spreads),
         title=title,
         path=path,
     )
+
+
+def _limits(means: Floats, spreads: Sequence[float]) -> tuple[float, float] | None:
+    """Wider ends of the colours, where the means lie closer than two mean spreads over seeds."""
+    least = 2 * float(np.mean(spreads)) if spreads else 0.0
+    if not spreads or np.nanmax(means) - np.nanmin(means) >= least:
+        return None
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    return float(middle - least / 2), float(middle + least / 2)
 
 
 def _in_order(values: Mapping[str, Any]) -> list[str]:
@@ -1052,7 +1071,8 @@ def matrix(
         axes.set_yticks(range(len(rows)), rows)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(visible=False)
-        figure.colorbar(image, ax=axes, label=value)
+        bar = figure.colorbar(image, ax=axes)
+        bar.set_label(_wrapped(value, int(11 * size[1]) - 2))  # letters beside it
         return _finish(figure, path, title)
 
 
@@ -1187,7 +1207,7 @@ def trajectories(
             axes.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, title=panel)
         _legend(figure, [_handle(name, **_look(i)) for i, name in enumerate(names)])
         if title:
-            figure.suptitle(title)
+            _head(figure, title)
         if animation is not None:
             _animate(figure, drawn, animation)
         return _finish(figure, path, None)

@@ -638,6 +638,7 @@ def test_wrong_arguments(tmp_path, change, message):
     ("returned", "message"),
     [
         (None, "must return a dict.*Received: NoneType"),
+        ({"acc": 1.0}, r"under 'history' or 'final'.*Received: \['acc'\]"),
         ({"history": [1.0]}, "metric -> list of values.*Received: list"),
         ({"history": {"loss": [1.0, 2.0], "accuracy": [1.0]}}, "Received: accuracy=1 values for 2"),
         ({"history": {"loss": 3.0}}, r"history\['loss'\] must be a list.*Received: 3.0"),
@@ -646,7 +647,7 @@ def test_wrong_arguments(tmp_path, change, message):
         ({"final": {1: 3.0}}, r"metrics of 'final' need names.*Received: \[1\]"),
         ({"final": {"loss": "low"}}, r"final\['loss'\] must be one number. Received: 'low'"),
         ({"final": {"loss": [1.0]}}, r"must be one number. Received: \[1.0\]"),
-        ({"model": object()}, "The result.model must consist of JSON values"),
+        ({"final": {}, "model": object()}, "The result.model must consist of JSON values"),
     ],
 )
 def test_unfit_returned_values(tmp_path, returned, message):
@@ -1025,15 +1026,40 @@ def test_ties_of_ranks_are_not_broken_by_rounding(dtype):
 
 
 @pytest.mark.parametrize("paired", [True, False])
-@pytest.mark.parametrize(("shift", "p", "effect"), [(0.0, 1.0, 0.0), (0.1, 0.0, math.inf)])
-def test_differences_without_spread(paired, shift, p, effect):
-    values = np.array([0.3, 0.5, 0.9]) if paired else np.full(3, 0.3)
+@pytest.mark.parametrize("shift", [0.0, 1e-17])
+def test_equal_values_do_not_differ(paired, shift):
+    values = np.array([0.003, 0.005, 0.009]) if paired else np.full(3, 0.003)
     results = Results(made("a", (values + shift).tolist()) + made("b", values.tolist()))
     got = results.compare("a", "b", "accuracy", paired)
-    assert (got.p, got.effect_size) == (p, effect)
-    assert got.low == got.high == pytest.approx(shift)
-    if shift == 0:
-        assert got.p_rank == 1.0
+    assert (got.difference, got.low, got.high, got.effect_size) == (0, 0, 0, 0)
+    assert got.p == got.p_rank == 1
+    assert not got.untested
+
+
+@pytest.mark.parametrize("shift", [0.004, -0.004])
+@pytest.mark.parametrize("paired", [True, False])
+def test_seeds_that_all_differ_alike_are_not_tested(paired, shift):
+    """Their t was infinite and their p 0: a certainty, from two seeds and accuracies of k / N."""
+    values = np.array([0.5, 0.6]) if paired else np.full(2, 0.5)
+    results = Results(made("a", (values + shift).tolist()) + made("b", values.tolist()))
+    got = results.compare("a", "b", "accuracy", paired)
+    assert got.difference == pytest.approx(shift)
+    assert np.isnan([got.low, got.high, got.p, got.effect_size]).all()
+    assert 0.05 < got.p_rank <= 1  # ranks need no spread; two pairs decide nothing
+    why = "not tested: all seeds differ alike" if paired else "not tested: no seed differs"
+    assert got.untested == why
+    assert got.in_points() == f"{100 * shift:+.1f} points ({why})"
+    assert str(got).endswith(f"by a t-test {why}.")
+    assert "significant" not in str(got)
+    assert "nan" not in str(got)
+
+
+def test_what_is_not_tested_counts_in_the_number_of_tests():
+    runs = made("a", (0.5, 0.6)) + made("b", (0.45, 0.52)) + made("c", (0.504, 0.604))
+    tests = Results(runs).compare_pairs({n: (n, "a") for n in "bc"}, "accuracy")
+    assert tests["b"].p_adjusted == 2 * tests["b"].p
+    assert math.isnan(tests["c"].p_adjusted)
+    assert tests["c"].in_points() == "+0.4 points (not tested: all seeds differ alike)"
 
 
 def test_comparison_refuses_too_few_or_lost_values():
@@ -1426,5 +1452,5 @@ def test_holm_is_the_closed_test_of_bonferroni():
     assert experiments.holm([]) == []
     with pytest.raises(ValueError, match=r"1\.5"):
         experiments.holm([0.1, 1.5])
-    with pytest.raises(ValueError, match="nan"):
-        experiments.holm([math.nan])
+    with_gap = experiments.holm([*p, math.nan])
+    np.testing.assert_allclose(with_gap, [*experiments.holm([*p, 1.0])[:5], math.nan])

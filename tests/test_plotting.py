@@ -642,6 +642,54 @@ def test_heatmap_puts_every_setting_in_its_cell():
         plotting.heatmap(results, "layers.first", "layers.first", "test_accuracy")
 
 
+@pytest.mark.parametrize(("shift", "apart"), [(0.001, 0.02), (0.5, 0.5)])
+def test_colours_of_a_heatmap_span_what_seeds_do(shift, apart):
+    """Two cells of .17 ± .01, .001 apart, had the darkest and the brightest colour."""
+    values = {"a": (0.17, 0.17), "b": (0.17 + shift, 0.17 + shift)}
+    noise = 0.01 / np.sqrt(2) * np.array([-1, 1])  # of standard deviation .01
+    runs = [
+        Run(name, {"x": 1, "y": name}, seed, final={"m": value})
+        for name, pair in values.items()
+        for seed, value in enumerate(pair + noise)
+    ]
+    low, high = plotting.heatmap(Results(runs), "x", "y", "m").axes[0].images[0].get_clim()
+    assert high - low == pytest.approx(apart)
+    assert (low + high) / 2 == pytest.approx(0.17 + shift / 2)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 1), (2, 2), (1, 4), (9, 9)])
+def test_titles_and_labels_of_small_matrices_are_not_cut_off(rows, columns):
+    figure = plotting.matrix(
+        np.arange(rows * columns).reshape(rows, columns),
+        rows=[f"gaussian noise {i}" for i in range(rows)],
+        columns=[f"{i}" for i in range(columns)],
+        xlabel="strength",
+        ylabel="kind",
+        value="validation accuracy (fraction), mean over seeds",
+        title="Statistics of 500 such images, CIFAR-10 (JPEG copy), n = 2",
+    )
+    figure.canvas.draw()
+    cells, bar = figure.axes
+    blocks = [bar.get_tightbbox(), cells.get_tightbbox(), figure._suptitle.get_window_extent()]
+    for i, block in enumerate(blocks):
+        assert block.x0 >= 0
+        assert block.y0 >= 0
+        assert block.x1 <= figure.bbox.x1
+        assert block.y1 <= figure.bbox.y1
+        assert not any(overlaps(block, other) for other in blocks[i + 1 :])
+
+
+def test_differences_that_are_not_tested_say_so():
+    runs = [
+        Run(name, {"name": name}, seed, final={"accuracy": value})
+        for name, values in (("a", (0.504, 0.604)), ("b", (0.5, 0.6)))
+        for seed, value in enumerate(values)
+    ]
+    axes = plotting.paired_differences(Results(runs), "b", "accuracy").axes[0]
+    (text,) = (text.get_text() for text in axes.texts)
+    assert text == "+0.0040, not tested: all seeds differ alike, n = 2"
+
+
 # ------------------------------------------------------------------ plots of arrays
 
 

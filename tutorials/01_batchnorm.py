@@ -41,6 +41,8 @@ import json
 import logging
 import time
 
+import matplotlib  # noqa: F401 -- here, and not after all trainings, it is to be found missing
+
 from keras_norm import quiet
 
 quiet.start()
@@ -1082,7 +1084,9 @@ def tested(results, pairs):
     adjusted = experiments.holm([test.p for test in tests])
     return (
         "; ".join(
-            f"{name} {100 * test.difference:+.1f} points (95 % {100 * test.low:+.1f} to "
+            f"{name} {100 * test.difference:+.1f} points ({test.untested}, n = {test.n})"
+            if test.untested
+            else f"{name} {100 * test.difference:+.1f} points (95 % {100 * test.low:+.1f} to "
             f"{100 * test.high:+.1f}, p = {p:.2g}, n = {test.n})"
             for name, test, p in zip(pairs, tests, adjusted, strict=True)
         )
@@ -1179,16 +1183,20 @@ def answer_transforms():
         for name in ("neither", "norm alone")
     )
     lines = tested(transforms, {name: (name, "batch") for name in TRANSFORMS})
+    others = (
+        "layer and group normalization, which learn least here,"
+        if {"layer", "group"} <= set(TRANSFORMS)
+        else "others"
+    )
     return (
         f"7. Validation accuracy after {SHORT_EPOCHS} epochs (n = {len(short_seeds)}): "
         f"{listed(transforms)}. Against batch normalization, p adjusted for their number: "
-        f"{lines}. All are compared at batch normalization's rate, {LEARNING_RATE:g}, only; layer "
-        "and group normalization, which learn least here, may do better at another. Milliseconds "
-        f"of a training step (batch of {BATCH_SIZE}): "
-        f"{costs}. Share of zeros after ReLU: {zeros}; share of channels that are zero for all "
-        f"images, mean over the layers: {dead}. What would change the answer: a rate chosen for "
-        "each transform; batches of a few images, where those that normalize each image alone have "
-        "the advantage (lesson 4)."
+        f"{lines}. All are compared at batch normalization's rate, {LEARNING_RATE:g}, only; "
+        f"{others} may do better at another. Milliseconds of a training step (batch of "
+        f"{BATCH_SIZE}): {costs}. Share of zeros after ReLU: {zeros}; share of channels that are "
+        f"zero for all images, mean over the layers: {dead}. What would change the answer: a rate "
+        "chosen for each transform; batches of a few images, where those that normalize each image "
+        "alone have the advantage (lesson 4)."
     )
 
 

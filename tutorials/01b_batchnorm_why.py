@@ -39,6 +39,8 @@ import logging
 import time
 from typing import Any, NamedTuple
 
+import matplotlib  # noqa: F401 -- here, and not after all trainings, it is to be found missing
+
 from keras_norm import quiet
 
 quiet.start()
@@ -302,6 +304,12 @@ def percent(values):
     return f"{100 * values.mean():.2f}{spread} %"
 
 
+def interval(test, p, unit, digits):
+    """The 95% confidence interval of a difference and its p, or why there are none."""
+    low, high = (f"{unit * end:+.{digits}f}" for end in (test.low, test.high))
+    return test.untested or f"95 % {low} to {high}, p = {p:.2g}"
+
+
 def compared(results, pairs, metric, unit=100, digits=2):
     """Differences of pairs of settings, by default in points, with their tests: name -> text.
 
@@ -315,9 +323,8 @@ def compared(results, pairs, metric, unit=100, digits=2):
     tests = [results.compare(a, b, metric) for a, b in pairs.values()]
     adjusted = experiments.holm([test.p for test in tests])
     return {
-        name: f"{unit * test.difference:+.{digits}f}{' points' if unit == 100 else ''} (95 % "
-        f"{unit * test.low:+.{digits}f} to {unit * test.high:+.{digits}f}, p = {p:.2g}, "
-        f"n = {test.n})"
+        name: f"{unit * test.difference:+.{digits}f}{' points' if unit == 100 else ''} "
+        f"({interval(test, p, unit, digits)}, n = {test.n})"
         for name, test, p in zip(pairs, tests, adjusted, strict=True)
     }
 
@@ -928,9 +935,14 @@ def sizes_verdict():
         > by_size.values(swept("none", size)[0], "val_accuracy").mean()
         for size in SIZES
     )
+    at_how_many = (
+        f"Of these {len(SIZES)} sizes it is ahead, in the mean, at {ahead}."
+        if len(SIZES) > 1
+        else f"At this size it is {'' if ahead else 'not '}ahead."
+    )
     return (
-        f"Of these {len(SIZES)} sizes it is ahead, in the mean, at {ahead}. For the contrary see "
-        "answer 6, deep nets at a rate of .03, and lesson 4, batches of one image."
+        f"{at_how_many} For the contrary see answer 6, deep nets at a rate of .03, and lesson 4, "
+        "batches of one image."
     )
 
 
@@ -971,11 +983,17 @@ def answer_cost():
     medians = {n: float(np.median(values)) for n, values in seconds.items()}
     ratios = seconds["batch"] / seconds["none"]
     ratio = float(np.median(ratios))
+    of_several = " (medians)" if len(ratios) > 1 else ""
+    spread = (
+        f"median of the ratios of {len(ratios)} pairs, from {ratios.min():.2f} to "
+        f"{ratios.max():.2f}"
+        if len(ratios) > 1
+        else "one pair"
+    )
     return (
         f"4. An epoch of {IMAGES:,} images takes {medians['none']:.2f} s without and "
-        f"{medians['batch']:.2f} s with batch normalization (medians); with it {ratio:.2f} times "
-        f"as long (median of the ratios of {len(ratios)} pairs, from {ratios.min():.2f} to "
-        f"{ratios.max():.2f}). Weights and statistics take "
+        f"{medians['batch']:.2f} s with batch normalization{of_several}; with it {ratio:.2f} times "
+        f"as long ({spread}). Weights and statistics take "
         f"{kib['batch']['weights']:.1f} in place of {kib['none']['weights']:.1f} KiB, velocities "
         f"{kib['batch']['velocities']:.1f} in place of {kib['none']['velocities']:.1f}, what a "
         f"batch of 64 keeps for the backward pass {kib['batch']['kept']:.1f} in place of "
@@ -1034,8 +1052,8 @@ def answer_why():
 
     tests = tests_inside()
     differences = "; ".join(
-        f"{kind}, {INSIDE_LABELS.get(metric, 'training loss')} {test.difference:+.3f} (95 % "
-        f"{test.low:+.3f} to {test.high:+.3f}, p = {p:.2g})"
+        f"{kind}, {INSIDE_LABELS.get(metric, 'training loss')} {test.difference:+.3f} "
+        f"({interval(test, p, 1, 3)})"
         for (kind, metric), (test, p) in tests.items()
     )
     return (
@@ -1058,7 +1076,7 @@ def verdict(tests):
 
     def sign(kind, metric):
         test, p = tests[kind, metric]
-        return 0 if p >= 0.05 else int(np.sign(test.difference))
+        return int(np.sign(test.difference)) if p < 0.05 else 0
 
     _, normalized, jittered = KINDS
     spoiled = sign(jittered, "train_loss") < 0 < sign(jittered, "mean_drift")

@@ -40,6 +40,8 @@ import os
 for threads in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
     os.environ.setdefault(threads, "1")  # in nets this small, threads wait for each other
 
+import matplotlib  # noqa: F401 -- here, and not after all trainings, it is to be found missing
+
 from keras_norm import quiet
 
 quiet.start()
@@ -525,7 +527,7 @@ if len(seeds) > 1:
         if name != BEST["Adam"]
     ]
     for test, p in zip(TESTS, experiments.holm([test.p for test in TESTS]), strict=True):
-        print(f"{test} Adjusted for {len(TESTS)} tests: p = {p:.2g}.")
+        print(test if test.untested else f"{test} Adjusted for {len(TESTS)} tests: p = {p:.2g}.")
 
 # %% [markdown]
 """
@@ -975,14 +977,17 @@ def answer_best():
         alike = [test.a for test, p in zip(TESTS, adjusted, strict=True) if p > 0.05]
         text += f"From {BEST['Adam']} differ significantly: {listed(differs) or 'none'}; "
         text += f"no significant difference: {listed(alike) or 'none'}. "
+    both = [rule for rule in SHOWN if rule in BEST]
     spans = []
     for results in (at_published, at_best):
-        means = [100 * results.values(name, "test_accuracy").mean() for name in results.names]
+        of_both = results.select(settings={"rule": both}).names
+        means = [100 * results.values(name, "test_accuracy").mean() for name in of_both]
         spans.append(max(means) - min(means))
+    of = "" if both == list(SHOWN) else f" (of {listed(both)})"
     return text + (
-        f"From the best to the worst rule it is {spans[0]:.1f} points at the published rates and "
-        f"{spans[1]:.1f} at their best ones; how much of a difference is the rule's and how much "
-        "the rate's shows only in the second. What would change the answer: more epochs, a "
+        f"From the best to the worst rule{of} it is {spans[0]:.1f} points at the published rates "
+        f"and {spans[1]:.1f} at their best ones; how much of a difference is the rule's and how "
+        "much the rate's shows only in the second. What would change the answer: more epochs, a "
         "schedule, another net."
     )
 
@@ -1015,9 +1020,15 @@ def answer_turned():
         for turned in (0, 1)
     }
     shorter = [f"{r} {a:.1e}, turned {b:.1e}" for r, (a, b) in SHORTER.items()]
+    # The saved answer of `--full` has the shorter text.
+    ends = (
+        "end at the same loss to six digits"
+        if arguments.mode == "full"
+        else "each end, turned, at the loss that they have unturned, to six digits"
+    )
     swings = [f"{low:.0e} and {high:.0e}" for low, high in SWING.values()]
     return (
-        f"3. {listed(same)} end at the same loss to six digits ({listed(stay)}): their steps are "
+        f"3. {listed(same)} {ends} ({listed(stay)}): their steps are "
         f"sums of gradients, which turn with the ravine. Turned, the loss after {STEPS} steps goes "
         f"from {listed(changed)}: what AdaGrad and RMSProp gain by dividing each weight's gradient "
         "by its own size, they gain where the weights are the axes of the ravine. From the best to "
@@ -1070,12 +1081,19 @@ def answer_stable():
             f"Stable is not good: {poor} at {last[poor]:g} with it has a validation accuracy of "
             f"{100 * accuracy:.1f} %, by moving statistics that lag. "
         )
+    differ = (
+        f"The grids differ: for Adam {grids['none']} without and {grids['batch']} with, so that a "
+        "limit with it is known to a factor of ten at best, from one seed. "
+    )
+    alike = (
+        f"For Adam {grids['none']} were tried, without and with, so that a limit lies anywhere "
+        "between two of them, from one seed. "
+    )
     return (
-        f"5. Largest stable rates of those tried: {'; '.join(rows)}. The grids differ: for Adam "
-        f"{grids['none']} without and {grids['batch']} with, so that a limit with it is known to a "
-        f"factor of ten at best, from one seed. {caution}With batch normalization the "
-        "output of a layer does not depend on the size of the weights before it: a step too long "
-        "makes them larger, and with that later steps relatively smaller, so training brakes "
+        f"5. Largest stable rates of those tried: {'; '.join(rows)}. "
+        f"{differ if grids['none'] != grids['batch'] else alike}{caution}With batch normalization "
+        "the output of a layer does not depend on the size of the weights before it: a step too "
+        "long makes them larger, and with that later steps relatively smaller, so training brakes "
         "instead of blowing up. What would change the answer: warm-up or clipped gradients, which "
         "do part of the same for nets without it."
     )

@@ -35,6 +35,8 @@ import functools
 import json
 import logging
 
+import matplotlib  # noqa: F401 -- here, and not after all trainings, it is to be found missing
+
 from keras_norm import quiet
 
 quiet.start()
@@ -887,8 +889,8 @@ def listed(results, pattern, values, names, metric="val_accuracy"):
 def answer_batch_size():
     parts = " ".join(
         f"{LABELS[metric].split(' (')[0].capitalize()} by images in a batch: "
-        f"{listed(by_batch, '{name}, batch {value}', BATCH_SIZES, NORMS, metric)}. Tested: "
-        f"{'; '.join(difference_of(tests, name) for name in tests)}."
+        f"{listed(by_batch, '{name}, batch {value}', BATCH_SIZES, NORMS, metric)}. "
+        f"{all_of(tests)}."
         for metric, tests in BATCH_TESTS.items()
     )
     loss = {
@@ -904,12 +906,16 @@ def answer_batch_size():
     )
 
 
-def difference_of(tests, name):
-    return f"{name}: {difference(tests, name)}"
+def all_of(tests):
+    """Tested differences, as they read in a sentence."""
+    texts = "; ".join(f"{name}: {difference(tests, name)}" for name in tests)
+    return f"Tested: {texts}" if texts else "Not tested in this mode"
 
 
 def verdict(tests, key, values):
-    """Where layer norm is significantly worse than the others, and where better."""
+    """By Holm's test: where layer norm is worse than the others, and where better."""
+    if all(test.untested for test in tests.values()):
+        return "not tested in this mode"
     found = []
     for other in OTHERS:
         names = {value: f"layer norm minus {other}, {key} {value:g}" for value in values}
@@ -924,7 +930,8 @@ def verdict(tests, key, values):
             )
             if at:
                 found.append(f"{word} than {other} at {at}")
-    return "; ".join(found) or "no significant difference"
+    found = found or ["no significant difference"]
+    return f"with layer norm, by Holm's test at the 5% level, {'; '.join(found)}"
 
 
 def answer_failures():
@@ -935,8 +942,8 @@ def answer_failures():
     )
     names = [*OTHERS, "layer norm"]
     lines = " ".join(
-        f"{title}: {listed(results, key + ' {value:g}, {name}', values, names)}; with layer norm, "
-        f"by Holm's test at the 5% level, {verdict(tests, key, values)}."
+        f"{title}: {listed(results, key + ' {value:g}, {name}', values, names)}; "
+        f"{verdict(tests, key, values)}."
         for title, key, results, values, tests in studies
     )
     return (
@@ -966,10 +973,10 @@ def answer_preprocessing():
 
 
 def answer_images():
-    falls = "; ".join(difference_of(IMAGE_TESTS, name) for name in IMAGE_TESTS)
     return (
         f"4. Validation accuracy by images in a batch, n = {len(seeds)}: "
-        f"{listed(on_images, '{name}, batch {value}', IMAGE_BATCHES, ALL_NORMS)}. Tested: {falls}. "
+        f"{listed(on_images, '{name}, batch {value}', IMAGE_BATCHES, ALL_NORMS)}. "
+        f"{all_of(IMAGE_TESTS)}. "
         "What would change the answer: smaller images or more stages, which leave fewer positions "
         "to count; other rates; longer training."
     )
@@ -1004,7 +1011,7 @@ arguments.finish(
     change_by_preprocessing=CHANGE,
     best_rule=BEST_RULE,
     p_by_holm={
-        name: test.p_adjusted
+        name: None if test.untested else test.p_adjusted
         for tests in (
             BATCH_TESTS["val_accuracy"],
             WIDTH_TESTS,

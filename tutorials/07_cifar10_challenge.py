@@ -1036,7 +1036,7 @@ arguments.finish(
     across=ACROSS if living.any() else None,
     most_confused={pair: PAIRED[pair] for pair in MOST_CONFUSED},
     p_by_holm={
-        name: test.p_adjusted
+        name: None if test.untested else test.p_adjusted
         for tests in (LADDER_TESTS, NORM_TESTS, RATE_TESTS, IDEA_TESTS, AFTER_TESTS)
         for name, test in tests.items()
     },
