@@ -1,11 +1,28 @@
-"""Arrays as tensors of a dtype, without the time that Keras takes to see that they are."""
+"""Numbers and arrays: what is one, and as a tensor of a dtype without the time that Keras takes."""
 
+import numbers
 from typing import Any
 
 import keras
 from keras import ops
 
 Array = Any
+
+
+def is_real(x: Any) -> bool:
+    """Whether this is a real number, of Python or NumPy; no bool, and no string, as of YAML's 1e-3.
+
+    Args:
+        x: anything.
+
+    Returns:
+        bool. Infinity and NaN are numbers.
+
+    Example:
+        >>> [is_real(x) for x in (1, 0.5, np.float32(1), "1e-3", None, True)]
+        [True, True, True, False, False, False]
+    """
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def tensor(x: Any, dtype: Any = None) -> Array:

@@ -293,7 +293,7 @@ def implementation_for(
     x: Any = None,
 ) -> str:
     """The name of the implementation that is taken when none is asked for."""
-    axes: Any = tuple(axis) if isinstance(axis, list | tuple) else axis
+    axes = functional.canonical_axes(axis, len(shape))  # 1.0 and 1 would be one in the cache
     forced, shape = forced_implementation(), tuple(shape)
     # `torch.compile` warns of functions with a cache, and its sizes cannot be looked up.
     choose = _choose if _is_recorded() else _chosen
@@ -308,13 +308,12 @@ def _choose(
     function: str,
     shape: Shape,
     dtype: str,
-    axis: int | tuple[int, ...],
+    axes: tuple[int, ...],
     weighted: bool,
     training: bool,
     here: Here,
     forced: str | None,
 ) -> str:
-    axes = functional.canonical_axes(axis, len(shape))
     case = Case(function, shape, dtype, axes, weighted, training, here)
     able = [entry for entry in TABLE[function] if entry.is_possible(case)]
     if forced and (forced == "composed" or forced in [entry.name for entry in able]):

@@ -29,7 +29,9 @@ class _Pieces:
     """x as rows with the channels on axis 1, and cut along the rows into pieces.
 
     Channels on the last axis: (N, ..., C) -> (M / f, f C), f rows side by side where there are
-    few channels; else the channels are moved to axis 1.
+    few channels; else the channels are moved to axis 1, and the positions merged where an axis has
+    a size of 1: of the layouts in memory that such an axis can have, PyTorch 2.13's backward pass
+    mistakes some, and gives wrong gradients.
     """
 
     def __init__(self, x: Array, channel: int) -> None:
@@ -38,8 +40,10 @@ class _Pieces:
         few = self.last and x.ndim > 2 and self.channels < FEWEST_CHANNELS_FUSED
         self.folds = folds_of(x.shape, self.channels) if few else 1
         self.channel = channel
-        self.trailing = x.ndim - 2
-        self.as_it_is = channel == 1
+        others = [n for axis, n in enumerate(x.shape) if axis != channel]
+        self.merged = not self.last and len(others) > 2 and 1 in others
+        self.trailing = 1 if self.merged else x.ndim - 2
+        self.as_it_is = channel == 1 and not self.merged
         self.elements = x.numel() // self.channels
 
     def rows(self, x: Array) -> Array:
@@ -47,12 +51,17 @@ class _Pieces:
             return x
         if self.last:
             return x.reshape(-1, self.folds * self.channels)
-        return x.movedim(self.channel, 1)
+        z = x.movedim(self.channel, 1)
+        return z.flatten(2) if self.merged else z
 
     def undo(self, z: Array, x: Array) -> Array:
         if self.as_it_is:
             return z
-        return z.reshape(x.shape) if self.last else z.movedim(1, self.channel)
+        if self.last:
+            return z.reshape(x.shape)
+        if self.merged:
+            z = z.unflatten(2, x.movedim(self.channel, 1).shape[2:])
+        return z.movedim(1, self.channel)
 
     def cut(self, *arrays: Array) -> Any:
         if arrays[0].numel() <= ELEMENTS_OF_PIECE:

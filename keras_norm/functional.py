@@ -63,7 +63,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_norm._arrays import in_dtype
+from keras_norm._arrays import in_dtype, is_real
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
@@ -178,10 +178,10 @@ class _Layout(NamedTuple):
 
 
 def check_epsilon(epsilon: float) -> None:
-    if not epsilon >= 0:
+    if not (is_real(epsilon) and epsilon >= 0):
         raise ValueError(
-            "`epsilon` is added to the variance under a square root and must be >= 0. "
-            f"Received: epsilon={epsilon}. The default is 1e-3."
+            "`epsilon` is added to the variance under a square root and must be a number >= 0. "
+            f"Received: epsilon={epsilon!r}. The default is 1e-3."
         )
 
 
@@ -189,7 +189,7 @@ def _shape(array: Array) -> tuple[int | None, ...]:
     return tuple(array.shape) if hasattr(array, "shape") else np.shape(array)
 
 
-def _check_shapes(x: Array, axes: Sequence[int], **arrays: Array | None) -> None:
+def check_shapes(x: Array, axes: Sequence[int], **arrays: Array | None) -> None:
     """Refuses what would broadcast along `axes` of x: its gradient would have another shape."""
     sizes = tuple(_shape(x)[a] for a in axes)
     for name, array in arrays.items():
@@ -448,7 +448,7 @@ def batch_normalization(
     check_epsilon(epsilon)
     mean, variance = given or (None, None)
     axes = canonical_axes(axis, len(_shape(x)))
-    _check_shapes(x, axes, gamma=gamma, beta=beta, mean=mean, variance=variance)
+    check_shapes(x, axes, gamma=gamma, beta=beta, mean=mean, variance=variance)
     _check_weights(x, weights)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
@@ -680,9 +680,9 @@ def ghost_batch_normalization(
             f"own. Received: axis={axis!r}, virtual_batch_size={virtual_batch_size}."
         )
     mean, variance = given or (None, None)
-    _check_shapes(x, layout.channels, gamma=gamma, beta=beta, mean=mean, variance=variance)
+    check_shapes(x, layout.channels, gamma=gamma, beta=beta, mean=mean, variance=variance)
     _check_weights(x, weights)
-    cut, valid = _ghost_batches(layout.shape[0], virtual_batch_size, x.dtype)
+    cut, valid = _ghost_batches(layout.shape[0], int(virtual_batch_size), x.dtype)
     if weights is not None:
         weights = in_dtype(weights, compute_dtype(x))
         missing = len(layout.shape) - len(weights.shape)
@@ -717,7 +717,7 @@ def ghost_batch_normalization(
 
 
 def check_virtual_batch_size(size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         raise ValueError(
             "`virtual_batch_size` is a number of examples, an integer >= 1. "
             f"Received: virtual_batch_size={size!r}. Leave it out to normalize the whole batch."
@@ -829,7 +829,7 @@ def normalize(
     """
     check_epsilon(epsilon)
     axes = canonical_axes(axis, len(_shape(x)))
-    _check_shapes(x, axes, mean=mean, variance=variance, gamma=gamma, beta=beta)
+    check_shapes(x, axes, mean=mean, variance=variance, gamma=gamma, beta=beta)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         x: Array = arrays[0]
@@ -912,7 +912,7 @@ def _standardize(
 ) -> Array:
     """The forward and the backward half as one differentiable function."""
     check_epsilon(epsilon)
-    _check_shapes(x, scheme.parameters, gamma=gamma, beta=beta)
+    check_shapes(x, scheme.parameters, gamma=gamma, beta=beta)
 
     def forward(*arrays: Array | None) -> tuple[Any, Any]:
         return _standardize_forward(*arrays, scheme=scheme, epsilon=epsilon)
@@ -1169,7 +1169,8 @@ def check_groups(groups: int | None) -> None:
     Raises:
         ValueError: for anything but an integer >= 1, -1 or None.
     """
-    if groups is not None and (not isinstance(groups, int) or (groups < 1 and groups != -1)):
+    integer = isinstance(groups, int | np.integer) and not isinstance(groups, bool)
+    if groups is not None and (not integer or (groups < 1 and groups != -1)):
         raise ValueError(
             "The argument `groups` is a number of groups, an integer >= 1, or -1 for one group "
             f"for each channel. Received: groups={groups!r}. groups=None stands for the greatest "
@@ -1190,7 +1191,7 @@ def number_of_groups(groups: int | None, channels: int) -> int:
     check_groups(groups)
     if groups is None:
         return math.gcd(32, channels)
-    groups = channels if groups == -1 else groups
+    groups = channels if groups == -1 else int(groups)
     if groups > channels:
         raise ValueError(
             "The groups share the channels out, so the number of groups cannot be more than the "
@@ -1297,7 +1298,7 @@ def group_normalization(
     split = [*shape[:channel], *sizes, *shape[channel + 1 :]]
     reduced = tuple(a for a in range(1, len(split)) if a != channel)
     scheme = _Scheme(reduced=reduced, parameters=(channel, channel + 1))
-    _check_shapes(x, (channel,), gamma=gamma, beta=beta)
+    check_shapes(x, (channel,), gamma=gamma, beta=beta)
     gamma, beta = (None if v is None else ops.reshape(v, sizes) for v in (gamma, beta))
     y = _standardize(ops.reshape(x, split), gamma, beta, scheme, epsilon)  # (GN2) to (GN5)
     return ops.reshape(y, shape)
@@ -1379,9 +1380,9 @@ def check_rate(rate: float) -> None:
     """Refuses a rate that is no fraction.
 
     Raises:
-        ValueError: for a rate outside [0, 1].
+        ValueError: for a rate outside [0, 1], and what is no number.
     """
-    if not 0 <= rate <= 1:
+    if not (is_real(rate) and 0 <= rate <= 1):
         raise ValueError(
             "Invalid value received for argument `rate`. Expected a float value between 0 and 1. "
             f"Received: rate={rate!r}. It is the fraction that is set to zero: for a keep "

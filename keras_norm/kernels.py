@@ -188,7 +188,13 @@ def batch_normalization(
             x, gamma, beta, axis=axis, epsilon=epsilon, weights=weights
         )
         return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+    _check_shapes(x, axis, gamma=gamma, beta=beta)
     return _BATCH[name](x, gamma, beta, axis, epsilon)
+
+
+def _check_shapes(x: Array, axis: Axis, **arrays: Array | None) -> None:
+    """What `functional` refuses, the kernels would broadcast, or read past its end."""
+    functional.check_shapes(x, functional.canonical_axes(axis, len(x.shape)), **arrays)
 
 
 _BATCH: dict[str, Any] = {
@@ -237,6 +243,7 @@ def normalize(
     if chosen == "composed":
         return functional.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     functional.check_epsilon(epsilon)
+    _check_shapes(x, axis, mean=mean, variance=variance, gamma=gamma, beta=beta)
     if chosen == "native" and not _kernels_torch.records():
         mean, variance = tensor(mean, x.dtype), tensor(variance, x.dtype)
         gamma, beta = (None if v is None else tensor(v, x.dtype) for v in (gamma, beta))
@@ -308,6 +315,7 @@ def layer_normalization(
     options: dict[str, Any] = {"training": training, "implementation": implementation}
     chosen = choose_for("layer_normalization", x, axis=axis, **options)
     if chosen != "composed" and not rms_scaling:
+        _check_shapes(x, axis, gamma=gamma, beta=beta)
         axes = len(axis) if isinstance(axis, list | tuple) else 1
         if chosen != "native":
             return _ROWS[chosen](x, gamma, beta, axes, epsilon, True)
@@ -352,6 +360,7 @@ def rms_normalization(
     chosen = choose_for("rms_normalization", x, axis=axis, **options)
     if chosen == "composed":
         return functional.rms_normalization(x, gamma, axis=axis, epsilon=epsilon)
+    _check_shapes(x, axis, gamma=gamma)
     axes = len(axis) if isinstance(axis, list | tuple) else 1
     if chosen == "native":
         return _kernels_torch.layer(x, gamma, None, axes, epsilon, False)
@@ -394,6 +403,7 @@ def group_normalization(
     options: dict[str, Any] = {"training": training, "implementation": implementation}
     chosen = choose_for("group_normalization", x, axis=axis, **options)
     if chosen != "composed":
+        _check_shapes(x, axis, gamma=gamma, beta=beta)
         count = functional.number_of_groups(groups, x.shape[-1])
         y = _GROUPED[chosen](x, gamma, beta, count, epsilon)
         if y is not None:
@@ -436,6 +446,7 @@ def instance_normalization(
     options: dict[str, Any] = {"training": training, "implementation": implementation}
     chosen = choose_for("instance_normalization", x, axis=axis, **options)
     if chosen != "composed":
+        _check_shapes(x, axis, gamma=gamma, beta=beta)
         y = _GROUPED[chosen](x, gamma, beta, x.shape[-1], epsilon)
         if y is not None:
             return y

@@ -201,7 +201,7 @@ def test_fit_by_moving_statistics(make):
 
 @pytest.mark.parametrize("kind", [BatchNormalization, DecorrelatedBatchNormalization])
 def test_inference_and_training_in_one_loss(kind):
-    """As of a teacher; on PyTorch the built-in layer's backward pass raises."""
+    """As of a teacher: what inference was computed with moves before the backward pass."""
     inputs = keras.Input((2,))
     hidden, layer = keras.layers.Dense(2)(inputs), kind()
     outputs = ops.square(layer(hidden, training=False)) + ops.square(layer(hidden, training=True))
@@ -1027,6 +1027,11 @@ def test_initializers_regularizers_and_constraints_act():
         ({"momentum": -0.1}, "Received: momentum=-0.1"),
         ({"momentum": float("nan")}, "Received: momentum=nan"),
         ({"epsilon": -1e-3}, "Received: epsilon=-0.001"),
+        ({"epsilon": "1e-3"}, "a number >= 0. Received: epsilon='1e-3'"),
+        ({"epsilon": None}, "Received: epsilon=None"),
+        ({"momentum": "0.9"}, r"a number in \[0, 1\]. Received: momentum='0.9'"),
+        ({"momentum": True}, "Received: momentum=True"),
+        ({"renorm_momentum": None}, "Received: renorm_momentum=None"),
         ({"dtype": "int32"}, "floating.*Received: dtype='int32'"),
         ({"dtype": "complex64"}, "floating.*Received: dtype='complex64'"),
         ({"renorm_momentum": 2.0}, "Received: renorm_momentum=2.0"),

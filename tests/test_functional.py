@@ -368,7 +368,7 @@ def test_wrong_axis(axis):
             function(np.ones((2, 3)), axis=axis)
 
 
-@pytest.mark.parametrize("epsilon", [-1e-3, float("nan")])
+@pytest.mark.parametrize("epsilon", [-1e-3, float("nan"), "1e-3", None, True])
 def test_wrong_epsilon(epsilon):
     with pytest.raises(ValueError, match=r"`epsilon` .*Received: epsilon="):
         functional.batch_normalization(np.ones((2, 3)), epsilon=epsilon)
@@ -405,6 +405,22 @@ def test_parameters_of_another_shape(which, shape):
     for gamma, beta in pairs:
         with pytest.raises(ValueError, match=r"the shape \(6,\). Received: .* of shape"):
             normalize(x, gamma, beta)
+
+
+@pytest.mark.parametrize("integer", [int, np.int32, np.int64])
+def test_integers_of_numpy(integer):
+    """As sizes of a search's space come."""
+    x = np.random.default_rng(0).standard_normal((4, 2, 6))
+    y = array(functional.group_normalization(x, groups=integer(3)))
+    np.testing.assert_array_equal(y, array(functional.group_normalization(x, groups=3)))
+    assert type(functional.number_of_groups(integer(3), 6)) is int
+    for size in (2, 3):  # the latter does not divide the batch
+        y, mean, _ = functional.ghost_batch_normalization(x, virtual_batch_size=integer(size))
+        same, _, _ = functional.ghost_batch_normalization(x, virtual_batch_size=size)
+        np.testing.assert_array_equal(array(y), array(same))
+        assert array(mean).shape == (6,)
+    with pytest.raises(ValueError, match="Received: groups=True"):
+        functional.group_normalization(x, groups=True)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (3, 1, 1), (1, 4, 2, 6)])

@@ -337,6 +337,50 @@ def test_what_cannot_be_done_is_said():
         kernels.batch_normalization(x, weights=np.ones((2, 1)), implementation=kernel)
     with pytest.raises(ValueError, match=r"axis=\(0, 1\)"):
         kernels.batch_normalization(x, axis=(0, 1), implementation=kernel)
+    kernels.choose("batch_normalization", (4, 6), "float32", axis=1)
+    with pytest.raises(ValueError, match=r"axis=1\.0"):  # of which a cache makes the same key
+        kernels.choose("batch_normalization", (4, 6), "float32", axis=1.0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_parameters_of_another_size_are_refused(size):
+    """Whatever takes the call: a kernel would broadcast them, or read past their end."""
+    x, wrong = np.ones((4, 5, 5, 6), "float32"), np.ones(size, "float32")
+    right = np.ones(6, "float32")
+    for implementation in POSSIBLE:
+        for given in ({"gamma": wrong}, {"beta": wrong}):
+            with pytest.raises(ValueError, match=rf"{next(iter(given))}. must have .*\({size},\)"):
+                kernels.batch_normalization(x, **given, implementation=implementation)
+    for name, options, faster in CASES:
+        if np.ndim(options.get("axis", -1)):
+            continue
+        given = {"mean": right, "variance": wrong} if name == "normalize" else {"gamma": wrong}
+        with pytest.raises(ValueError, match=rf"must have .*\({size},\)"):
+            getattr(kernels, name)(x, **given, **options, implementation=faster)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="layouts in memory")
+@pytest.mark.parametrize("far", [0.0, 1e3])
+def test_layouts_of_sizes_of_1(far):
+    """For some of them `torch.nn.BatchNorm2d` of PyTorch 2.13 gives wrong gradients."""
+    import itertools
+
+    rng = np.random.default_rng(0)
+    for shape in [(4, 3, 5, 1), (4, 3, 1, 5), (1, 3, 5, 4), (3, 1, 6, 2)]:
+        dy = ops.convert_to_tensor(rng.standard_normal(shape).astype("float32"))
+        for order in itertools.permutations(range(len(shape))):
+            stored = rng.standard_normal([shape[a] for a in order]).astype("float32") + far
+            x = ops.convert_to_tensor(stored).permute(*np.argsort(order).tolist())
+            assert tuple(x.shape) == shape
+            for axis in (0, 1, 2):
+                found = []
+                for implementation in ("native", "composed"):
+                    z = x.detach().requires_grad_()
+                    options = {"axis": axis, "implementation": implementation}
+                    y, _, _ = kernels.batch_normalization(z, **options)
+                    y.backward(dy)
+                    found.append(z.grad)
+                np.testing.assert_allclose(*map(array, found), atol=1e-2 if far else 1e-4)
 
 
 # Inference, and normalization within each example ---------------------------------------------
