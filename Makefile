@@ -3,6 +3,7 @@
 # make test-backends  the core tests on JAX and on PyTorch, each in an environment of its own
 # make test-implementations  the layers' tests under every implementation that can be forced
 # make bench          benchmarks of layers, training, memory, imports (nothing else should be running)
+#                     ARGS are options of the first, layers.py; the others run with their defaults
 # make results        RESULTS.md from the runs saved in docs/results
 # make docs           the pages, into docs/_build/html, in an environment of their own
 # make notebooks      the tutorials as notebooks, on the runs saved in docs/results, for the pages
@@ -72,7 +73,7 @@ test-backends:
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-jax test-torch
 
 # What one process has compiled the other need not: a fifth of the time.
-JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv-jax/compiled \
+JAX_CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.venv-jax/compiled" \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 # Some tests take JAX minutes, Keras's own among them: they run on the other two; or with JAX_TESTS=core.

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import tensorflow as tf
+from options import at_least
 from tqdm import tqdm
 
 from keras_norm import _kernels_xla, autodiff, experiments
@@ -128,11 +129,9 @@ def measure(kernel, shape, turns):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--turns", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--turns", type=at_least(3), default=60, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_relu"))
     arguments = parser.parse_args()
-    if arguments.turns < 3:
-        parser.error("--turns must be at least 3, for a median")
     rows = []
     cases = [(kernel, shape) for kernel in KERNELS for shape in SHAPES]
     for kernel, shape in tqdm(cases, desc="shapes", unit="shape"):

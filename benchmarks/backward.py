@@ -6,8 +6,14 @@
 Both begin with what the forward pass has left, and give dx, dgamma and dbeta. Step by step: one
 node of the computation graph after the other, (G8) to (G1) of
 `functional.batch_normalization_backward_by_graph`. Simplified: (B6), (B7) and (B10). In NumPy, in
-turns of random order; the figures are medians of many turns, with the quartiles beside them, and
-the ratio is the median of the ratios within a turn.
+turns of random order, after some that are not counted; the figures are medians of many turns, with
+the quartiles beside them, and the ratio is the median of the ratios within a turn.
+
+Fresh memory may take longer than the formulas do: arrays that are freed can go back to the
+operating system, which hands out the next ones page by page ("pages": so many for each pass). To
+see the formulas alone, let the C library (glibc) keep what was freed, as in layers.py:
+
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 """
 
 import argparse
@@ -16,10 +22,13 @@ import pathlib
 import time
 
 import numpy as np
+from options import at_least, shape_of
 
 from keras_norm import experiments
+from keras_norm._machine import freed_memory, pages_taken
 
 EPSILON = 1e-5
+TURNS_BEFORE = 3  # of each way, not counted
 
 
 def forward(x):
@@ -57,37 +66,47 @@ WAYS = {"step by step": step_by_step, "simplified": simplified}
 
 
 def measure(shape, turns, calls=20):
-    """{way: milliseconds of a pass in every turn}, and the largest difference of dx."""
+    """{way: milliseconds of a pass in every turn}, {way: pages}, largest difference of dx."""
     rng = np.random.RandomState(231)
     x = 5 * rng.randn(*shape) + 12
     gamma, dy = rng.randn(shape[-1]), rng.randn(*shape)
     saved = forward(x)
     dx = {way: function(dy, gamma, saved)[0] for way, function in WAYS.items()}
-    times = {way: [] for way in WAYS}
-    for _ in range(turns):
+    times, pages = ({way: [] for way in WAYS} for _ in range(2))
+    for turn in range(-TURNS_BEFORE, turns):
         for way in rng.permutation(list(WAYS)):
-            start = time.perf_counter()
+            before, start = pages_taken(), time.perf_counter()
             for _ in range(calls):
                 WAYS[way](dy, gamma, saved)
-            times[way].append(1000 * (time.perf_counter() - start) / calls)
+            taken = time.perf_counter() - start
+            if turn < 0:
+                continue
+            times[way].append(1000 * taken / calls)
+            if before is not None:
+                pages[way].append((pages_taken() - before) / calls)
     difference = float(np.abs(dx["step by step"] - dx["simplified"]).max())
-    return {way: np.array(t) for way, t in times.items()}, difference
+    return {way: np.array(t) for way, t in times.items()}, pages, difference
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--shape", default="100,500", help="N,C; default: %(default)s")
-    parser.add_argument("--turns", type=int, default=200, help="default: %(default)s")
+    parser.add_argument(
+        "--shape", type=shape_of("N,C"), default="100,500", help="N,C; default: %(default)s"
+    )
+    parser.add_argument("--turns", type=at_least(3), default=200, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_backward"))
     arguments = parser.parse_args()
-    shape = tuple(map(int, arguments.shape.split(",")))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    times, difference = measure(shape, arguments.turns)
-    row = {"shape": arguments.shape, "dtype": "float64", "turns": arguments.turns}
+    times, pages, difference = measure(arguments.shape, arguments.turns)
+    memory = freed_memory("numpy")
+    row = {"shape": ",".join(map(str, arguments.shape)), "dtype": "float64", "memory": memory}
+    row["turns"] = arguments.turns
     for way, t in times.items():
         low, median, high = (float(v) for v in np.quantile(t, [0.25, 0.5, 0.75]))
         row |= {f"{way} ms": median, f"{way} ms 25%": low, f"{way} ms 75%": high}
-        print(f"{way:<13} {median:.4f} ms (quartiles {low:.4f} and {high:.4f})")
+        row[f"{way} pages"] = round(np.median(pages[way])) if pages[way] else ""
+        quartiles = f"quartiles {low:.4f} and {high:.4f}"
+        print(f"{way:<13} {median:.4f} ms ({quartiles}), pages: {row[f'{way} pages']}")
     ratio = float(np.median(times["step by step"] / times["simplified"]))
     row |= {"step by step over simplified": ratio, "largest difference of dx": difference}
     with (
@@ -98,6 +117,7 @@ def main():
         writer.writeheader()
         writer.writerow(row)
     print(f"step by step over simplified: {ratio:.2f}, median of {arguments.turns} turns")
+    print(f"freed memory is {memory}; pages taken by one pass, medians")
     print(f"{experiments.describe_machine()['summary']}; {arguments.out}/backward.csv")
 
 

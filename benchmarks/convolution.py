@@ -16,6 +16,7 @@ import time
 import keras
 import numpy as np
 import tensorflow as tf
+from options import at_least
 from tqdm import tqdm
 
 from keras_norm import experiments, models, recipes
@@ -121,20 +122,18 @@ def row_of(what, dtype, images, times):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--turns", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--images", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--turns", type=at_least(3), default=9, help="default: %(default)s")
+    parser.add_argument("--images", type=at_least(1), default=512, help="default: %(default)s")
     parser.add_argument(
         "--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"]
     )
     parser.add_argument(
-        "--only", type=int, help="the first so many layers and nets; default: all of them"
+        "--only",
+        type=at_least(1),
+        help="the first so many layers and nets; default: all of them",
     )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_conv"))
     arguments = parser.parse_args()
-    if arguments.turns < 3:
-        parser.error("--turns must be at least 3, for a median")
-    if arguments.images < 1 or (arguments.only is not None and arguments.only < 1):
-        parser.error("--images and --only must be at least 1")
     images, turns = arguments.images, arguments.turns
     kinds = {"gradient": (LAYERS, gradients_of), "net": (NETS, steps_of)}
     cases = [

@@ -15,6 +15,8 @@ import pathlib
 import subprocess
 import sys
 
+from options import at_least
+
 HERE = pathlib.Path(__file__).parent
 GPU_NAME = {
     "jax": "import jax; d = jax.devices()[0]; print(d.device_kind if d.platform == 'gpu' else '')",
@@ -47,7 +49,9 @@ def run(backend, script, arguments, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--backends", nargs="+", choices=GPU_NAME, default=list(GPU_NAME))
-    parser.add_argument("--repeats", type=int, default=30, help="turns (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=at_least(3), default=30, help="turns (default: %(default)s)"
+    )
     parser.add_argument("--any-device", action="store_true", help="also without a GPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_gpu"))
     arguments = parser.parse_args()

@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 
+from options import at_least
+
 from keras_norm import experiments
 
 PROGRAM = """
@@ -37,11 +39,9 @@ def seconds():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--processes", type=int, default=9, help="default: %(default)s")
+    parser.add_argument("--processes", type=at_least(3), default=9, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_imports"))
     arguments = parser.parse_args()
-    if arguments.processes < 3:
-        parser.error("--processes must be at least 3, for a median")
     seconds()  # compiles the modules, and brings the files into memory
     times = [seconds() for _ in range(arguments.processes)]
     rows = []

@@ -33,11 +33,6 @@ import os
 import pathlib
 import time
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 from keras_norm import quiet
 
 quiet.start()
@@ -45,10 +40,11 @@ quiet.start()
 import keras
 import numpy as np
 from keras import ops
+from options import GROUPS, at_least, check_groups, shape_of
 from tqdm import tqdm
 
 from keras_norm import experiments, kernels, layers
-from keras_norm._machine import freed_memory
+from keras_norm._machine import freed_memory, pages_taken
 
 IMAGES = [
     (128, 32, 32, 32),
@@ -79,7 +75,7 @@ LAYERS = {
     "batch": ("BatchNormalization", "batch_normalization", {}, BATCH),
     "layer": ("LayerNormalization", "layer_normalization", {}, ROWS),
     "rms": ("RMSNormalization", "rms_normalization", {}, ROWS),
-    "group": ("GroupNormalization", "group_normalization", {"groups": 8}, IMAGES),
+    "group": ("GroupNormalization", "group_normalization", {"groups": GROUPS}, IMAGES),
 }
 SWEEPS = {"training": 8, "inference": 2}
 AGAIN = "keras again"
@@ -162,16 +158,16 @@ def native_torch(kind, shape, training):
     """PyTorch's own layer on the same memory: channels last, seen as channels first."""
     from torch import nn
 
-    channels, images = shape[-1], len(shape) == 4
+    channels, rank = shape[-1], len(shape)
     if kind in ("layer", "rms"):
         layer = nn.LayerNorm(channels, 1e-3) if kind == "layer" else nn.RMSNorm(channels, 1e-6)
         return _torch(layer.train(training), training)
     if kind == "batch":
-        layer = nn.BatchNorm2d(channels) if images else nn.BatchNorm1d(channels)
+        layer = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(rank, nn.BatchNorm1d)(channels)
     else:
-        layer = nn.GroupNorm(LAYERS[kind][2]["groups"], channels)
+        layer = nn.GroupNorm(GROUPS, channels)
     step = _torch(layer.train(training), training)
-    return lambda x, dy: step(*((x.movedim(-1, 1), dy.movedim(-1, 1)) if images else (x, dy)))
+    return lambda x, dy: step(*((x.movedim(-1, 1), dy.movedim(-1, 1)) if rank > 2 else (x, dy)))
 
 
 def contestants(kind, shape, training, compiled, dtype):
@@ -222,11 +218,6 @@ def copying(x, tensor):
     pool = concurrent.futures.ThreadPoolExecutor(cores)
     parts = [np.array_split(a.reshape(-1), cores) for a in (target, x)]  # views
     return lambda: list(pool.map(np.copyto, *parts))
-
-
-def pages_taken():
-    """Pages of memory that the operating system has handed out to this process, or None."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else None
 
 
 def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
@@ -387,19 +378,23 @@ def show(rows):
 
 def arguments_of_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=30, help="turns (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=at_least(3), default=30, help="turns (default: %(default)s)"
+    )
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["batch"])
-    parser.add_argument("--shapes", nargs="+", metavar="N,…,C", help="default: the layer's own")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_of(), metavar="N,…,C", help="default: the layer's own"
+    )
     parser.add_argument("--compiled", choices=["graph", "eager", "xla"], default="graph")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
     arguments = parser.parse_args()
-    if arguments.repeats < 3:
-        parser.error("--repeats must be at least 3, for a median with quartiles")
-    try:
-        arguments.shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []]
-    except ValueError:
-        parser.error(f"--shapes takes numbers joined by commas; got {arguments.shapes}")
+    check_groups(parser, arguments.layers, arguments.shapes or [])
+    if BACKEND != "tensorflow" and arguments.compiled != "graph":
+        parser.error(
+            f"--compiled {arguments.compiled} is for TensorFlow alone; the backend is {BACKEND}: "
+            "leave it out"
+        )
     return arguments
 
 

@@ -19,7 +19,7 @@ import pathlib
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from options import at_least, check_groups, shape_of
 
 MEBIBYTE = 2**20
 LAYERS = ["batch", "layer", "rms", "group"]
@@ -76,11 +76,12 @@ def one(kind, who, shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["batch"])
-    parser.add_argument("--shape", default="256,32,32,64", metavar="N,…,C")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", type=shape_of(), default="256,32,32,64", metavar="N,…,C")
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    shape = tuple(map(int, arguments.shape.split(",")))
+    shape = arguments.shape
+    check_groups(parser, arguments.layers, [shape])
     if arguments.one:
         one(*arguments.one.split(":"), shape)
         return
@@ -93,7 +94,7 @@ def main():
         peaks = {}
         for who in ("keras_norm", "keras"):
             command = [sys.executable, __file__, "--one", f"{kind}:{who}"]
-            command += ["--shape", arguments.shape]
+            command += ["--shape", ",".join(map(str, shape))]
             said = [
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
                 for _ in range(arguments.repeats)

@@ -23,6 +23,7 @@ quiet.start()
 
 import keras
 import numpy as np
+from options import at_least
 from tqdm import tqdm
 
 from keras_norm import experiments, models, statistics
@@ -110,16 +111,6 @@ def print_table(rows):
         numbers += [row[f"{n} first s"] for n in names]
         cells = [f"{v:{w}.2f}" for v, w in zip(numbers, widths, strict=True)]
         print("  ".join([f"{row['net']:<10}", *cells]))
-
-
-def at_least(least):
-    def parse(text):
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
-        return number
-
-    return parse
 
 
 def main():

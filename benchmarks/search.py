@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 
+from options import at_least
 from tqdm import tqdm
 
 from keras_norm import experiments, tuning
@@ -202,15 +203,21 @@ def write(path, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", choices=("memory", "workers"), help="default: both")
-    parser.add_argument("--trials", type=int, default=100, help="of memory, default: %(default)s")
+    parser.add_argument(
+        "--trials", type=at_least(EARLY + 1), default=100, help="of memory, default: %(default)s"
+    )
     parser.add_argument("--period", type=float, default=1.0, help=argparse.SUPPRESS)
-    parser.add_argument("--turns", type=int, default=1, help="of workers, default: %(default)s")
-    parser.add_argument("--workers-trials", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--workers-epochs", type=int, default=30, help="default: %(default)s")
+    parser.add_argument(
+        "--turns", type=at_least(1), default=1, help="of workers, default: %(default)s"
+    )
+    parser.add_argument(
+        "--workers-trials", type=at_least(1), default=12, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--workers-epochs", type=at_least(1), default=30, help="default: %(default)s"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_search"))
     arguments = parser.parse_args()
-    if arguments.trials <= EARLY:
-        parser.error(f"--trials must be more than {EARLY}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only != "workers":
         measure_memory(arguments.trials, arguments.period, arguments.out)

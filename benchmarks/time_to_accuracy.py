@@ -29,6 +29,7 @@ quiet.start()
 import keras
 import numpy as np
 from keras import ops
+from options import at_least
 
 from keras_norm import experiments, recipes
 
@@ -128,11 +129,14 @@ def resolved(policy):
 def draw(results, part, path):
     """Accuracy against seconds of training, and against operations where they differ: a point for
     each run, a large mark for mean and spread."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
     from keras_norm import plotting
 
     with plotting.style():
-        from matplotlib import pyplot
-
         operations = {name: results.values(name, "tflop").mean() for name in results.names}
         ticks = sorted({float(f"{number:.3g}") for number in operations.values()})
         metrics = ["training_seconds", "tflop"][: 2 if len(ticks) > 1 else 1]
@@ -186,13 +190,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--recipes", nargs="+", choices=recipes.RECIPES, default=["cpu-4min"])
     parser.add_argument("--normalizations", nargs="+", choices=NORMALIZATIONS, default=["fast"])
-    parser.add_argument("--seeds", type=int, default=3, help="number of them (default: 3)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="number of them (default: 3)")
     parser.add_argument(
-        "--members", type=int, default=1, help="nets whose logits are averaged (default: 1)"
+        "--members", type=at_least(1), default=1, help="nets whose logits are averaged (default: 1)"
     )
-    parser.add_argument("--first-seed", type=int, default=0, help="seeds count up from it")
-    parser.add_argument("--validation", type=int, default=0, help="images held out to judge by")
-    parser.add_argument("--images", type=int, help="train on so many images (default: all)")
+    parser.add_argument("--first-seed", type=at_least(0), default=0, help="seeds count up from it")
+    parser.add_argument(
+        "--validation", type=at_least(0), default=0, help="images held out to judge by"
+    )
+    parser.add_argument("--images", type=at_least(1), help="train on so many images (default: all)")
     parser.add_argument("--data", default="cifar10", help="data set (default: cifar10)")
     parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
     parser.add_argument(
@@ -203,8 +209,6 @@ def main(argv=None):
     )
     arguments = parser.parse_args(argv)
     images, members = arguments.images, arguments.members
-    if members < 1:
-        parser.error(f"--members is a number of nets, at least 1. Received: {members}.")
     data = recipes.load(
         arguments.data,
         data_dir=arguments.data_dir,

@@ -25,6 +25,7 @@ quiet.start()
 import keras
 import numpy as np
 from keras import layers as keras_layers
+from options import at_least
 from tqdm import tqdm
 
 from keras_norm import experiments, layers, models
@@ -198,15 +199,11 @@ def row_of(net, batch_size, rates, first, pipeline):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--turns", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--turns", type=at_least(3), default=15, help="default: %(default)s")
     parser.add_argument("--dtype-policy", default="float32", help="such as mixed_bfloat16")
-    parser.add_argument("--batch-size", type=int, help="default: the net's own")
+    parser.add_argument("--batch-size", type=at_least(1), help="default: the net's own")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench_training"))
     arguments = parser.parse_args()
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
-    if arguments.turns < 3:
-        parser.error("--turns must be at least 3, for a median with quartiles")
     keras.config.set_dtype_policy(arguments.dtype_policy)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []

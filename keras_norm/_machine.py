@@ -97,16 +97,31 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 
-def freed_memory() -> str:
+def freed_memory(of: str | None = None) -> str:
     """What becomes of large arrays that are freed: "kept" in the process, or "returned".
 
     Kept by TensorFlow where it has oneDNN's kernels, whose allocator holds a pool, and wherever the
     C library is told to (see benchmarks/layers.py); else returned to the operating system.
+
+    Args:
+        of: Whose arrays: a backend, or "numpy". Default: Keras's backend.
     """
+    if os.environ.get("MALLOC_MMAP_MAX_") == "0":
+        return "kept"
+    if (of or keras_backend()) != "tensorflow":
+        return "returned"
     from keras_norm._kernels_choice import fused_by
 
-    pooled = keras_backend() == "tensorflow" and fused_by() != "Eigen"
-    return "kept" if pooled or os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
+    return "returned" if fused_by() == "Eigen" else "kept"
+
+
+def pages_taken() -> int | None:
+    """Pages of memory that the operating system has handed out to this process, or None."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def keras_backend() -> str:

@@ -3,6 +3,8 @@
 import csv
 import os
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,16 @@ import pytest
 from keras import ops
 
 from keras_norm import _kernels_choice, recipes
-from keras_norm._machine import freed_memory
+from keras_norm._machine import freed_memory, pages_taken
 from keras_norm.experiments import Results, classification_metrics
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _beside(monkeypatch):
+    """Scripts import what lies beside them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 @pytest.fixture
@@ -70,6 +78,77 @@ def test_what_becomes_of_freed_memory(kernels, told, becomes, monkeypatch):
     monkeypatch.setattr(_kernels_choice, "fused_by", lambda: kernels)
     monkeypatch.setenv("MALLOC_MMAP_MAX_", told)
     assert freed_memory() == becomes
+    assert freed_memory("numpy") == ("kept" if told else "returned")
+
+
+def test_pages_taken_are_counted():
+    before = pages_taken()
+    if before is None:
+        pytest.skip("Windows")
+    np.ones(2**23)  # of 64 MiB: no allocator keeps so much
+    assert pages_taken() > before
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "said"),
+    [
+        ("activation.py", "--turns 2", "--turns: must be a whole number, at least 3; got '2'"),
+        ("backward.py", "--turns 0", "--turns: must be a whole number, at least 3; got '0'"),
+        ("backward.py", "--turns ten", "--turns: must be a whole number, at least 3; got 'ten'"),
+        ("backward.py", "--shape 100x500", "--shape: must be N,C, whole numbers joined by commas"),
+        ("backward.py", "--shape 100", "each at least 1; got '100'"),
+        ("backward.py", "--shape 8,5,5", "each at least 1; got '8,5,5'"),
+        ("convolution.py", "--only 0", "--only: must be a whole number, at least 1; got '0'"),
+        ("gpu.py", "--repeats 2", "--repeats: must be a whole number, at least 3; got '2'"),
+        ("imports.py", "--processes 2", "--processes: must be a whole number, at least 3; got"),
+        ("layers.py", "--repeats 2", "--repeats: must be a whole number, at least 3; got '2'"),
+        ("layers.py", "--shapes 0,3", "--shapes: must be N,…,C, whole numbers joined by commas"),
+        ("layers.py", "--shapes 8,16 8", "each at least 1; got '8'"),
+        (
+            "layers.py",
+            "--layers group --shapes 8,4,4,12",
+            "--layers group takes shapes whose last axis is a multiple of 8; got 8,4,4,12",
+        ),
+        ("memory.py", "--shape 8x4", "--shape: must be N,…,C, whole numbers joined by commas"),
+        ("memory.py", "--repeats 0", "--repeats: must be a whole number, at least 1; got '0'"),
+        ("memory.py", "--layers group --shape 8,4", "is a multiple of 8; got 8,4"),
+        ("reestimation.py", "--images 0", "--images: must be a whole number, at least 1; got '0'"),
+        ("search.py", "--trials 5", "--trials: must be a whole number, at least 6; got '5'"),
+        ("time_to_accuracy.py", "--members 0", "--members: must be a whole number, at least 1"),
+        ("training.py", "--batch-size 0", "--batch-size: must be a whole number, at least 1"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(run, capsys, script, options, said):
+    with pytest.raises(SystemExit, match="2"):
+        run(script, *options.split())
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "compiled"), [("torch", "xla"), ("jax", "eager")])
+def test_ways_to_compile_are_tensorflows_alone(backend, compiled, monkeypatch, capsys):
+    read = runpy.run_path(str(BENCHMARKS / "layers.py"))["arguments_of_command_line"]
+    monkeypatch.setitem(read.__globals__, "BACKEND", backend)
+    monkeypatch.setattr(sys, "argv", ["layers.py", "--compiled", compiled])
+    with pytest.raises(SystemExit, match="2"):
+        read()
+    said = f"--compiled {compiled} is for TensorFlow alone; the backend is {backend}"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["layers.py"])
+    assert read().compiled == "graph"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["batch", "group"])
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_layers_of_pytorch_take_channels_last(kind, rank):
+    torch = pytest.importorskip("torch")
+    native = runpy.run_path(str(BENCHMARKS / "layers.py"))["native_torch"]
+    shape = (6, 2, 3, 4)[: rank - 1] + (16,)
+    x, dy = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0))
+    y, gradients = native(kind, shape, training=True)(x, dy)
+    assert gradients[0].shape == y.shape == x.movedim(-1, 1).shape
+    axes = [a for a in range(rank) if a != (1 if kind == "batch" else 0)]
+    np.testing.assert_allclose(y.detach().numpy().mean(tuple(axes)), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mflop", [58, 78])
@@ -96,7 +175,34 @@ def test_backward(run, tmp_path):
         (row,) = csv.DictReader(file)
     assert float(row["largest difference of dx"]) < 1e-14
     assert float(row["step by step over simplified"]) > 0
+    assert (row["shape"], row["memory"]) == ("8,5", freed_memory("numpy"))
+    for way in ("step by step", "simplified"):
+        assert 0 <= int(row[f"{way} pages"] or 0) < 100
+        assert f"pages: {row[f'{way} pages']}" in printed
     assert "median of 3 turns" in printed
+    assert f"freed memory is {row['memory']}" in printed
+
+
+def test_the_first_turns_of_backward_are_not_counted(monkeypatch):
+    measure = runpy.run_path(str(BENCHMARKS / "backward.py"))["measure"]
+    calls, ways = {}, measure.__globals__["WAYS"]
+
+    def counted(way, function):
+        def call(*arguments):
+            calls[way] = calls.get(way, 0) + 1
+            return function(*arguments)
+
+        return call
+
+    for way, function in list(ways.items()):
+        monkeypatch.setitem(ways, way, counted(way, function))
+    times, pages, _ = measure((8, 5), 3, calls=2)
+    before = measure.__globals__["TURNS_BEFORE"]
+    assert before >= 2
+    for way in ways:
+        assert calls[way] == 1 + 2 * (before + 3)
+        assert len(times[way]) == 3
+        assert len(pages[way]) in (0, 3)  # 0: Windows
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
@@ -173,6 +279,20 @@ def test_convolution(run, tmp_path):
     assert "medians of 3 turns" in printed
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_in_a_folder_whose_name_has_a_space(tmp_path):
+    environment = tmp_path.resolve() / "a b" / ".venv-jax"
+    environment.mkdir(parents=True)
+    shutil.copy(BENCHMARKS.parent / "Makefile", environment.parent)
+    (environment.parent / "pyproject.toml").touch()
+    (environment / "installed").touch()
+    command = ["make", "--dry-run", "test-jax"]
+    done = subprocess.run(
+        command, cwd=environment.parent, capture_output=True, text=True, check=True
+    )
+    assert f"JAX_COMPILATION_CACHE_DIR={environment}/compiled" in shlex.split(done.stdout)
+
+
 def test_gpu_is_refused_without_one():
     result = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py"],
@@ -195,6 +315,14 @@ def test_time_to_accuracy(run, tmp_path):
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.npz"))
     assert "validation_accuracy_views" in printed
+
+
+def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch, capsys):
+    draw = runpy.run_path(str(BENCHMARKS / "time_to_accuracy.py"))["draw"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    draw(Results([]), "test", tmp_path / "time_to_accuracy.png")
+    assert capsys.readouterr().out == "no plot: matplotlib is not installed\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_ensemble_is_judged_by_its_mean_logits(run, tmp_path, monkeypatch):
