@@ -26,7 +26,14 @@ from keras import ops, tree
 from keras_norm._kinds import Values, copy_of, kind_of
 from keras_norm._layerwise_plan import Plan, Stage, graph_of
 from keras_norm._layerwise_program import Item, Program, Ref, Step
-from keras_norm._sample import Chunk, Environment, Sample, Store, nothing_came
+from keras_norm._sample import (
+    Chunk,
+    Environment,
+    Sample,
+    Store,
+    nothing_came,
+    with_declared_shapes,
+)
 from keras_norm.moments import Moments
 
 __all__ = ["Found", "Job", "Rule", "copy_of", "current_statistics", "error_of", "movement", "rms"]
@@ -474,9 +481,10 @@ def _remembered(
     It is kept beside the model, under a name that Keras does not see, and goes with it.
     """
     structure = tree.map_structure(lambda _: 0, example)
+    shapes = [_mark_of_shape(np.shape(v), to) for v, to in with_declared_shapes(model, example)]
     parts = [model, *model._flatten_layers(include_self=False)]
     marks = [_mark(part) for part in parts]
-    key = (str(structure), [id(y) for y in layers], [id(part) for part in parts], marks)
+    key = (str(structure), shapes, [id(y) for y in layers], [id(part) for part in parts], marks)
     kept = vars(model).get(_KEPT) or _Kept({})
     if kind in kept.plans and kept.plans[kind][0] == key:
         return kept.plans[kind][1]  # type: ignore[no-any-return]
@@ -485,6 +493,15 @@ def _remembered(
         _compiled_like(program, model)
     object.__setattr__(model, _KEPT, _Kept({**kept.plans, kind: (key, plan, parts)}))
     return plan
+
+
+def _mark_of_shape(shape: Sequence[int], declared: Sequence[int | None] | None) -> list[int]:
+    """The rank, and the sizes that the model has declared.
+
+    A function of TensorFlow that has met two of them takes both for unknown from then on.
+    """
+    pairs = zip(shape[1:], (declared or ())[1:], strict=False)
+    return [len(shape), *(size for size, known in pairs if known is not None)]
 
 
 _OF_THE_TRAINER = frozenset(  # what `fit` and its like note down; no function of ours reads it
@@ -550,7 +567,11 @@ class Job:
     def run(self) -> tuple[dict[int, Found], int]:
         """What was found for each layer, and the number of examples; assigns it."""
         work = self._layerwise if self.method == "layerwise" else self._one_pass
-        return work()
+        try:
+            return work()
+        except Exception:  # TensorFlow's functions would remember the shapes that did not do
+            vars(self.model).pop(_KEPT, None)
+            raise
 
     def _layerwise(self) -> tuple[dict[int, Found], int]:
         rows = None if self.tolerance is None else _PILOT

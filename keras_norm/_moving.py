@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_norm._arrays import in_dtype
+from keras_norm._arrays import in_dtype, is_real
 from keras_norm._state import LiveNumbers
 
 __all__ = [
@@ -34,9 +34,9 @@ def check_dtype(layer: keras.layers.Layer) -> None:
 
 def check_fraction(name: str, value: float) -> None:
     """Refuses what is no momentum."""
-    if not 0 <= value <= 1:
+    if not (is_real(value) and 0 <= value <= 1):
         raise ValueError(
-            f"`{name}` is the weight of the old value in a moving average and must lie in "
+            f"`{name}` is the weight of the old value in a moving average and must be a number in "
             f"[0, 1]. Received: {name}={value!r}. Keras's default is 0.99; PyTorch's 0.1 is "
             "the weight of the new value, 0.9 here."
         )

@@ -22,10 +22,24 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-__all__ = ["Chunk", "Kept", "Sample", "Store", "as_numpy", "describe", "is_array", "is_structure"]
+from keras_norm._arrays import is_real
+from keras_norm._layerwise_plan import graph_of
+
+__all__ = [
+    "Chunk",
+    "Kept",
+    "Sample",
+    "Store",
+    "as_numpy",
+    "describe",
+    "is_array",
+    "is_structure",
+    "with_declared_shapes",
+]
 
 Array = Any
 Environment = dict[int, tuple[Array, Array | None]]  # value number -> (value, its mask)
+Shape = tuple[int | None, ...]
 
 
 # The sample ----------------------------------------------------------------------------------
@@ -67,6 +81,60 @@ def is_structure(data: Any) -> bool:
     return is_array(data)
 
 
+def with_declared_shapes(model: Any, x: Any) -> list[tuple[Array, Shape | None]]:
+    """Each array in x, and the shape of the model's input that it goes to.
+
+    None where it is not known: the model is code, or x has another number of arrays.
+    """
+    graph = graph_of(model)
+    inputs = [] if graph is None else graph.inputs
+    if inputs and isinstance(x, dict):
+        named = graph.input if isinstance(graph.input, dict) else {v.name: v for v in inputs}
+        if all(isinstance(v, keras.KerasTensor) and is_array(x.get(k)) for k, v in named.items()):
+            return [(x[k], tuple(v.shape)) for k, v in named.items()]
+    leaves = tree.flatten(x)
+    if len(leaves) != len(inputs):
+        return [(v, None) for v in leaves]
+    return [(v, tuple(wanted.shape)) for v, wanted in zip(leaves, inputs, strict=True)]
+
+
+def _fits(shape: Shape, declared: Shape, sized: bool) -> bool:
+    """Whether a model takes arrays of this shape; Keras adds and drops a last axis of size 1.
+
+    But what ends in such an axis lacks another: (H, W, 1) is one example for (N, H, W, 1), where
+    Keras takes it for H of them.
+    """
+    missing = len(declared) - len(shape)
+    if missing == 1 and len(shape) > 1 and shape[-1] == 1 and declared[-2] != 1:
+        return False
+    added = {0: 1, 1: declared[-1], -1: shape[-1]}.get(missing)
+    sizes, known = (s[:-1] if s[-1] == 1 else s for s in (shape, declared))
+    same = all(n in (None, m) for m, n in zip(sizes[1:], known[1:], strict=False))
+    return added == 1 and (same or not sized)
+
+
+def _check_shapes(model: Any, x: Any, streams: bool) -> None:
+    """Refuses what the model does not take, before anything runs.
+
+    A Sequential model takes all the sizes that its layers take.
+    """
+    sized = not isinstance(model, keras.Sequential)
+    for array, declared in with_declared_shapes(model, x):
+        shape = tuple(np.shape(array))
+        if not declared or _fits(shape, declared, sized):
+            continue
+        if len(shape) >= len(declared):
+            remedy = "Pass what `model.predict` takes."
+        elif streams:
+            remedy = "The data set must be batched."
+        else:
+            remedy = "Add the axis: x[None] is one example, x[..., None] has one channel."
+        raise ValueError(
+            "Inputs must have the shape that the model was made for, with the examples along "
+            f"axis 0. Received: an array of shape {shape} for {declared}. {remedy}"
+        )
+
+
 def _batches(data: Any, seed: int) -> Iterator[Any]:
     """The inputs of a stream, batch by batch; labels and sample weights left out."""
     if isinstance(data, keras.utils.PyDataset):
@@ -94,20 +162,23 @@ class Sample:
         batch_size: int,
         seed: int,
         store: Store | None,
-        inputs: int | None = None,  # how many the model has, if that is known
+        model: Any,  # which is to take them
         shuffled: bool = False,  # whether arrays of no more than `samples` are, too
     ):
-        self.batch_size, self.limit, self._store = batch_size, samples, store
+        self.batch_size, self.limit = batch_size, samples
+        self._store, self._model = store, model
         self._blocks: list[tuple[int, Callable[[], Any]]] = []  # rows, and how to get them
         self.rows = 0
         self.streams = not is_structure(data)
         if not self.streams:
             self._stream: Iterator[Any] = iter(())
-            self._cut_arrays(data, seed, inputs, shuffled)
+            self._cut_arrays(data, seed, shuffled)
         else:
             self._stream = self._cut_stream(_batches(data, seed))
 
-    def _cut_arrays(self, data: Any, seed: int, inputs: int | None, shuffled: bool) -> None:
+    def _cut_arrays(self, data: Any, seed: int, shuffled: bool) -> None:
+        known = getattr(self._model, "inputs", None)
+        inputs = None if known is None else len(tree.flatten(known))
         x = keras.utils.unpack_x_y_sample_weight(data)[0] if isinstance(data, tuple) else data
         x = tree.map_structure(as_numpy, x[0] if isinstance(x, list) and len(x) == 1 else x)
         leaves = tree.flatten(x)
@@ -131,6 +202,7 @@ class Sample:
                 "All inputs must have the same number of examples. Received: arrays of lengths "
                 f"{sorted(lengths)}. Labels go into a tuple, (x, y); a list is several inputs."
             )
+        _check_shapes(self._model, x, streams=False)
         total = lengths.pop()
         rows = total if self.limit is None else min(total, self.limit)
         order = None
@@ -156,6 +228,7 @@ class Sample:
                     "All inputs in a batch must have the same number of examples, along axis 0. "
                     f"Received: arrays of shapes {some_of(shapes)}. The data set must be batched."
                 )
+            _check_shapes(self._model, batch, streams=True)
             waiting.append(batch)
             rows += lengths.pop()
             while rows >= self.batch_size:
@@ -305,9 +378,10 @@ class Store:
 
     def __init__(self, memory: float, disk: float, folder: str | os.PathLike[str] | None) -> None:
         for name, value in (("memory", memory), ("disk", disk)):
-            if not value >= 0:
+            if not (is_real(value) and value >= 0):
                 raise ValueError(
-                    f"`{name}` is a budget in bytes and must be >= 0. Received: {name}={value!r}."
+                    f"`{name}` is a budget in bytes and must be a number >= 0. Received: "
+                    f"{name}={value!r}. math.inf sets no limit."
                 )
         self.memory, self.disk = memory, disk
         self._folder_in = folder

@@ -466,6 +466,7 @@ def _spread(values: list[float]) -> str:
 def _markdown(card: dict[str, Any]) -> str:
     data, training, settings = card["data"], card["training"], card["search"]
     height, width, channels = data["input_shape"]
+    white = 16 if settings["data"] == "digits" else 255  # as scikit-learn stores the digits
     tested = card["results"][0]["test_accuracy"]
     count = len(tested)
     spread = f" (mean ± standard deviation over {count} seeds)" if count > 1 else ""
@@ -492,7 +493,8 @@ from keras_norm import models  # makes the layers known that the file names
 
 model = keras.models.load_model("model.keras", compile=False)
 mean, std = {_numbers(data["mean"])}, {_numbers(data["std"])}
-logits = model.predict((pixels / 255 - mean) / std)  # pixels: (N, {height}, {width}, {channels})
+# pixels: (N, {height}, {width}, {channels}), from 0 to {white}
+logits = model.predict((pixels / {white} - mean) / std)
 ```
 
 Classes, in the order of the logits: {", ".join(data["class_names"])}.

@@ -39,6 +39,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from keras_norm._arrays import is_real
 from keras_norm._files import replace_file
 from keras_norm._kinds import Values, has_statistics, kind_by_names, kind_of
 from keras_norm._layerwise import (
@@ -712,9 +713,9 @@ def _check_numbers(
                 f"{', or None for all there are' if name == 'samples' else ''}. "
                 f"Received: {name}={value!r}."
             )
-    if tolerance is not None and not tolerance > 0:
+    if tolerance is not None and not (is_real(tolerance) and tolerance > 0):
         raise ValueError(
-            "`tolerance` is a standard error in units of sigma and must be > 0. "
+            "`tolerance` is a standard error in units of sigma and must be a number > 0, or None. "
             f"Received: tolerance={tolerance!r}. 0.01 is a strict one."
         )
 
@@ -799,8 +800,9 @@ def reestimate(
         A `Report`: per layer old and new statistics, elements, standard errors, shift.
 
     Raises:
-        ValueError: for arguments out of range, data without examples, values that are not finite,
-            a model without built batch normalization layers. The model is as before.
+        ValueError: for arguments out of range, data without examples or of other shapes than the
+            model's inputs, values that are not finite, a model without built batch normalization
+            layers. The model is as before.
         OSError: if activations cannot be written to disk. The model is as before.
 
     Example:
@@ -859,10 +861,8 @@ def _replace_statistics(
         bar = stack.enter_context(_progress_bar(o.method)) if o.progress else None
         stack.enter_context(_transaction(model, list(chosen.values())))
         held = store if o.method == "layerwise" else None
-        inputs = getattr(model, "inputs", None)
-        known_inputs = None if inputs is None else len(keras.tree.flatten(inputs))
         shuffled = o.tolerance is not None  # an early end is to find a random part
-        sample = Sample(data, o.samples, o.batch_size, o.seed, held, known_inputs, shuffled)
+        sample = Sample(data, o.samples, o.batch_size, o.seed, held, model, shuffled)
         names, layers = list(chosen), list(chosen.values())
         job = Job(model, names, layers, sample, store, rule, o.method, o.tolerance, bar)
         found, came = job.run()
@@ -965,9 +965,9 @@ def _mean(old: Floats, new: Floats, share: Floats) -> Floats:
 
 
 def _check_prior(prior: float) -> None:
-    if not prior >= 0:
+    if not (is_real(prior) and prior >= 0):
         raise ValueError(
-            "`prior` is a number of pseudo-examples of the source and must be >= 0. Received: "
+            "`prior` is how many pseudo-examples the source is worth, a number >= 0. Received: "
             f"prior={prior!r}. 0 forgets the source; 16 to 256 suit small samples."
         )
 
@@ -1132,9 +1132,9 @@ class RunningAdaptation:
         layers: Selection = None,
     ) -> None:
         _check_prior(prior)
-        if not half_life > 0:
+        if not (is_real(half_life) and half_life > 0):
             raise ValueError(
-                "`half_life` is a number of examples and must be > 0. Received: "
+                "`half_life` counts examples and must be a number > 0. Received: "
                 f"half_life={half_life!r}. math.inf forgets nothing."
             )
         self.model, self.prior, self.half_life, self.layers = model, prior, half_life, layers
@@ -1369,6 +1369,8 @@ def diagnose(
     - masks: a layer gets no mask although there was one below it, and padding counts;
     - domain shift: the moving statistics are of other data, or of weights long past;
     - frozen layers: statistics that are off but used in both modes, so that both losses suffer;
+    - shared layers: a normalization is called more than once; each call has its own statistics in
+      training, and in inference they are pooled;
     - small batches: statistics of a batch, in training, are noisy;
     - dropout: noise layers that work in training only;
     - other layers: what else depends on the mode.

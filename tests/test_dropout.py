@@ -376,7 +376,7 @@ def test_weights_and_files_without_state(tmp_path):
 # Errors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), "0.5", None, True])
 def test_rate(rate):
     for call in (
         lambda: Dropout(rate),

@@ -571,7 +571,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"`axis` must be .*Received: axis="):
             cls(axis=axis).compute_output_shape((2, 3))
 
-    @pytest.mark.parametrize("epsilon", [-1e-3, float("nan")])
+    @pytest.mark.parametrize("epsilon", [-1e-3, float("nan"), "1e-3", None])
     def test_epsilon(self, cls, epsilon):
         with pytest.raises(ValueError, match=r"`epsilon` .*Received: epsilon="):
             cls(epsilon=epsilon)

@@ -1075,7 +1075,8 @@ def test_wrong_arguments():
     x = example_data((4,), 10)
     for name, value in (
         ("samples", 0), ("samples", 1.5), ("batch_size", 0), ("batch_size", True), ("memory", -1),
-        ("disk", -1), ("tolerance", 0), ("method", "fast"),
+        ("disk", -1), ("tolerance", 0), ("method", "fast"), ("memory", None), ("disk", "1e9"),
+        ("tolerance", "1e-2"), ("tolerance", True),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}="):
             reestimate(model, x, **{name: value})
@@ -1099,6 +1100,98 @@ def test_inputs_that_do_not_fit():
     assert all_bits(model) == before
     norm = model.layers[-1]
     assert [y.status for y in reestimate(model, [x, x], layers=norm).layers] == ["updated"]
+
+
+@pytest.mark.parametrize("method", ["layerwise", "one_pass"])
+def test_a_data_set_without_batches(method):
+    """Keras would take an image (28, 28, 1) for 28 examples of one column."""
+    inputs = keras.Input((None, None, 1))
+    model = keras.Model(inputs, KINDS["ours"]()(inputs))
+    x = example_data((28, 28, 1), 20)
+    before = all_bits(model)
+    with pytest.raises(ValueError, match=r"\(28, 28, 1\) for \(None, None, None, 1\).*be batched"):
+        reestimate(model, iter(x), method=method)
+    with pytest.raises(ValueError, match=r"\(28, 28, 1\).*x\[None\] is one example"):
+        reestimate(model, x[0], method=method)
+    assert all_bits(model) == before
+    assert reestimate(model, x, method=method).samples == 20
+    for small in (
+        MLP((3,), KINDS["ours"], input_shape=(4,)),
+        keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(2, 3), KINDS["ours"]()]),
+    ):
+        shape = small.inputs[0].shape[1:]
+        for elements in (example_data(shape, 8), example_data((5, *shape[1:]), 8)):
+            with pytest.raises(ValueError, match="The data set must be batched"):
+                reestimate(small, iter(elements), method=method)
+        with pytest.raises(ValueError, match="The data set must be batched"):
+            reestimate(small, ((x, 0) for x in example_data(shape, 8)), method=method)
+
+
+def test_inputs_of_other_sizes():
+    model = MLP((3, 5), KINDS["ours"], input_shape=(8,))
+    x = example_data((8,), 40)
+    reestimate(model, x)
+    before = all_bits(model)
+    with pytest.raises(ValueError, match=r"\(40, 5\) for \(None, 8\)"):
+        reestimate(model, x[:, :5])
+    sequential = keras.Sequential([keras.Input((8,)), layers.Dense(2), KINDS["ours"]()])
+    reestimate(sequential, x)
+    with pytest.raises(ValueError, match=r"value 8.*\(40, 5\)"):
+        reestimate(sequential, x[:, :5])
+    a, b = keras.Input((3,), name="a"), keras.Input((4,), name="b")
+    several = keras.Model([b, a], KINDS["ours"]()(layers.Concatenate()([a, b])))
+    with pytest.raises(ValueError, match=r"\(40, 3\) for \(None, 4\)"):
+        reestimate(several, [x[:, :3], x[:, :4]])
+    with pytest.raises(ValueError, match=r"\(40, 4\) for \(None, 3\)"):
+        reestimate(several, iter([{"a": x[:, :4], "b": x[:, :4]}]))
+    for data in ([x[:, :4], x[:, :3]], {"a": x[:, :3], "b": x[:, :4]}):
+        assert reestimate(several, data).samples == 40
+    assert all_bits(model) == before
+
+
+def test_inputs_that_keras_reshapes():
+    """A last axis of size 1 more or less; and a Sequential model asks for none of its sizes."""
+    x = example_data((8,), 20)
+    one, row = keras.Input((1,)), keras.Input((8, 1))
+    model = keras.Model(one, KINDS["ours"]()(one))
+    for data in (x[:, :1], x[:, 0], iter(x[:, :1]), iter([x[:, 0]]), x[:, :1].astype("float64")):
+        assert reestimate(model, data).samples == 20
+        assert_exact(model, x[:, :1], 1)
+    model = keras.Model(row, KINDS["ours"]()(row))
+    for data in (x, x[..., None], x[..., None, None]):
+        assert reestimate(model, data).samples == 20
+        assert_exact(model, x, 1)
+    convolution = layers.Conv1D(2, 3)
+    model = keras.Sequential([keras.Input((8, 1)), convolution, KINDS["ours"]()])
+    for data in (x, x[:, :6], x[:, :6, None]):
+        assert reestimate(model, data).samples == 20
+        assert_exact(model, data, 1)
+
+
+@pytest.mark.parametrize("method", ["layerwise", "one_pass"])
+def test_other_shapes_leave_nothing_behind(method):
+    """A function of TensorFlow that meets several takes for unknown what differs in them."""
+    seen = []
+
+    class Code(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.norm = layers.Dense(2), KINDS["ours"]()
+
+        def call(self, inputs):
+            seen.append(tuple(inputs.shape))
+            return self.norm(ops.reshape(self.dense(inputs), (-1, 2)))
+
+    x = example_data((8, 3), 20)
+    model = Code()
+    model(x)
+    for data in (x, x[:, 0], x[:13]):
+        assert reestimate(model, data, method=method).samples == len(data)
+        assert len(seen[-1]) == data.ndim
+    with pytest.raises(Exception, match=r"\b2[)\]]"):  # each backend has a type of its own
+        reestimate(model, x[..., :2], method=method)
+    assert reestimate(model, x[:7], method=method).samples == 7
+    assert seen[-1][1:] == (8, 3)
 
 
 def test_snapshots():
@@ -1280,8 +1373,9 @@ def test_adapt_blends_by_pseudo_counts(build):
     restore(model, source)
     adapt(model, target, prior=np.inf)
     assert diff(source, model).largest_shift == 0
-    with pytest.raises(ValueError, match="prior=-1"):
-        adapt(model, target, prior=-1)
+    for prior in (-1, None, "16"):
+        with pytest.raises(ValueError, match=f"prior={prior!r}"):
+            adapt(model, target, prior=prior)
 
 
 def test_adapt_warns_of_small_and_skewed_samples():
@@ -1335,8 +1429,9 @@ def test_running_adaptation_follows_a_stream():
         assert diff(source, model).largest_shift == 0
         stream.update(batches[0])
     assert diff(source, model).largest_shift == 0
-    with pytest.raises(ValueError, match="half_life=0"):
-        RunningAdaptation(model, half_life=0)
+    for half_life in (0, None, "1e3"):
+        with pytest.raises(ValueError, match=f"half_life={half_life!r}"):
+            RunningAdaptation(model, half_life=half_life)
 
 
 def test_running_adaptation_forgets_all_in_a_long_update(tmp_path):

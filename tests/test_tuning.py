@@ -483,7 +483,9 @@ def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
         assert b"learning_rate" in content
 
 
-def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, shared, tmp_path):
+def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, shared, tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
     out = tmp_path / "retrained"
     moved = folder / "elsewhere.py"
     moved.write_text(SPACE)
@@ -511,6 +513,12 @@ def test_retrain_tests_once_and_can_be_loaded(folder, undisturbed, shared, tmp_p
     told = f"| {best.score:.4f} | {EPOCHS} | {best.best_epoch(undisturbed.settings)} |"
     assert f"| #{best.number} {told}" in text
     assert "that of the last epoch" in text
+    monkeypatch.chdir(out)
+    names = {"pixels": load_digits().images[..., None]}  # training and test images
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    right = (names["logits"].argmax(axis=1) == load_digits().target).sum()
+    on_train = model.evaluate(data.train.x, data.train.y, return_dict=True, verbose=0)
+    assert right == pytest.approx(1437 * on_train["accuracy"] + 360 * found["accuracy"], abs=2)
     with pytest.raises(SearchError, match="The test set has been used"):
         tuning.retrain(undisturbed, out=out)
     with pytest.raises(SearchError, match="The test set has been used"):
