@@ -585,7 +585,7 @@ class _Parts:
 
 def _as_causes(parts: Mapping[str, _Parts], trials: _Trials, loss: float) -> tuple[Cause, ...]:
     causes = []
-    tolerance = max(1e-6, _ROUNDING * loss) if math.isfinite(loss) else 1e-6
+    tolerance = max(1e-6, _ROUNDING * abs(loss)) if math.isfinite(loss) else 1e-6
     for name, part in parts.items():
         total = np.sum([d for _, d in part.layers], axis=0)
         layers = tuple((layer, trials.mean(d)) for layer, d in part.layers)

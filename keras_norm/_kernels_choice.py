@@ -293,7 +293,8 @@ def implementation_for(
     x: Any = None,
 ) -> str:
     """The name of the implementation that is taken when none is asked for."""
-    axes = functional.canonical_axes(axis, len(shape))  # 1.0 and 1 would be one in the cache
+    # What is no int is looked at here: 1 and 1.0 are one to the cache.
+    axes: Any = axis if type(axis) is int else functional.canonical_axes(axis, len(shape))
     forced, shape = forced_implementation(), tuple(shape)
     # `torch.compile` warns of functions with a cache, and its sizes cannot be looked up.
     choose = _choose if _is_recorded() else _chosen
@@ -308,12 +309,13 @@ def _choose(
     function: str,
     shape: Shape,
     dtype: str,
-    axes: tuple[int, ...],
+    axis: int | tuple[int, ...],
     weighted: bool,
     training: bool,
     here: Here,
     forced: str | None,
 ) -> str:
+    axes = functional.canonical_axes(axis, len(shape))
     case = Case(function, shape, dtype, axes, weighted, training, here)
     able = [entry for entry in TABLE[function] if entry.is_possible(case)]
     if forced and (forced == "composed" or forced in [entry.name for entry in able]):
