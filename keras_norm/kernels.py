@@ -193,7 +193,7 @@ def batch_normalization(
 
 
 def _check_shapes(x: Array, axis: Axis, **arrays: Array | None) -> None:
-    """What `functional` refuses, the kernels would broadcast, or read past its end."""
+    """What `functional` refuses, the kernels would broadcast, or take without a word."""
     if type(axis) is int:  # quickly, for the arrays of a small layer
         right = (x.shape[axis],)
         if all(v is None or getattr(v, "shape", None) == right for v in arrays.values()):

@@ -344,7 +344,7 @@ def test_what_cannot_be_done_is_said():
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_parameters_of_another_size_are_refused(size):
-    """Whatever takes the call: a kernel would broadcast them, or read past their end."""
+    """Whatever takes the call: a kernel would broadcast them, or take them without a word."""
     x, wrong = np.ones((4, 5, 5, 6), "float32"), np.ones(size, "float32")
     right = np.ones(6, "float32")
     for implementation in POSSIBLE:
