@@ -18,6 +18,7 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_norm import statistics
+from keras_norm._arrays import is_real
 from keras_norm._kinds import has_statistics
 from keras_norm._layerwise import rms
 
@@ -130,7 +131,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             raise ValueError(
                 f"`scale` must be 'exponential' or 'linear'. Received: scale={scale!r}."
             )
-        if not (_is_real(divergence) and 1 < divergence < math.inf):
+        if not (is_real(divergence) and 1 < divergence < math.inf):
             raise ValueError(
                 "`divergence` is how many times its lowest value the loss may reach, a number "
                 f"> 1. Received: divergence={divergence!r}."
@@ -477,16 +478,12 @@ def _watched(function: Callable[..., Any], restore: Callable[[], None]) -> Calla
     return train_function
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_range(minimum: Any, maximum: Any) -> None:
-    if not (_is_real(minimum) and _is_real(maximum) and 0 < minimum < maximum < math.inf):
+    if not (is_real(minimum) and is_real(maximum) and 0 < minimum < maximum < math.inf):
         raise ValueError(
             "A range test goes from a `minimum` > 0 up to a larger `maximum`. "
             f"Received: minimum={minimum!r}, maximum={maximum!r}."
@@ -853,7 +850,7 @@ class AverageWeights(_Exchange):
         super().__init__(every, keep)
         if kind not in ("ema", "swa"):
             raise ValueError(f"`kind` must be 'ema' or 'swa'. Received: kind={kind!r}.")
-        if not (_is_real(decay) and 0 < decay < 1):
+        if not (is_real(decay) and 0 < decay < 1):
             raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}.")
         if not (_is_int(start) and start >= 0):
             raise ValueError(f"`start` must be an int >= 0, an epoch. Received: start={start!r}.")
@@ -1063,9 +1060,9 @@ class Lookahead(keras.callbacks.Callback):
         for name, value in (("total_steps", total_steps), ("steps", steps)):
             if not (_is_int(value) and value >= 1):
                 raise ValueError(f"`{name}` must be an int >= 1. Received: {name}={value!r}.")
-        if not (_is_real(decay) and 0 < decay < 1):
+        if not (is_real(decay) and 0 < decay < 1):
             raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}.")
-        if not (_is_real(power) and power >= 0):
+        if not (is_real(power) and power >= 0):
             raise ValueError(f"`power` must be >= 0. Received: power={power!r}.")
         self.total_steps, self.steps = total_steps, steps
         self.decay, self.power = decay, power

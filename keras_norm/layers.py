@@ -10,7 +10,6 @@ The layers of `keras_norm.research` can be imported from here as well.
 import functools
 import json
 import math
-import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_norm import autodiff, distributed, functional, kernels
-from keras_norm._arrays import in_dtype
+from keras_norm._arrays import in_dtype, is_real
 from keras_norm._moving import (
     MovingStatistics,
     check_dtype,
@@ -709,8 +708,7 @@ def _check_renorm_clipping(renorm: bool, clipping: dict[str, float] | None) -> N
             f"renorm_clipping={clipping} with {unknown}."
         )
     for name, bound in bounds.items():
-        number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
-        if bound is not None and not (number and not math.isnan(bound)):
+        if bound is not None and not (is_real(bound) and not math.isnan(bound)):
             raise ValueError(
                 "The bounds of `renorm_clipping` must be numbers, or None for no bound. Received: "
                 f"{name}={bound!r}."

@@ -51,6 +51,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_norm._arrays import is_real
+
 __all__ = [
     "SGD",
     "Adagrad",
@@ -651,7 +653,7 @@ class _Rule(keras.optimizers.Optimizer):
         learning_rate_multipliers: Rates | None = None,
         **kwargs: Any,
     ) -> None:
-        if _is_number(learning_rate):
+        if is_real(learning_rate):
             learning_rate = float(learning_rate)  # Keras refuses the int 1
             _check("learning_rate", learning_rate)
         if kwargs.get("weight_decay") is not None:
@@ -773,13 +775,9 @@ def _dense(gradient: Array) -> Array:
 
 def _check(name: str, value: Any, *, below: float = math.inf) -> None:
     """Numbers of an optimizer are finite and not negative; some have a bound."""
-    if not (_is_number(value) and 0.0 <= value < below):
+    if not (is_real(value) and 0.0 <= value < below):
         bound = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"`{name}` must be a number, {bound}. Received: {name}={value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> bool:
@@ -787,7 +785,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_momentum(value: Any) -> None:
-    if not (_is_number(value) and 0 <= value <= 1):
+    if not (is_real(value) and 0 <= value <= 1):
         raise ValueError(
             "`momentum` is the weight of the old velocity, a number in [0, 1]. "
             f"Received: momentum={value!r}. 0.9 is usual; 0 is plain gradient descent."
@@ -944,7 +942,7 @@ class SGD(_Rule):
         self.momentum = momentum
         self.nesterov = nesterov
         self._l2_decay: Any = l2_decay
-        if _is_number(l2_decay):
+        if is_real(l2_decay):
             _check("l2_decay", l2_decay)
         else:
             self._l2_decay = _pairs("l2_decay", l2_decay)
@@ -1505,7 +1503,7 @@ class CyclicalLearningRate(keras.optimizers.schedules.LearningRateSchedule):
                 "`half_cycle` must be an int >= 1, the number of steps from minimum to maximum. "
                 f"Received: half_cycle={half_cycle!r}."
             )
-        if not (_is_number(decay) and 0 < decay <= 1):
+        if not (is_real(decay) and 0 < decay <= 1):
             raise ValueError(
                 "`decay` multiplies the maximum after each cycle and must lie in (0, 1]. "
                 f"Received: decay={decay!r}. 1 keeps all cycles alike."

@@ -305,6 +305,15 @@ def test_a_setting_keeps_its_colour():
     assert two[0].get_color() != two[1].get_color()
 
 
+def assert_apart_and_whole(blocks, figure):
+    for i, block in enumerate(blocks):
+        assert block.x0 >= 0
+        assert block.y0 >= 0
+        assert block.x1 <= figure.bbox.x1
+        assert block.y1 <= figure.bbox.y1
+        assert not any(overlaps(block, other) for other in blocks[i + 1 :])
+
+
 def overlaps(a, b):
     return a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1
 
@@ -347,12 +356,7 @@ def test_nothing_overlaps_and_nothing_is_cut_off(count, metrics):
     axes = [a.get_tightbbox() for a in figure.axes]
     blocks = [*axes, *(legend.get_window_extent() for legend in figure.legends)]
     blocks.append(figure._suptitle.get_window_extent())
-    for i, block in enumerate(blocks):
-        assert block.x0 >= 0
-        assert block.y0 >= 0
-        assert block.x1 <= figure.bbox.x1
-        assert block.y1 <= figure.bbox.y1
-        assert not any(overlaps(block, other) for other in blocks[i + 1 :])
+    assert_apart_and_whole(blocks, figure)
     heights = {round(a.get_window_extent().height) for a in figure.axes}
     assert min(heights) > 180  # legends take no room from the plots
 
@@ -671,12 +675,7 @@ def test_titles_and_labels_of_small_matrices_are_not_cut_off(rows, columns):
     figure.canvas.draw()
     cells, bar = figure.axes
     blocks = [bar.get_tightbbox(), cells.get_tightbbox(), figure._suptitle.get_window_extent()]
-    for i, block in enumerate(blocks):
-        assert block.x0 >= 0
-        assert block.y0 >= 0
-        assert block.x1 <= figure.bbox.x1
-        assert block.y1 <= figure.bbox.y1
-        assert not any(overlaps(block, other) for other in blocks[i + 1 :])
+    assert_apart_and_whole(blocks, figure)
 
 
 def test_differences_that_are_not_tested_say_so():
