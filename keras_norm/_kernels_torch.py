@@ -115,8 +115,8 @@ def _is_near(mean: Array, inv_std: Array) -> bool:
 
     if not mean.numel():
         return True
-    farthest = torch.linalg.vector_norm(mean * inv_std, math.inf)
-    return farthest.item() <= FARTHEST_MEAN  # no for NaN
+    least, most = torch.aminmax(mean.detach() * inv_std.detach())
+    return -FARTHEST_MEAN <= least.item() and most.item() <= FARTHEST_MEAN  # no for NaN
 
 
 def _native_in_pieces(
