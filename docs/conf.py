@@ -58,11 +58,16 @@ linkcheck_ignore = [r"https?://"]
 
 def own_signature(app, what, name, obj, options, signature, annotation):
     """That of `__init__`: Keras's classes have a `__new__(*args, **kwargs)` that hides it."""
-    if what != "class" or signature is None:
+    if what != "class" or signature is None or issubclass(obj, tuple):
         return None
     parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     return str(inspect.Signature(plain)), None
+
+
+def is_field(app, what, name, obj, skip, options):
+    """Of a named tuple: the class says what its fields are, and its signature their order."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def plain_docstring(app, what, name, obj, options, lines):
@@ -81,4 +86,5 @@ def setup(app):
     pages.write()
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)
     app.connect("autodoc-process-signature", own_signature)
+    app.connect("autodoc-skip-member", is_field)
     app.connect("source-read", lead_inward)
