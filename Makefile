@@ -29,26 +29,28 @@ BENCH := env -u TF_ENABLE_ONEDNN_OPTS KERAS_BACKEND=tensorflow .venv/bin/python
 	results docs notebooks
 .DELETE_ON_ERROR:
 
+# $(call environment,DIR): an environment of $(PYTHON); one of another, or one that was left half made, gives way.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keras_norm needs Python >= 3.11; received: " + sys.version.split()[0] + ". Choose another with: make PYTHON=python3.12 ...")'
+@echo "Making the environment $(1) (once; a few minutes)"
+@{ test "$$($(1)/bin/python --version)" = "$$($(PYTHON) --version)" && $(1)/bin/python -m pip --version; } >/dev/null 2>&1 \
+	|| $(PYTHON) -m venv --clear $(1)
+@$(1)/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+endef
+
 .venv/installed: pyproject.toml
-	@echo "Making the environment .venv (once; a few minutes)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keras_norm needs Python >= 3.11; received: " + sys.version.split()[0] + ". Choose another with: make PYTHON=python3.12 ...")'
-	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+	$(call environment,.venv)
 	@.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	@touch $@
 
 .venv-docs/installed: pyproject.toml
-	@echo "Making the environment .venv-docs (once; a few minutes)"
-	@$(PYTHON) -m venv .venv-docs
-	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+	$(call environment,.venv-docs)
 	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) --editable '.[docs,notebooks]'
 	@touch $@
 
 # --no-deps: the core group stands in for the dependencies, without TensorFlow.
 .venv-%/installed: pyproject.toml
-	@echo "Making the environment .venv-$* (once; a minute or two)"
-	@$(PYTHON) -m venv .venv-$*
-	@.venv-$*/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
+	$(call environment,.venv-$*)
 	@.venv-$*/bin/python -m pip install $(PIP_FLAGS) $(BACKEND_PACKAGE) --group core
 	@.venv-$*/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
 	@touch $@

@@ -25,6 +25,27 @@ def is_real(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
+def check_dense(x: Any) -> None:
+    """Refuses TensorFlow's ragged and sparse tensors, which only some operations take.
+
+    Args:
+        x: of any type.
+
+    Raises:
+        ValueError: for one of these.
+    """
+    kind = type(x).__name__
+    if kind not in ("RaggedTensor", "SparseTensor"):
+        return
+    remedy = (
+        "Pass x.to_tensor(), where a mask says what is padding; or normalize x.flat_values, and "
+        "put it back by x.with_flat_values(y)."
+        if kind == "RaggedTensor"
+        else "Pass tf.sparse.to_dense(x)."
+    )
+    raise ValueError(f"Inputs must be dense. Received: a {kind} of shape {x.shape}. {remedy}")
+
+
 def tensor(x: Any, dtype: Any = None) -> Array:
     """As `ops.convert_to_tensor`, and quicker on PyTorch, where x stays on its device.
 

@@ -12,6 +12,7 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_norm import autodiff, distributed, functional
+from keras_norm._arrays import check_dense
 from keras_norm._moving import (
     MovingStatistics,
     check_dtype,
@@ -175,6 +176,7 @@ class NormalizationByRows(MovingStatistics):
     def _normalize(
         self, inputs: Array, training: bool | None, mask: Array | None, sample_weight: Array | None
     ) -> Array:
+        check_dense(inputs)
         x = ops.cast(inputs, self.compute_dtype)
         updates = decided(training) and self.trainable
         if not self._traced and autodiff.is_traced(x):

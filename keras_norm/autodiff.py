@@ -301,6 +301,9 @@ def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[A
     inputs = tuple(tf.convert_to_tensor(x) for x in inputs)
     if tf.executing_eagerly() and not _is_recorded():
         return tuple(forward(*inputs)[0])  # what follows takes longer than a small layer
+    if type(tf.compat.v1.get_default_graph()).__name__ == "CondBranchFuncGraph":
+        # In a branch of `tf.cond` two gradients can be had of what the branch has computed only.
+        inputs = tuple(tf.identity(x) for x in inputs)
 
     @tf.custom_gradient
     def function(*arrays: Array) -> tuple[Any, Any]:

@@ -13,14 +13,14 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_norm import autodiff, distributed, functional, kernels
-from keras_norm._arrays import in_dtype, is_real
+from keras_norm._arrays import check_dense, in_dtype, is_real
 from keras_norm._moving import (
     MovingStatistics,
     check_dtype,
@@ -44,14 +44,30 @@ __all__ = [
 
 Array = Any
 
+_OF_RESEARCH = (
+    "DecorrelatedBatchNormalization",
+    "FilterResponseNormalization",
+    "QuantileNormalization",
+)
 
-def __getattr__(name: str) -> Any:
-    # When asked for: that module is built on this one.
+if TYPE_CHECKING:
     from keras_norm import research
 
-    if name in research.__all__ and isinstance(getattr(research, name), type):
-        return getattr(research, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    DecorrelatedBatchNormalization = research.DecorrelatedBatchNormalization
+    FilterResponseNormalization = research.FilterResponseNormalization
+    QuantileNormalization = research.QuantileNormalization
+else:  # to a type checker a function of this name would make every name right
+
+    def __getattr__(name: str) -> Any:
+        if name in _OF_RESEARCH:
+            from keras_norm import research  # when asked for: it is built on this module
+
+            return getattr(research, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_RESEARCH})
 
 
 @keras.saving.register_keras_serializable(package="keras_norm")
@@ -378,6 +394,7 @@ class BatchNormalization(MovingStatistics):
         sample_weight: Array | None = None,
     ) -> Array:
         """Normalizes; see the class."""
+        check_dense(inputs)
         x = in_dtype(inputs, self.compute_dtype)
         updates = decided(training) and self.trainable
         if not self._traced and autodiff.is_traced(x):
@@ -858,6 +875,7 @@ class _WithinExample(keras.layers.Layer):
 
     def _floating(self, inputs: Array) -> Array:
         """The inputs in their own dtype; integers in that of the layer."""
+        check_dense(inputs)
         x = kernels.tensor(inputs)
         if self._sizes:
             self._check_sizes(x.shape)
@@ -1417,6 +1435,7 @@ class Dropout(keras.layers.Layer):
 
     def call(self, inputs: Array, training: bool = False) -> Array:
         """Drops out; see the class."""
+        check_dense(inputs)
         if not decided(training) or self.rate == 0:
             return inputs
         with self._draws.of(self.seed_generator):

@@ -728,6 +728,32 @@ def test_compiled_within_control_flow(name, within, monkeypatch):
     np.testing.assert_allclose(gradient(True), gradient(False), atol=1e-3)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.cond is TensorFlow's")
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_gradients_through_a_condition(name):
+    import tensorflow as tf
+
+    layer, x = TRAINED[name](), tf.random.stateless_normal((4, 5, 5, 8), (3, 1))
+    layer.build(x.shape)
+
+    def gradients(branch):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y = branch()
+            first, second = tf.reduce_sum(y * y * x), tf.reduce_sum(y**3)
+        return tape.gradient(first, x), tape.gradient(second, x)
+
+    @tf.function
+    def by_condition(yes):
+        return gradients(lambda: tf.cond(yes, once, lambda: 2 * once()))
+
+    def once():
+        return layer(x, training=True)
+
+    for found, expected in zip(by_condition(tf.constant(True)), gradients(once), strict=True):
+        np.testing.assert_allclose(array(found), array(expected), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is compiled by us")
 def test_layers_share_what_is_compiled(monkeypatch):
     import tensorflow as tf
@@ -1032,3 +1058,24 @@ def test_checkpoints_and_transforms_of_pytorch(name, implementation, monkeypatch
         torch.testing.assert_close(ops.vectorized_map(of_one, x), layer(x))
     of_each = torch.func.vmap(torch.func.grad(lambda z: of_one(z).pow(3).sum()))(x)
     torch.testing.assert_close(of_each, z.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="such tensors are TensorFlow's")
+@pytest.mark.parametrize(
+    "make",
+    [
+        layers.BatchNormalization,
+        layers.DecorrelatedBatchNormalization,
+        layers.LayerNormalization,
+        lambda: layers.GroupNormalization(groups=2),
+        lambda: layers.Dropout(0.5),
+    ],
+)
+def test_ragged_and_sparse_inputs_are_refused(make):
+    import tensorflow as tf
+
+    ragged = tf.RaggedTensor.from_row_splits(tf.ones((7, 4)), [0, 3, 7])
+    with pytest.raises(ValueError, match=r"must be dense.*RaggedTensor of shape .*to_tensor\(\)"):
+        make()(ragged, training=True)
+    with pytest.raises(ValueError, match=r"must be dense.*SparseTensor of .*tf.sparse.to_dense"):
+        make()(tf.sparse.from_dense(tf.ones((3, 4))), training=True)
