@@ -171,13 +171,13 @@ def independent_test(a: Floats, b: Floats) -> dict[str, Any]:
     degrees = sum(errors) ** 2 / weights if weights else len(a) + len(b) - 2.0
     pooled = sum(v * (len(x) - 1) for v, x in zip(variances, (a, b), strict=True))
     ranked = _with_ties(np.concatenate([a, b]), _resolution(a, b))
-    one_rank = np.ptp(ranked) == 0  # which is no difference, and NaN to SciPy from 1.18 on
+    p_rank = 1.0  # where all are equal; SciPy says NaN from 1.18 on
+    if np.ptp(ranked):
+        p_rank = float(stats.mannwhitneyu(*np.split(ranked, [len(a)])).pvalue)
     return {
         "n": min(len(a), len(b)),
         "effect_size": _ratio(mean, math.sqrt(pooled / (len(a) + len(b) - 2))),
-        "p_rank": 1.0
-        if one_rank
-        else stats.mannwhitneyu(*np.split(ranked, [len(a)])).pvalue.item(),
+        "p_rank": p_rank,
         **_t_test(mean, math.sqrt(sum(errors)), degrees),
     }
 
