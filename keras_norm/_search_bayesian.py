@@ -29,6 +29,7 @@ _MOVED = 2  # hyperparameters of a point nearby that differ, on average
 _STEP = 0.2  # by which a number moves, of its range
 _ALIKE = 0.1  # of its range at most: a number that differs by less makes no other trial
 _CHOICES = 10  # points, the most promising, before the proposal is a random one
+_LEAST = 3  # scores, before a process is fitted to them: trials that failed have none
 
 
 class Bayesian:
@@ -38,7 +39,8 @@ class Bayesian:
         """The next proposal, in KerasTuner's form."""
         oracle: Any = self
         done = [t for t in oracle.trials.values() if t.status == "COMPLETED"]
-        if len(done) >= oracle.num_initial_points:
+        ended = len(done) + sum(t.status == "FAILED" for t in oracle.trials.values())
+        if ended >= oracle.num_initial_points and len(done) >= _LEAST:
             for values in self._promising(int(trial_id), done):
                 if not oracle._duplicate(values) and oracle.admitted(values):
                     return {"status": "RUNNING", "values": values}

@@ -17,7 +17,13 @@ import numpy.typing as npt
 
 from keras_norm._files import replace_file
 from keras_norm._search_run import describe
-from keras_norm._search_settings import SearchError, Settings, TrialRecord, read_search
+from keras_norm._search_settings import (
+    SearchError,
+    Settings,
+    TrialRecord,
+    read_search,
+    require,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +45,7 @@ def write_report(search: Search, out: Path) -> Path:
     scored = [t for t in search.trials if t.score is not None]
     if not scored:
         raise SearchError(f"No trial in {str(search.out)!r} has finished an epoch with success.")
+    require("A report", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
     write_csv(search, out / "trials.csv")
     weights = importance(scored)
@@ -309,6 +316,7 @@ def _pareto(search: Search) -> Figure | None:
                       textcoords="offset points", fontsize=8)  # fmt: skip
     figure.colorbar(drawn, ax=axes, label="parameters")
     axes.set(xlabel="training (s)", ylabel=_label("val_accuracy"), xscale="log")
+    _spread_ticks(axes)
     if rest:
         figure.legend(loc="outside upper right")
     return figure
@@ -337,11 +345,32 @@ def _rates(search: Search) -> Figure | None:
             y = [t.reached(metric, search.settings) for t in own]
             axes.plot(x, y, linestyle="", color=f"C{k}", marker="osD^vPX*<>"[k % 10], label=kind)
         axes.set(xlabel=_words(name), xscale="log")
+        _spread_ticks(axes)
     panels[0][0].set_ylabel(_label(metric))
     if kinds != [""]:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, title="normalization", loc="outside right center")
     return figure
+
+
+def _spread_ticks(axes: Axes) -> None:
+    """Labels of a logarithmic axis that do not meet: decades; for want of two, some between."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+
+    def inside(*digits: int) -> list[float]:
+        places = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        return [place for place in places if low <= place <= high]
+
+    if len(inside(1)) >= 2:
+        return
+    places = inside(1, 2, 5)
+    if len(places) < 2:
+        places = [p for p in MaxNLocator(4).tick_values(low, high) if low <= p <= high]
+    axes.set_xticks(places, [f"{place:g}" for place in places])
 
 
 _PARALLEL = (

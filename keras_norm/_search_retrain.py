@@ -27,6 +27,7 @@ from keras_norm._machine import describe_machine
 from keras_norm._search_process import Channel, Nursery
 from keras_norm._search_run import describe
 from keras_norm._search_settings import (
+    PACKAGES,
     SearchError,
     Settings,
     TrialRecord,
@@ -36,6 +37,7 @@ from keras_norm._search_settings import (
     is_moved,
     locked,
     read_search,
+    require,
     warn_of_code,
 )
 
@@ -76,6 +78,7 @@ def write_retrained(
     settings, names = _space_of(settings, space, saved)
     whole = {**plan, "of": _origin(search, chosen)}
     count = len(chosen) * seeds
+    require("To train the best again", *PACKAGES)
     with locked(out):
         folder = _folder(search, out, whole, overwrite)
         with _Runs(out, folder, settings, saved["space"], names, count, progress) as runs:
@@ -350,7 +353,7 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
     model = candidate.build()
     history: list[dict[str, float]] = []
     if (folder / "checkpoint.npz").exists():
-        history = trial.load_state(folder / "checkpoint.npz", model)
+        history = trial.load_state(folder / "checkpoint.npz", model, candidate.callbacks)
     elif candidate.begin is not None:
         candidate.begin(model, data.train.x)
 
@@ -358,7 +361,8 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
         history.append({name: float(value) for name, value in logs.items()})
         if not math.isfinite(history[-1]["loss"]):
             raise ValueError(f"diverged: the loss is {history[-1]['loss']} in epoch {epoch + 1}")
-        trial.save_state(folder / "checkpoint.npz", model, history)
+        own = candidate.callbacks
+        trial.save_state(folder / "checkpoint.npz", model, history, callbacks=own)
         channel.send({"epoch": epoch + 1})
 
     keeper = keras.callbacks.LambdaCallback(on_epoch_end=epoch_ended)
@@ -501,7 +505,7 @@ Classes, in the order of the logits: {", ".join(data["class_names"])}.
 
 ## Model
 
-{card["parameters"]:,} parameters; {card["flops_forward"] / 1e6:,.1f} million operations for one
+{card["parameters"]:,} parameters; {_count(card["flops_forward"])} operations for one
 image (convolutions and dense layers).
 
 | hyperparameter | value |
@@ -532,6 +536,11 @@ Trained and tested on images of one source; nothing is known of its answers to o
 
 Machine: {card["machine"]["summary"]}.
 """
+
+
+def _count(number: float) -> str:
+    """In millions, where it is at least one."""
+    return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 
 def _numbers(values: list[float]) -> str:

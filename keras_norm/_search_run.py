@@ -30,6 +30,7 @@ from typing import Any
 from keras_norm._search_process import Nursery
 from keras_norm._search_settings import (
     BEAT,
+    PACKAGES,
     SearchError,
     Settings,
     TrialRecord,
@@ -45,6 +46,7 @@ from keras_norm._search_settings import (
     prepare,
     read_search,
     read_trials,
+    require,
     warn_of_code,
     with_absolute_paths,
     write_search,
@@ -102,6 +104,7 @@ def run_search(
         )
     with _folder(out):
         settings = prepare(out, options, resume=resume, overwrite=overwrite)
+        require("A search", *PACKAGES)
         with _Owner(out, settings, workers, threads, progress) as owner:
             owner.prepare_space(resume, overwrite)
             owner.start_chief(host, port, worker_timeout, time_limit)
@@ -144,6 +147,7 @@ def _join(
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
         raise SearchError(f"The chief at {address} cannot be reached: {_reason(error)}.") from None
+    require("A search", *PACKAGES)
     with _folder(out), _Owner(out, Settings(), workers, threads, progress) as owner:
         owner.join(host, port, patience, options)
         owner.watch()
@@ -252,7 +256,7 @@ class _Owner:
         write_search(self.out, self.settings, self.space, whole, self.identity, self.code)
 
     def _preload(self, spec: dict[str, Any]) -> None:
-        self.display.note("Importing TensorFlow and reading the data ...")
+        self.display.note("Importing Keras and reading the data ...")
         request = {**spec, "folder": str(self.out)}
         try:
             error = self.nursery.preload("keras_norm._search_trial:preload", request)

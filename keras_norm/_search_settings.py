@@ -5,7 +5,7 @@ Nothing here needs Keras: a command line that is wrong, or a report, costs no im
     search.json             settings, space, its code's digest, versions, and a number of its own
     oracle.json             KerasTuner's oracle
     trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
-    trial_07/checkpoint.npz while it runs: model, optimizer and history after the last epoch
+    trial_07/checkpoint.npz while it runs: model, optimizer, callbacks and history after an epoch
     trial_07/log.txt        what the trial printed
 """
 
@@ -15,9 +15,11 @@ import ast
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -32,6 +34,7 @@ from keras_norm._machine import describe_machine
 __all__ = [
     "BEAT",
     "OBJECTIVES",
+    "PACKAGES",
     "SearchError",
     "Settings",
     "TrialRecord",
@@ -54,6 +57,7 @@ __all__ = [
     "read_trials",
     "record_of",
     "refined_from",
+    "require",
     "warn_of_code",
     "with_absolute_paths",
     "write_search",
@@ -71,6 +75,8 @@ OBJECTIVES = {
 """Objective -> direction."""
 
 BEAT = 2.0  # seconds between a worker's signs of life
+
+PACKAGES = ("keras_tuner", "tensorboard")  # without which no process of a search can begin
 
 # What may differ when a search is resumed: it changes no trial that has been made.
 CHANGEABLE = {"trials", "trial_timeout", "trial_memory", "data_dir", "tensorboard"}
@@ -239,6 +245,21 @@ def at_least(name: str, value: Any, least: int) -> None:
         )
 
 
+def require(who: str, *modules: str) -> None:
+    """Refuses at once what could not go on, for want of packages.
+
+    Args:
+        who: what needs them, the beginning of a sentence.
+        modules: their names, which with "-" for "_" are those of the packages.
+    """
+    missing = [m.replace("_", "-") for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise SearchError(
+            f"{who} needs {' and '.join(missing)}, not installed here: pip install "
+            f"{' '.join(missing)}"
+        )
+
+
 def check_address(text: str) -> tuple[str, int]:
     """HOST and PORT of "HOST:PORT"; port 0 is any that is free."""
     host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
@@ -284,6 +305,7 @@ def _is_left_over(path: Path) -> bool:
 def _begun(options: Mapping[str, Any]) -> Settings:
     settings = with_absolute_paths(Settings.of(options))
     _check_trials(settings, options)
+    _check_effects(settings, options)
     if settings.refine is not None:
         refined_from(settings)
     return settings
@@ -294,6 +316,28 @@ def _check_trials(settings: Settings, options: Mapping[str, Any]) -> None:
         raise SearchError(
             "The number of Hyperband's trials follows from epochs and factor, here "
             f"{settings.planned}: leave out trials. Received: trials={settings.trials}"
+        )
+
+
+def _check_effects(settings: Settings, options: Mapping[str, Any]) -> None:
+    """Refuses what would have no effect: whoever asks for it expects one."""
+    needs = {
+        "prune_after": (settings.prune, "prune"),
+        "prune_least": (settings.prune, "prune"),
+        "factor": (settings.tuner == "hyperband", "the tuner hyperband"),
+        "refine_top": (settings.refine is not None, "refine"),
+    }
+    for name, (is_there, needed) in needs.items():
+        if name in options and not is_there:
+            raise SearchError(
+                f"{name} has no effect without {needed}: add that, or leave out {name}. Received: "
+                f"{name}={getattr(settings, name)}"
+            )
+    if settings.prune and settings.prune_after >= settings.epochs:
+        raise SearchError(
+            "A trial is pruned before its last epoch or not at all: prune_after must be below "
+            f"epochs, or leave out prune. Received: prune_after={settings.prune_after} with "
+            f"epochs={settings.epochs}"
         )
 
 
@@ -382,10 +426,15 @@ def absolute_space(space: str) -> str:
 
 
 def clear(out: Path) -> None:
-    """Removes what a search has made, and nothing else."""
+    """Removes what a search has made, and nothing else.
+
+    The folders of its trials, "report", "retrained" and "tensorboard" go whole, with whatever has
+    been put into them.
+    """
     made = ["oracle.json", "report", "retrained", "tensorboard", "tested.json"]
+    trials = [p for p in out.iterdir() if re.fullmatch(r"trial_\d+", p.name) and p.is_dir()]
     # search.json last: without it, the rest would be taken for somebody's files.
-    for path in [*map(out.joinpath, made), *out.glob("trial_*"), out / "search.json"]:
+    for path in [*map(out.joinpath, made), *trials, out / "search.json"]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -89,7 +89,12 @@ class Candidate:
             trial's.
         batch_size: images per batch.
         augment: of `Split.batches`. Default: None.
-        callbacks: of `fit`, in front of those of the search. Default: none.
+        callbacks: of `fit`, in front of those of the search. Where a trial goes on after an
+            interruption, or in a later round of Hyperband, their `variables`, a list of
+            `keras.Variable` such as the slow weights of `callbacks.Lookahead`, are what they
+            were, after a call of `build(model)` where there is one. All else that callbacks know
+            begins anew: the patience of `ReduceLROnPlateau` and `EarlyStopping`, the average of
+            `AverageWeights`. Default: none.
         begin: called with (model, training images) before the first epoch. Default: None.
     """
 
@@ -318,20 +323,36 @@ def space_of(reference: str) -> Callable[[Any, Task], Candidate]:
         module = (
             _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         )
-        return getattr(module, name)
-    except (ImportError, OSError, AttributeError, SyntaxError) as error:
-        raise SearchError(
-            f"space={reference!r} cannot be had: {error}. If it has moved, name it with --space."
-        ) from None
     except (Exception, SystemExit) as error:
+        raise SearchError(f"space={reference!r} cannot be had: {_reason(place, error)}") from None
+    if not hasattr(module, name):
         raise SearchError(
-            f"space={reference!r} cannot be had: its code raises {type(error).__name__}: {error}. "
-            "It must be importable."
-        ) from None
+            f"space={reference!r} cannot be had: there is no {name!r} in it. If it has another "
+            "name or place now, give that with --space."
+        )
+    return getattr(module, name)
+
+
+def _reason(place: str, error: BaseException) -> str:
+    """Why a space's file or module cannot be imported, and what to do."""
+    if place.endswith(".py"):
+        is_gone = not Path(place).is_file()
+    else:
+        is_gone = isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(
+            f"{error.name}."
+        )
+    if is_gone:
+        return f"{error}. If it has moved, name it with --space."
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}, which it imports. Install that, or put it beside the file of the space."
+    return f"its code raises {type(error).__name__}: {error}. It must be importable."
 
 
 def _from_file(path: Path) -> Any:
-    name = f"keras_norm_space_{path.stem}"
+    """The module of a file, whose neighbours it can import, as `python FILE` would let it."""
+    name, folder = f"keras_norm_space_{path.stem}", str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
@@ -482,16 +503,31 @@ def _coerced(entry: Mapping[str, Any], value: Any) -> Any:
     """The value as the hyperparameter has it, or None if it cannot have it."""
     config, kind = entry["config"], entry["class_name"]
     try:
-        if kind == "Choice":
-            return next((v for v in config["values"] if v == value or str(v) == str(value)), None)
+        if kind in ("Choice", "Fixed"):
+            values = config["values"] if kind == "Choice" else [config["value"]]
+            return next((v for v in values if v == value or str(v) == str(value)), None)
         if kind == "Boolean":
             return {"true": True, "false": False}.get(str(value).lower())
         if kind == "Int" and float(value) != int(float(value)):
             return None
         number: float = int(float(value)) if kind == "Int" else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last for an infinite whole number
         return None
-    return number if config["min_value"] <= number <= config["max_value"] else None
+    is_inside = config["min_value"] <= number <= config["max_value"]
+    return number if is_inside and _is_on_grid(config, number) else None
+
+
+def _is_on_grid(config: Mapping[str, Any], value: float) -> bool:
+    """Whether a value of the range is one of those that its step leaves."""
+    low, high, step = config["min_value"], config["max_value"], config["step"]
+    if not step:
+        return True
+    if config["sampling"] == "linear":
+        place = (value - low) / step
+    else:
+        ratio = value / low if config["sampling"] == "log" else (high - value + low) / low
+        place = math.log(ratio) / math.log(step)
+    return abs(place - round(place)) < _ROUNDING
 
 
 def _range(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -499,9 +535,15 @@ def _range(entries: Sequence[Mapping[str, Any]]) -> str:
         config = entry["config"]
         if entry["class_name"] == "Choice":
             return "one of " + ", ".join(map(str, config["values"]))
+        if entry["class_name"] == "Fixed":
+            return str(config["value"])
         if entry["class_name"] == "Boolean":
             return "true or false"
-        return f"between {config['min_value']:g} and {config['max_value']:g}"
+        kind = "a whole number " if entry["class_name"] == "Int" else ""
+        told = f"{kind}between {config['min_value']:g} and {config['max_value']:g}"
+        step, of_what = config["step"], "steps" if config["sampling"] == "linear" else "factors"
+        is_plain = not step or (kind and of_what == "steps" and step == 1)
+        return told if is_plain else f"{told}, in {of_what} of {step:g}"
 
     return ", or ".join(dict.fromkeys(map(one, entries)))
 

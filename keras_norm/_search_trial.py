@@ -1,8 +1,9 @@
 """One trial: a model is built, trained and judged in a process of its own.
 
-After each epoch the whole state, model, optimizer and history, is written to one file; so a trial
-that was killed goes on from there, and ends in the same numbers to the last bit: the seed comes
-from the search and the trial's number, and the order of the images from seed and epoch.
+After each epoch the whole state, model, optimizer, callbacks' variables and history, is written to
+one file; so a trial that was killed goes on from there, and ends in the same numbers to the last
+bit: the seed comes from the search and the trial's number, and the order of the images from seed
+and epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -324,20 +325,41 @@ def origin_of(identity: str, values: Mapping[str, Any], seed: int) -> str:
 
 
 def save_state(
-    path: Path, model: keras.Model, history: list[dict[str, float]], origin: str = ""
+    path: Path,
+    model: keras.Model,
+    history: list[dict[str, float]],
+    origin: str = "",
+    callbacks: Sequence[Any] = (),
 ) -> None:
-    """Model, optimizer, seed generators and history in one file, whole or not at all."""
-    variables = enumerate(_variables(model))
-    arrays = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in variables}
+    """Model, optimizer, seed generators, callbacks and history in one file, whole or not at all.
+
+    Of callbacks the `variables`, where they have such.
+    """
+    named = {f"v{i}": v for i, v in enumerate(_variables(model))}
+    for k, callback in enumerate(callbacks):
+        named |= {f"c{k}_{i}": v for i, v in enumerate(_variables_of(callback))}
+    arrays = {name: keras.ops.convert_to_numpy(v) for name, v in named.items()}
     with replace_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, history=np.array(json.dumps(history)), origin=np.array(origin), **arrays)
 
 
-def load_state(path: Path, model: keras.Model) -> list[dict[str, float]]:
-    """Puts a model, just built, to where `save_state` found its twin."""
+def load_state(
+    path: Path, model: keras.Model, callbacks: Sequence[Any] = ()
+) -> list[dict[str, float]]:
+    """Puts a model, just built, and callbacks to where `save_state` found their twins.
+
+    Files that were once written hold nothing of callbacks: these begin anew.
+    """
     with np.load(path) as file:
         for i, variable in enumerate(_variables(model)):
             variable.assign(file[f"v{i}"])
+        for k, callback in enumerate(callbacks):
+            if f"c{k}_0" not in file:
+                continue
+            if hasattr(callback, "build"):  # variables that it would make in `fit`
+                callback.build(model)
+            for i, variable in enumerate(_variables_of(callback)):
+                variable.assign(file[f"c{k}_{i}"])
         return list(json.loads(str(file["history"])))
 
 
@@ -354,6 +376,12 @@ def _variables(model: keras.Model) -> list[Any]:
         model.optimizer.build(model.trainable_variables)
     own = [v for layer in model.layers for v in layer.variables]
     return [*own, *model.optimizer.variables]
+
+
+def _variables_of(callback: Any) -> list[keras.Variable]:
+    """Of a callback; what else somebody's own one has under that name is none."""
+    own = getattr(callback, "variables", None)
+    return [v for v in own if isinstance(v, keras.Variable)] if isinstance(own, list) else []
 
 
 @contextlib.contextmanager
@@ -475,7 +503,7 @@ class Trial:
         is_new = bool(self.identity)
         source = next((p for p in present if is_from(p, self.origin, is_new)), None)
         if source is not None:
-            self.history = load_state(source, self.model)
+            self.history = load_state(source, self.model, self.candidate.callbacks)
         elif self.candidate.begin is not None:
             self.candidate.begin(self.model, data.train.x)
 
@@ -516,7 +544,13 @@ class Trial:
             metrics["val_accuracy_reestimated"] = metrics["val_accuracy"]
         self.history.append(metrics)
         try:
-            save_state(self.folder / "checkpoint.npz", self.model, self.history, self.origin)
+            save_state(
+                self.folder / "checkpoint.npz",
+                self.model,
+                self.history,
+                self.origin,
+                self.candidate.callbacks,
+            )
         except OSError as error:
             raise StateError(error.strerror or str(error)) from error
         if self.settings.tensorboard:

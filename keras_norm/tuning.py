@@ -31,6 +31,7 @@ from keras_norm._search_settings import (
     SearchError,
     Settings,
     TrialRecord,
+    at_least,
     ranked,
     read_search,
     read_trials,
@@ -87,7 +88,11 @@ class Search:
 
         Returns:
             List of `TrialRecord`, shorter where fewer have finished.
+
+        Raises:
+            SearchError: for another `count`.
         """
+        at_least("count", count, 1)
         return ranked(self.trials, self.settings.direction)[:count]
 
     def pareto(self) -> list[TrialRecord]:
@@ -162,7 +167,8 @@ def search(
         resume: go on with the search in `out`. Options that are not given are those it had;
             `space` may be given if the file or module has moved. A warning says if its code has
             changed.
-        overwrite: throw the search in `out` away, and begin anew.
+        overwrite: throw the search in `out` away, with the folders of its trials and all that is in
+            "report", "retrained" and "tensorboard", and begin anew. Other files stay.
         workers: int >= 1, trials at a time. Each has a GPU, where there are GPUs. Default: 1.
         threads: int >= 1, cores that each worker may use; all that a worker starts stays on them.
             Default: an equal share of this machine's cores, for one worker all; where there are
@@ -184,6 +190,7 @@ def search(
             validation: fraction of all training images that is held out first. Default: 0.1.
             space: "images", or a function of one's own, "file.py:function" or
                 "module:function", from (`keras_tuner.HyperParameters`, `Task`) to `Candidate`.
+                A file may import what lies beside it: its folder goes in front of `sys.path`.
             families: of "images": some of "mlp", "cnn", "fast". Default: ("mlp", "cnn").
             fixed: hyperparameter -> value, not to be searched.
             refine, refine_top: folder of an earlier search; the space is narrowed around its best
@@ -199,7 +206,7 @@ def search(
             epochs: per trial (default 10), `factor` of Hyperband (default 3).
             prune: stop a trial whose best value so far is below the median of the others' at the
                 same epoch: from epoch `prune_after` (default 1) on, and once `prune_least`
-                (default 5) others have got there. Default: False.
+                (default 5) others have got there; never after its last epoch. Default: False.
             seed: int >= 0. Default: 0.
             max_parameters, max_flops: budget; proposals beyond it do not become trials.
             trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux). With `resume`,
@@ -210,7 +217,8 @@ def search(
         `Search`.
 
     Raises:
-        SearchError: a `ValueError`; for options out of their range, a folder that holds something
+        SearchError: a `ValueError`; for options out of their range or without effect, such as
+            `prune_after` without `prune`, packages that are missing, a folder that holds something
             else or cannot be written, a space whose defaults make no trial, an address that is in
             use or does not answer, data that cannot be had; with `resume`, for another space, seed,
             or other setting that would mix two searches. Then nothing has been changed. Also where
@@ -218,7 +226,8 @@ def search(
         KeyboardInterrupt: after all processes have ended; `resume` goes on.
 
     Numerics: with one worker, equal settings and `threads` give equal trials to the last bit on one
-        machine, interrupted or not (but not where seconds decide: "accuracy_per_second").
+        machine, interrupted or not (but not where seconds decide: "accuracy_per_second"; and of the
+        callbacks of a space of one's own only the `variables` are kept: see `Candidate`).
         With several, that holds for random search without pruning; a Bayesian search, Hyperband
         and pruning look at whatever has ended by then.
 
@@ -262,7 +271,7 @@ def report(
 
     Raises:
         SearchError: if there is no search, or no trial of it has a score, or `out` cannot be
-            written.
+            written, or matplotlib is missing.
     """
     from keras_norm._search_report import write_report
 
@@ -314,8 +323,8 @@ def retrain(
         SearchError: for options out of their range; if there is no trial with a score; if `out`
             holds a search, or something else; if the test set has been used for this search already
             and another choice (also one for another `out`, also by a call that was interrupted); if
-            the data or the space are not there; if a training fails; if `space` is another
-            function, or has other hyperparameters.
+            the data, the space or packages are not there; if a training fails; if `space` is
+            another function, or has other hyperparameters.
     """
     from keras_norm._search_retrain import write_retrained
 

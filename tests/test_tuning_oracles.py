@@ -1,6 +1,7 @@
 """The parts of a search, without its processes: oracles, spaces, settings, what comes after."""
 
 import io
+import itertools
 import json
 import math
 import sys
@@ -23,9 +24,10 @@ from keras_norm import (
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
-from keras_norm._search_report import importance, own_seconds
+from keras_norm._search_report import _spread_ticks, importance, own_seconds
 from keras_norm._search_settings import (
     checkpoints_done_with,
+    clear,
     clear_checkpoints,
     code_of,
     hyperband,
@@ -381,6 +383,38 @@ def test_bayesian_search_learns_what_fails(tmp_path):
     assert max(x for x in found if x <= 0.7) > 0.67
 
 
+def test_bayesian_search_is_guided_where_most_trials_fail(tmp_path):
+    """Trials that fail count among the random ones at the beginning: else nearly all would be."""
+    space = line(("x", 0.0, 1.0), ("y", 0.0, 1.0))
+    oracle = oracle_in(tmp_path, space, tuner="bayesian", trials=14, seed=1)
+    ends, guided, promising = [], [], oracle._promising
+    oracle._promising = lambda *args: guided.append(len(ends)) or promising(*args)
+    for _ in range(10):
+        trial = oracle.create_trial("w")
+        values = values_of(trial)
+        ends.append(values["x"] < 0.25)
+        if ends[-1]:
+            score(oracle, trial, [values["x"] - values["y"]])
+        else:
+            oracle.finish("w", trial.trial_id, "FAILED", "no luck")
+    assert guided == [6, 7, 8, 9]
+    assert sum(ends[:6]) == 3  # the least to go by; until six have completed, it would take 14
+    assert sum(ends[6:]) >= 2
+
+
+def test_bayesian_search_needs_some_scores(tmp_path):
+    oracle = oracle_in(tmp_path, tuner="bayesian", trials=20)
+    guided, promising = [], oracle._promising
+    oracle._promising = lambda *args: guided.append(len(oracle.trials)) or promising(*args)
+    for number in range(10):
+        trial = oracle.create_trial("w")
+        if number in (2, 6, 8):
+            score(oracle, trial, [0.5])
+        else:
+            oracle.finish("w", trial.trial_id, "FAILED", "no luck")
+    assert guided == [9]
+
+
 @pytest.mark.parametrize(("epochs", "factor"), [(4, 2), (9, 3), (10, 3)])
 def test_hyperband_goes_on_from_the_best(tmp_path, epochs, factor):
     oracle = oracle_in(tmp_path, tuner="hyperband", epochs=epochs, factor=factor)
@@ -631,6 +665,77 @@ def test_old_checkpoint_is_for_an_old_search(trial, tmp_path):
         found = trial(identity=identity)
         found._restore(None)
         assert len(found.history) == epochs
+
+
+LOOKAHEAD = """
+import keras
+
+from keras_norm.callbacks import Lookahead
+from keras_norm.tuning import Candidate
+
+
+def space(hp, task):
+    def model():
+        net = keras.Sequential(
+            [keras.Input(task.input_shape), keras.layers.Flatten(), keras.layers.Dense(10)]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        net.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"], run_eagerly=True)
+        return net
+
+    hp.Choice("x", [0.5])
+    slow = Lookahead(2 * task.epochs, steps=3, decay=0.9, power=0)  # due in the second epoch
+    return Candidate(model, batch_size=50, callbacks=[keras.callbacks.Callback(), slow])
+"""
+
+
+@pytest.mark.parametrize("process", ["trial", "training"])
+def test_callbacks_go_on_from_their_variables(tmp_path, monkeypatch, process):
+    """Slow weights that began anew, from the fast ones, would end in another net."""
+    (tmp_path / "slow.py").write_text(LOOKAHEAD)
+    monkeypatch.delitem(sys.modules, "keras_norm_space_slow", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    settings = Settings(data="digits", subset=100, epochs=2, space=f"{tmp_path / 'slow.py'}:space")
+    entries = {"space": spaces.explore(settings, TASKS["digits"])["space"]}
+    spec = {"settings": settings.to_dict(), "space": entries, "values": {"x": 0.5}, "number": 0}
+    spec |= {"names": None, "seed": 0, "root": 0, "ancestor": None, "identity": "one"}
+
+    class Channel:
+        def __init__(self, enough):
+            self.enough, self.losses = enough, []
+
+        def ask(self, message):
+            if "report" in message:
+                self.losses.append(message["report"]["loss"])
+                self.send(message["report"])
+            return {"go": True}
+
+        def send(self, message):
+            if message["epoch"] == self.enough:
+                raise KeyboardInterrupt
+
+    def losses(name, enough=math.inf):
+        folder, channel = tmp_path / name, Channel(enough)
+        folder.mkdir(exist_ok=True)
+        if process == "training":
+            own = {**spec, "folder": str(folder)}
+            return [h["loss"] for h in _search_retrain._trained(channel, own)["history"]]
+        Trial(channel, {**spec, "folder": str(folder)}).train()
+        return channel.losses
+
+    whole = losses("whole")
+    with pytest.raises(KeyboardInterrupt):
+        losses("interrupted", enough=1)
+    with np.load(tmp_path / "interrupted/checkpoint.npz") as file:
+        arrays = {name: file[name] for name in file}
+    (tmp_path / "once").mkdir()  # where the file is as it was once written
+    once = {name: value for name, value in arrays.items() if not name.startswith("c")}
+    assert set(arrays) - set(once) == {"c1_0", "c1_1"}
+    np.savez(tmp_path / "once/checkpoint.npz", **once)
+    assert losses("interrupted") == whole
+    begun_anew = losses("once")
+    assert begun_anew[0] == whole[0]
+    assert begun_anew[1] != whole[1]
 
 
 def test_losses_of_trials_can_be_compared(trial, explored, tmp_path):
@@ -1009,6 +1114,37 @@ def test_pin(explored):
         spaces.pin(explored["cifar10"], {"learning_rate": "3"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments", "options", "good", "bad", "told"),
+    [
+        ("Int", (16, 64), {"step": 16}, {"16": 16, 48.0: 48}, ["20", 80, "16.5", "inf", "nan"],
+         "a whole number between 16 and 64, in steps of 16"),
+        ("Int", (1, 4), {}, {"3": 3}, ["inf", "-inf", "2.5"], "a whole number between 1 and 4"),
+        ("Int", (1, 1000), {"step": 10, "sampling": "log"}, {"100": 100}, [200],
+         "a whole number between 1 and 1000, in factors of 10"),
+        ("Float", (0.0, 1.0), {"step": 0.25}, {"0.75": 0.75, 0: 0.0}, [0.3, "inf", "nan"],
+         "between 0 and 1, in steps of 0.25"),
+        ("Float", (0.0, 0.7), {"step": 0.1}, {"0.3": 0.3, 0.7: 0.7}, [0.35], "in steps of 0.1"),
+        ("Float", (1e-4, 0.1), {"step": 10, "sampling": "log"}, {"1e-3": 1e-3}, [2e-3],
+         "between 0.0001 and 0.1, in factors of 10"),
+        ("Float", (1.0, 100.0), {"step": 10, "sampling": "reverse_log"}, {91: 91.0, 1: 1.0}, [10],
+         "in factors of 10"),
+        ("Fixed", (3,), {}, {"3": 3}, [4], "3"),
+    ],
+)  # fmt: skip
+def test_pin_takes_only_what_the_space_has(kind, arguments, options, good, bad, told):
+    hp = keras_tuner.HyperParameters()
+    getattr(hp, kind)("n", *arguments, **options)
+    space = dict(hp.get_config(), values={})
+    for value, expected in good.items():
+        (entry,) = spaces.pin(space, {"n": value})["space"]
+        assert (entry["class_name"], entry["config"]["value"]) == ("Fixed", expected)
+        assert type(entry["config"]["value"]) is type(expected)
+    for value in bad:
+        with pytest.raises(SearchError, match=f"n cannot be {value!r}: it is .*{told}\\."):
+            spaces.pin(space, {"n": value})
+
+
 def test_conditions_on_whole_numbers_stay():
     hp = keras_tuner.HyperParameters()
     hp.Int("layers", 1, 4)
@@ -1113,6 +1249,39 @@ def test_importance_finds_what_matters_and_says_when_nothing_does():
     assert importance(trials[:11]) == {}
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (4e-3, 6e-2, ["0.005", "0.01", "0.02", "0.05"]),
+        (2e-3, 8e-3, ["0.002", "0.005"]),
+        (2.2e-3, 2.6e-3, None),
+        (1.1e-4, 0.9, None),
+    ],
+)
+def test_labels_of_rates_lie_apart(low, high, expected):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(4.6, 4.4))
+    axes.plot([low, high], [0, 1])
+    axes.set_xscale("log")
+    _spread_ticks(axes)
+    figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+    low, high = axes.get_xlim()
+    labels = [label for label in labels if low <= label.get_position()[0] <= high]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    pyplot.close(figure)
+    assert len(boxes) >= 2
+    assert all(a.x1 + 3 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert expected is None or [label.get_text() for label in labels] == expected
+
+
+def test_report_without_matplotlib_leaves_nothing(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SearchError, match=r"A report needs matplotlib, .*: pip install"):
+        tuning.report(made)
+    assert not (made.out / "report").exists()
+
+
 def test_report_of_pruned_trials_alone(tmp_path):
     write_search(tmp_path, Settings(data="digits", prune=True), line(), line())
     history = {"val_accuracy": {1: 0.5}, "seconds": {1: 2.0}, "parameters": {1: 10.0}}
@@ -1209,6 +1378,14 @@ def test_trainings_before_the_test_leave_the_choice_open(made, trainings, tmp_pa
     assert not json.loads((made.out / "tested.json").read_text())["tested"]
     trainings()
     tuning.retrain(made, out=tmp_path / "other", top=2, progress=False)
+
+
+def test_card_of_a_small_net_counts_its_operations(made, trainings):
+    trainings()
+    card = tuning.retrain(made, progress=False)
+    assert "\n1 parameters; 1 operations for one\n" in card.read_text()
+    told = [_search_retrain._count(number) for number in (18_944, 999_999, 1e6, 2.345e9)]
+    assert told == ["18,944", "999,999", "1.0 million", "2,345.0 million"]
 
 
 def test_bar_of_trainings_counts_each_epoch_once(made, trainings, monkeypatch):
@@ -1321,6 +1498,72 @@ def test_settings_are_checked(options, message):
         Settings.of(options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_after": 3}, "prune_after has no effect without prune: .* prune_after=3"),
+        ({"prune_least": 2}, "prune_least has no effect without prune: .* prune_least=2"),
+        ({"factor": 4}, "factor has no effect without the tuner hyperband: .* factor=4"),
+        ({"refine_top": 2}, "refine_top has no effect without refine: .* refine_top=2"),
+        ({"prune": True, "prune_after": 20, "epochs": 5}, "prune_after=20 with epochs=5"),
+        ({"prune": True, "epochs": 1}, "prune_after must be below epochs, or leave out prune"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, options, message):
+    """Of a search that begins; one that was begun with them goes on."""
+    with pytest.raises(SearchError, match=message):
+        prepare(tmp_path / "new", options, resume=False, overwrite=False)
+    write_search(tmp_path, Settings.of(options), line(), line())
+    with pytest.raises(SearchError, match=message):
+        prepare(tmp_path, options, resume=False, overwrite=True)
+    assert prepare(tmp_path, {"trials": 30}, resume=True, overwrite=False).trials == 30
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prune": True, "prune_after": 1, "prune_least": 2, "epochs": 2},
+        {"tuner": "hyperband", "factor": 4},
+        {"prune": False, "epochs": 1},
+    ],
+)
+def test_options_with_effect_are_not_refused(tmp_path, options):
+    prepare(tmp_path / "new", options, resume=False, overwrite=False)
+
+
+def test_packages_that_are_missing_are_told_at_once(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(_search_run, "_Owner", None)  # nothing is started
+    monkeypatch.setitem(sys.modules, "keras_tuner", None)
+    with pytest.raises(SearchError, match=r"A search needs keras-tuner, .*: pip install"):
+        tuning.search(tmp_path / "new", data="digits")
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    needed = "keras-tuner and tensorboard, not installed here: pip install keras-tuner tensorboard"
+    with pytest.raises(SearchError, match=f"A search needs {needed}"):
+        tuning.search(tmp_path / "new", data="digits")
+    with pytest.raises(SearchError, match=f"To train the best again needs {needed}"):
+        tuning.retrain(made)
+    assert not (tmp_path / "new").exists()
+    assert not (made.out / "retrained").exists()
+
+
+def test_overwriting_leaves_what_is_not_of_the_search(tmp_path):
+    write_search(tmp_path, Settings(data="digits"), line(), line())
+    for name in ("trial_07", "report", "retrained", "tensorboard", "trial_mine", "trial_1_kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    for name in ("trial_notes.md", "trial_8", "oracle.json", "tested.json"):
+        (tmp_path / name).touch()
+    clear(tmp_path)
+    left = {"trial_mine", "trial_1_kept", "trial_notes.md", "trial_8"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2"])
+def test_number_of_the_best_is_checked(made, count):
+    with pytest.raises(SearchError, match=f"count must be .* Received: count={count!r}"):
+        made.best(count)
+
+
 def test_scalars_of_numpy_are_numbers():
     fixed = {"rate": np.float32(0.5), "width": np.int64(128), "deep": np.bool_(True)}
     settings = Settings.of({"fixed": fixed, "epochs": np.int64(3)})
@@ -1374,14 +1617,42 @@ def test_files_that_are_not_those_of_a_search(tmp_path):
         ("rates = {}['momentum']", "its code raises KeyError: 'momentum'"),
         ("int('x')", "its code raises ValueError: invalid literal"),
         ("raise SystemExit(0)", "its code raises SystemExit: 0"),
-        ("import no_such_module", r"No module named 'no_such_module'\. If it has moved"),
+        ("import no_such_module", r"No module named 'no_such_module', which it imports\. Install"),
+        ("open('no_such_file')", "its code raises FileNotFoundError: "),
+        ("def space(hp task): pass", "its code raises SyntaxError: "),
+        ("def other(hp, task): pass", "there is no 'space' in it"),
     ],
 )
-def test_code_of_a_space_that_raises(tmp_path, code, message):
+def test_code_of_a_space_that_raises(tmp_path, monkeypatch, code, message):
+    monkeypatch.delitem(sys.modules, "keras_norm_space_raising", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     path = tmp_path / "raising.py"
     path.write_text(code)
     with pytest.raises(SearchError, match=f"space='{path}:space' cannot be had: {message}"):
         spaces.space_of(f"{path}:space")
+
+
+def test_a_space_that_is_not_there_may_have_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for place in (tmp_path / "gone.py", "gone_module", "keras_norm.gone_module"):
+        with pytest.raises(SearchError, match=r"cannot be had: .*If it has moved, name it"):
+            spaces.space_of(f"{place}:space")
+
+
+def test_a_space_imports_its_neighbours(tmp_path, monkeypatch):
+    """As `python FILE` would, wherever the search was started; also where it is called."""
+    for name in ("keras_norm_space_neighbourly", "first_neighbour", "other_neighbour"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "first_neighbour.py").write_text("SIZE = 8")
+    (tmp_path / "other_neighbour.py").write_text("SIZE = 9")
+    (tmp_path / "neighbourly.py").write_text(
+        "from first_neighbour import SIZE\n"
+        "def space(hp, task):\n"
+        "    import other_neighbour\n"
+        "    return SIZE, other_neighbour.SIZE\n"
+    )
+    assert spaces.space_of(f"{tmp_path / 'neighbourly.py'}:space")(None, None) == (8, 9)
 
 
 def test_logs_of_a_worker_that_is_stopped_stay(tmp_path):
