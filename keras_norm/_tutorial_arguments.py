@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from keras_norm._files import replace_file, require_writable
 from keras_norm._machine import in_notebook
 
 T = TypeVar("T")
+Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class TutorialArguments:
         mode: "fast", "default" or "full".
         out: Folder for results, made already.
         seeds: Number of seeds that was asked for, or None.
-        data_dir: Folder of the data sets, or None.
+        data_dir: Folder of the data sets, an .npz file of one, or None.
         resume: False if runs that are there already are to be made anew.
+
+    Raises:
+        ValueError: `mode` is another one.
 
     Example:
         >>> from keras_norm.experiments import TutorialArguments
@@ -44,6 +48,14 @@ class TutorialArguments:
     seeds: int | None = None
     data_dir: str | None = None
     resume: bool = True
+    _before: dict[str, Stamp] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("fast", "default", "full"):
+            raise ValueError(
+                f"mode must be 'fast', 'default' or 'full'. Received: mode={self.mode!r}"
+            )
+        self._before.update(_stamps(self.out))
 
     def choose(self, *, fast: T, default: T, full: T) -> T:
         """The value for this mode."""
@@ -65,7 +77,8 @@ class TutorialArguments:
             instead_of: Data for which the embedded digits may have had to stand in.
             **measured: What else is saved beside the answers, as JSON values.
 
-        The file `answers.json` in `out` is replaced whole or not at all.
+        The file `answers.json` in `out` is replaced whole or not at all. Files and folders in `out`
+        count as written that are new, or changed, since these arguments were made.
 
         Raises:
             TypeError: For values that JSON does not know; the file is as it was.
@@ -77,8 +90,9 @@ class TutorialArguments:
         for found in data:
             print(f"{found.title}: {found.source}")
         print(f"Seeds: {seeds}. Written to {self.out}:")
-        for path in sorted(self.out.glob("*.*")):
-            print(f"  {path}")
+        for name, stamp in sorted(_stamps(self.out).items()):
+            if stamp != self._before.get(name):
+                print(f"  {self.out / name}")
         if any(found.fallback for found in data):
             print(f"Figures of the embedded digits, NOT of {instead_of}: see the box above.")
 
@@ -99,8 +113,8 @@ def tutorial_arguments(
 
     Raises:
         SystemExit: Status 2 and one line that says why, after an unknown flag, an abbreviated one,
-            --fast with --full, less than one seed, or a folder that cannot be written. Status 0
-            after --help.
+            --fast with --full, less than one seed, data that are not there, or a folder that cannot
+            be written. Status 0 after --help.
 
     Example:
         >>> import tempfile
@@ -120,7 +134,11 @@ def tutorial_arguments(
     size.add_argument("--fast", action="store_const", const="fast", dest="mode", help="small sizes")
     size.add_argument("--full", action="store_const", const="full", dest="mode", help="full sizes")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds, at least 1")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets")
+    parser.add_argument(
+        "--data-dir",
+        metavar="PATH",
+        help="folder of the data sets, or an .npz file of one (keras_norm.datasets.pack)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -136,8 +154,11 @@ def tutorial_arguments(
     )
     flags = parser.parse_args(argv)
     data_dir = None if flags.data_dir is None else Path(flags.data_dir).expanduser()
-    if data_dir is not None and not data_dir.is_dir():
-        parser.error(f"argument --data-dir: must be a folder that exists; got {flags.data_dir!r}")
+    if data_dir is not None and not (data_dir.is_dir() or _is_packed(data_dir)):
+        parser.error(
+            "argument --data-dir: must be a folder, or an .npz file, that exists; got "
+            f"{flags.data_dir!r}"
+        )
     _check_writable(flags.out, parser)
     return TutorialArguments(
         mode=flags.mode or "default",
@@ -153,6 +174,18 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
     return number
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix == ".npz" and path.is_file()
+
+
+def _stamps(folder: Path) -> dict[str, Stamp]:
+    """What tells each file and folder in a folder, hidden ones apart, from a later one."""
+    if not folder.is_dir():
+        return {}
+    found = {path.name: path.stat() for path in folder.glob("[!.]*") if path.exists()}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
 
 
 def _check_writable(folder: Path, parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
 import textwrap
 from collections import Counter
@@ -177,6 +178,13 @@ def _colors(results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]
     """Colour and marker per name: by its place in the study, as long as those suffice."""
     order = results.names if len(results.names) <= 10 else list(names)
     return {name: _look(order.index(name)) for name in names}
+
+
+def _make_apart(looks: Mapping[str, dict[str, Any]]) -> None:
+    """Each line and marker smaller than the one before: lines that coincide stay visible."""
+    shares = np.linspace(1, 0, len(looks)) if len(looks) > 1 else [0.5]
+    for look, share in zip(looks.values(), shares, strict=True):
+        look |= {"linewidth": 1.4 + 1.4 * share, "markersize": 4 + 3 * share}
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -369,10 +377,7 @@ def learning_curves(
     with _drawing():
         figure, panels = _panels(metrics, share_y)
         looks = _colors(results, names)
-        # Each line and marker smaller than the one before: lines that coincide stay visible.
-        shares = np.linspace(1, 0, len(names)) if len(names) > 1 else [0.5]
-        for name, share in zip(names, shares, strict=True):
-            looks[name] |= {"linewidth": 1.4 + 1.4 * share, "markersize": 4 + 3 * share}
+        _make_apart(looks)
         for metric, axes in panels.items():
             for name in names:
                 _curves(axes, results, name, metric, looks[name])
@@ -528,6 +533,7 @@ def sweep(
         figure, panels = _panels(metrics, False, alone=(6.6, 4.2))
         keys = dict.fromkeys(key for groups in points.values() for key in groups)
         looks = {key: _look(i) for i, key in enumerate(keys)}
+        _make_apart(looks)
         for metric, axes in panels.items():
             groups = points[metric]
             for key, line in groups.items():
@@ -724,7 +730,9 @@ def bars(
         axes.grid(visible=False, axis="y")
         handles = [_handle("single seeds", color=_GREY, marker=".", alpha=0.6, linestyle="")]
         marks = _published_marks(axes, metric, published, names, looks, labels)
-        _legend(figure, handles, marks, "mean ± 1 standard deviation over n seeds")
+        single = max(map(len, values.values()), default=0) == 1
+        note = "one seed" if single else "mean ± 1 standard deviation over n seeds"
+        _legend(figure, handles, marks, note)
         return _finish(figure, path, title)
 
 
@@ -1092,8 +1100,8 @@ def lines(
 
     Args:
         x: Numbers (E,).
-        ys: Name -> numbers (E,), drawn as a line; or (n, E), drawn as mean over the first axis and
-            band of ± 1 standard deviation.
+        ys: Name -> numbers (E,), drawn as a line; or (n, E), one row per seed, drawn as mean over
+            the first axis and band of ± 1 standard deviation.
         xlabel: What x is, with unit.
         ylabel: What y is, with unit.
         xscale: "linear" (default) or "log".
@@ -1124,12 +1132,13 @@ def lines(
             )
     with _drawing():
         from matplotlib import pyplot
+        from matplotlib.ticker import MaxNLocator
 
         figure, axes = pyplot.subplots(figsize=(6.6, 4.0))
         handles = []
         for i, (name, array) in enumerate(arrays.items()):
             _mean_and_band(axes, x, array, _look(i))
-            n = f" (n = {len(array)})" if len(array) > 1 else ""
+            n = f" (n = {len(array)})" if np.ndim(ys[name]) == 2 else ""
             handles.append(_handle(f"{name}{n}", **_look(i)))
         for i, (text, height) in enumerate((reference or {}).items()):
             look = {"color": _GREY, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.1}
@@ -1137,8 +1146,13 @@ def lines(
             handles.append(_handle(text, **look))
         axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
         _plain_numbers(axes)
+        if xscale == "linear" and np.issubdtype(x.dtype, np.number) and (x == x.round()).all():
+            axes.xaxis.set_major_locator(
+                MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
+            )
         banded = any(len(array) > 1 for array in arrays.values())
-        _legend(figure, handles, note=_BAND if banded else "")
+        seeds = any(np.ndim(y) == 2 for y in ys.values())
+        _legend(figure, handles, note=_BAND if banded else "one seed" if seeds else "")
         return _finish(figure, path, title)
 
 
@@ -1173,7 +1187,9 @@ def trajectories(
         The figure.
 
     Raises:
-        ValueError: A panel has no paths, points are not (T, 2), or `animation` is no .gif.
+        ValueError: A panel has no paths, points are not (T, 2), a loss is nowhere above 0 or not
+            finite, `path` is none of the three kinds of file, or `animation` is no .gif. Nothing
+            is written then.
 
     Example:
         >>> from keras_norm.plotting import trajectories
@@ -1188,6 +1204,8 @@ def trajectories(
     """
     if animation is not None and Path(animation).suffix != ".gif":
         raise ValueError(f"An animation is a .gif file. Received: animation={str(animation)!r}")
+    if path is not None:
+        _checked(path)  # before the animation is written
     points = {panel: _points(panel, paths) for panel in surfaces}
     names = list(dict.fromkeys(name for drawn in points.values() for name in drawn))
     with _drawing():
@@ -1197,7 +1215,7 @@ def trajectories(
         figure, grid = pyplot.subplots(1, len(surfaces), figsize=size, squeeze=False)
         drawn = []
         for axes, (panel, surface) in zip(grid.flat, surfaces.items(), strict=True):
-            _contours(axes, surface, xlim, ylim)
+            _contours(axes, panel, surface, xlim, ylim)
             for name, at in points[panel].items():
                 look = _look(names.index(name))
                 (line,) = axes.plot(*at.T, markevery=max(1, len(at) // 8), alpha=0.9, **look)
@@ -1231,10 +1249,16 @@ def _points(panel: str, paths: Mapping[str, Mapping[str, npt.ArrayLike]]) -> dic
 
 
 def _contours(
-    axes: Axes, surface: Any, xlim: tuple[float, float], ylim: tuple[float, float]
+    axes: Axes, panel: str, surface: Any, xlim: tuple[float, float], ylim: tuple[float, float]
 ) -> None:
     x, y = np.meshgrid(np.linspace(xlim[0], xlim[1], 201), np.linspace(ylim[0], ylim[1], 201))
     height = np.asarray(surface(x, y), dtype=np.float64)
+    if not 0 < height.max() < math.inf:
+        raise ValueError(
+            "A surface must be finite, and above 0 somewhere in its range: each contour is twice "
+            f"as high as the one inside of it. Received: a maximum of {height.max():g} in panel "
+            f"{panel!r}. Add a constant to the loss, or pass other limits."
+        )
     top = math.ceil(math.log2(height.max()))
     levels = 2.0 ** np.arange(top - 11, top)
     look: dict[str, Any] = {"colors": _GREY, "linewidths": 0.6, "alpha": 0.45}
@@ -1289,7 +1313,7 @@ def image_grid(
             beyond that, as of standardized images, are scaled from their common least and greatest
             value to 0 … 1.
         titles: Text above each image; default none.
-        columns: Images per row; default up to 8.
+        columns: Images per row, at least 1; default up to 8.
         title: Title; default none.
         path: File to write; default none.
 
@@ -1297,7 +1321,8 @@ def image_grid(
         The figure.
 
     Raises:
-        ValueError: The shape is another one, or there is not one title per image.
+        ValueError: The shape is another one, there is not one title per image, or `columns` is no
+            whole number of at least 1.
 
     Example:
         >>> import numpy as np
@@ -1310,6 +1335,11 @@ def image_grid(
     if titles is not None and len(titles) != len(array):
         raise ValueError(
             f"There must be one title per image. Received: {len(titles)} for {len(array)} images."
+        )
+    if columns is not None and (not isinstance(columns, numbers.Integral) or columns < 1):
+        raise ValueError(
+            "`columns` is how many images stand in a row, a whole number of at least 1, or None "
+            f"for up to 8. Received: columns={columns!r}"
         )
     columns = min(len(array), columns or 8)
     rows = math.ceil(len(array) / columns)

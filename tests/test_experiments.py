@@ -25,7 +25,15 @@ from scipy import special, stats
 
 import keras_norm
 from keras_norm import _machine, experiments
-from keras_norm.experiments import Results, Run, holm, replace_file, run, tutorial_arguments
+from keras_norm.experiments import (
+    Results,
+    Run,
+    TutorialArguments,
+    holm,
+    replace_file,
+    run,
+    tutorial_arguments,
+)
 from keras_norm.layers import BatchNormalization, Dropout
 
 pytestmark = [
@@ -1355,7 +1363,9 @@ def test_flags(tmp_path):
         (["--seeds", "0"], "argument --seeds: must be a whole number, at least 1; got '0'"),
         (["--seeds", "-1"], "argument --seeds"),
         (["--seeds", "two"], "got 'two'"),
-        (["--data-dir", "/nowhere/at/all"], "--data-dir: must be a folder that exists"),
+        (["--data-dir", "/nowhere/at/all"], "--data-dir: must be a folder, or an .npz file, that"),
+        (["--data-dir", "/nowhere/cifar10.npz"], "exists; got '/nowhere/cifar10.npz'"),
+        (["--data-dir", __file__], "exists; got"),
     ],
 )
 def test_wrong_flags(tmp_path, capsys, argv, message):
@@ -1363,6 +1373,17 @@ def test_wrong_flags(tmp_path, capsys, argv, message):
         flags(*argv, tmp_path=tmp_path)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_data_may_be_one_packed_file(tmp_path):
+    packed = tmp_path / "cifar10.npz"
+    packed.touch()
+    assert flags("--data-dir", str(packed), tmp_path=tmp_path).data_dir == str(packed)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"'default' or 'full'\. Received: mode='slow'"):
+        TutorialArguments("slow", Path("results"))
 
 
 def test_out_that_cannot_be_written(tmp_path, capsys):
@@ -1417,6 +1438,22 @@ def test_the_end_of_a_tutorial(tmp_path, capsys):
     with pytest.raises(TypeError):
         arguments.finish(["4."], real, seeds="1 seed", instead_of="X", broken=object())
     assert json.loads((arguments.out / "answers.json").read_text()) == {"answers": ["3."]}
+
+
+def test_the_end_of_a_tutorial_names_what_it_has_written(tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "old").mkdir(parents=True)
+    for name in ("notes.txt", "again.png"):
+        (out / name).write_text("before")
+    arguments = flags(tmp_path=tmp_path)
+    with replace_file(out / "again.png") as path:
+        path.write_text("anew")
+    (out / "weights").mkdir()
+    (out / ".hidden").touch()
+    data = types.SimpleNamespace(title="Photographs", source="a folder", fallback=False)
+    arguments.finish(["1. One."], data, seeds="1", instead_of="X")
+    _, _, listed = capsys.readouterr().out.partition(f"Written to {out}:\n")
+    assert listed.split() == [str(out / name) for name in ("again.png", "answers.json", "weights")]
 
 
 # The best of each group, and many tests

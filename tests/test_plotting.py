@@ -155,6 +155,11 @@ def test_all_diverged_and_single_seed_and_ragged_epochs():
     assert figure.legends[0].get_title().get_text() == "one seed"
     figure = plotting.sweep(rates(seeds=1), "rate", "accuracy", group="norm")
     assert figure.legends[0].get_title().get_text() == "one seed"
+    figure = plotting.bars(study(seeds=1), "test_accuracy")
+    assert figure.legends[0].get_title().get_text() == "one seed"
+    figure = plotting.lines([1, 2], {"a": [[3, 4]]}, xlabel="", ylabel="")
+    assert figure.legends[0].get_title().get_text() == "one seed"
+    assert legend_texts(figure) == ["a (n = 1)"]
     runs = [
         Run("a", {}, 0, history={"loss": [3.0, 2.0, 1.0], "val_loss": [None, 1.0, None]}),
         Run("a", {}, 1, history={"loss": [5.0, 4.0], "val_loss": [None, 3.0]}),
@@ -422,6 +427,16 @@ def test_sweep_draws_means_bands_and_seeds():
     heights = band[band[:, 0] == 0.1, 1]
     spread = np.std(values[1], ddof=1)
     assert heights.max() - heights.min() == pytest.approx(2 * spread, rel=1e-9)
+
+
+def test_lines_of_a_sweep_that_coincide_stay_visible():
+    axes = plotting.sweep(rates(("a", "b", "c")), "rate", "accuracy", group="norm").axes[0]
+    lines = [line for line in axes.lines if line.get_linestyle() == "-"]
+    widths = [line.get_linewidth() for line in lines]
+    markers = [line.get_markersize() for line in lines]
+    assert len(lines) == 3
+    assert widths == sorted(set(widths), reverse=True)
+    assert markers == sorted(set(markers), reverse=True)
 
 
 def test_sweep_has_a_panel_for_each_metric():
@@ -719,6 +734,17 @@ def test_lines_with_and_without_a_band():
         plotting.lines(x, {"a": [1, 2]}, xlabel="", ylabel="")
 
 
+@pytest.mark.parametrize(
+    ("x", "whole"), [([1, 2, 3, 4], True), ([1, 1.5, 2], False), ([0, 20, 40], True)]
+)
+def test_ticks_of_lines_are_whole_where_the_numbers_are(x, whole):
+    axes = plotting.lines(x, {"a": x}, xlabel="epoch", ylabel="y").axes[0]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert len(ticks) >= 3
+    assert all(float(tick).is_integer() for tick in ticks) == whole
+
+
 def test_matrix_texts_can_be_read_on_their_ground():
     axes = plotting.matrix([[0.0, 1.0], [math.nan, 0.4]], rows=["a", "b"], columns=["c", "d"]).axes[
         0
@@ -751,6 +777,9 @@ def test_image_grid_refuses():
         plotting.image_grid(np.zeros((4, 4)))
     with pytest.raises(ValueError, match=r"one title per image. Received: 1 for 2 images"):
         plotting.image_grid(np.zeros((2, 4, 4)), ["a"])
+    for columns in (-1, 0, 2.0):
+        with pytest.raises(ValueError, match=rf"Received: columns={columns}"):
+            plotting.image_grid(np.zeros((2, 4, 4)), columns=columns)
 
 
 # Trajectories
@@ -801,3 +830,29 @@ def test_trajectories_are_the_given_points_still_and_moving(tmp_path):
 def test_trajectories_refuse_what_they_cannot_draw(paths, options, message):
     with pytest.raises(ValueError, match=message):
         plotting.trajectories({"a": bowl}, paths, xlim=(-1, 1), ylim=(-1, 1), **options)
+
+
+@pytest.mark.parametrize(
+    ("surface", "maximum"),
+    [(lambda x, y: -(x**2), "0"), (lambda x, y: x - 9, "-8"), (lambda x, y: x / 0, "(inf|nan)")],
+)
+def test_trajectories_need_a_surface_above_zero(surface, maximum):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match=rf"a maximum of -?{maximum} in panel 'a'"),
+    ):
+        plotting.trajectories({"a": surface}, {"a": {"one": spiral(3)}}, xlim=(-1, 1), ylim=(-1, 1))
+    assert not pyplot.get_fignums()
+
+
+def test_nothing_is_written_where_one_of_two_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Received: path='.*a\.jpg'"):
+        plotting.trajectories(
+            {"a": bowl},
+            {"a": {"one": spiral(3)}},
+            xlim=(-1, 1),
+            ylim=(-1, 1),
+            path=tmp_path / "a.jpg",
+            animation=tmp_path / "a.gif",
+        )
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The tutorials as their readers run them: as scripts, with `--fast`; the first in a new Python."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -165,6 +166,24 @@ def test_tutorial_3_without_data_or_network_runs_loudly_on_digits(tmp_path, no_d
     assert results.values("batch norm", "ratio_1").mean() > 0.8
     shifted = results.values("dropout, norm", "ratio_1")  # keep 0.5: half the variance, by (V1)
     assert abs(shifted - results.values("dropout, norm", "predicted_1")).max() < 0.05
+    # Of widths 20 and 200, keep 1 and .25: 50 / 200 = .25, and from 100 on 1 is nearer.
+    assert answers["slopes_of_the_rule"] == [[50, 100, pytest.approx(math.log(0.25, 10))]]
+    assert "with c from 50 to 100 units" in answers["answers"][2]
+    assert "slope -1" not in answers["answers"][2]  # which no keeps of this grid can have
+    answers, _ = on_digits(
+        "03_dropout.py",
+        tmp_path,
+        no_data,
+        *("--seeds", "1"),  # that of the runs just made
+        stands_for="CIFAR-10",
+        plots=("sizes",),
+        answers=4,
+    )
+    first, _, third, _ = answers["answers"]  # one seed: nothing is tested
+    assert "over the number of images: not tested in this mode" in first
+    assert "of one seed, not tested in this mode" in third
+    assert third.count("no worse at the 5% level: not tested in this mode") == 2
+    assert "bootstrap" not in third
 
 
 @pytest.mark.slow

@@ -20,8 +20,9 @@ to the variances that batch normalization relies on: predicted, measured, and wh
 **You need** lesson 1 for the last part: moving statistics, and how the tests are read.
 
 **Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, found in
-`--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
-is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
+`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
+tensorflow-datasets; downloaded to the first of these that can be written to (163 MB). With neither
+network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full` an
 hour and a quarter beside other work (ten seeds of the first experiment, five of the others; more
@@ -33,6 +34,7 @@ README, which `--full` reproduces.
 
 # %%
 import functools
+import itertools
 import logging
 
 import matplotlib  # noqa: F401 -- here, and not after all trainings, it is to be found missing
@@ -544,9 +546,15 @@ for layers in ("1 layer", "3 layers"):
 Two answers circulate: none at all, because dropping a fraction adapts to the width by itself; and
 keep in inverse proportion to the width, so that keep times width, the number of units that remain,
 stays the same (a rule of thumb from Srivastava and others). So: nets of several widths, each at
-several keep probabilities, all else equal. If log(best keep) is a straight line in log(width), the
-first answer says that its slope is 0, the second that it is -1. The slope's interval is from a
-bootstrap: seeds are drawn anew with replacement, 2,000 times, and the best keeps found again.
+several keep probabilities, all else equal. A straight line through log(best keep) over log(width)
+has a slope: 0 by the first answer. By the second it is not -1 here, for keep is at most 1, and only
+a few were tried: it is the slope of
+
+    (R1) keep = min(1, c / width), rounded to the nearest logarithm of a keep that was tried
+
+which depends on c, the units that remain. The slope's interval is from a bootstrap: seeds are drawn
+anew with replacement, 2,000 times, and the best keeps found again. With which c does (R1) have its
+slope in there?
 """
 
 # %%
@@ -580,8 +588,15 @@ def width_name(width, keep):
 
 
 def slope_of(best):
-    """Of log(best keep) in log(width)."""
-    return float(np.polyfit(np.log(WIDTHS), np.log(best), 1)[0])
+    """Of log(best keep) in log(width), rounded so that equal keeps give +0."""
+    return round(float(np.polyfit(np.log(WIDTHS), np.log(best), 1)[0]), 9) + 0.0
+
+
+def rule(c):
+    """(R1): a keep for each width."""
+    wanted = np.minimum(1, c / np.array(WIDTHS))
+    away = np.abs(np.log(wanted)[:, None] - np.log(choices))  # (W, K)
+    return choices[away.argmin(axis=1)]  # (W, K) -> (W,)
 
 
 grid = np.array(
@@ -590,11 +605,16 @@ grid = np.array(
         for width in WIDTHS
     ]
 )  # (W, K, n)
-choices = np.array(WIDTH_KEEPS, dtype=float)
+choices = np.array(WIDTH_KEEPS, dtype=float)  # (K,), from 1 down
 best_by_width = choices[grid.mean(axis=2).argmax(axis=1)]  # (W, K, n) -> (W,)
 draws = np.random.default_rng(0).integers(0, len(fewer_seeds), (2000, len(fewer_seeds)))
 slopes = [slope_of(choices[grid[:, :, d].mean(axis=2).argmax(axis=1)]) for d in draws]
 SLOPE, SLOPE_LOW, SLOPE_HIGH = slope_of(best_by_width), *np.quantile(slopes, [0.025, 0.975])
+# Where (R1) turns to another keep: from the least keep at the widest layer, below which none was
+# tried, to where it is 1 at every width.
+turns = np.outer(WIDTHS, np.sqrt(choices[1:] * choices[:-1])).round(6)  # (W, K - 1)
+edges = [choices[-1] * WIDTHS[-1], *np.unique(turns[turns > choices[-1] * WIDTHS[-1]])]
+RULE = [(low, high, slope_of(rule((low + high) / 2))) for low, high in itertools.pairwise(edges)]
 
 WIDTH_LINES = []
 for width, best in zip(WIDTHS, best_by_width, strict=True):
@@ -606,18 +626,21 @@ for width, best in zip(WIDTHS, best_by_width, strict=True):
         and not by_width.compare(width_name(width, keep), width_name(width, best), "val_accuracy").p
         < 0.05
     ]
-    mean, spread = (
-        f(by_width.values(width_name(width, best), "val_accuracy")) for f in (np.mean, np.std)
-    )
+    no_worse = ", ".join(rivals) or ("none" if len(fewer_seeds) > 1 else "not tested in this mode")
+    mean = by_width.values(width_name(width, best), "val_accuracy").mean()
     WIDTH_LINES.append(
         f"width {width}: best keep {best:g} ({100 * mean:.1f} %, {best * width:g} units kept); "
-        f"no worse at the 5% level: {', '.join(rivals) or 'none'}"
+        f"no worse at the 5% level: {no_worse}"
     )
 print("\n".join(WIDTH_LINES))
-print(
-    f"Slope of log(best keep) in log(width): {SLOPE:+.2f}, bootstrap interval "
-    f"{SLOPE_LOW:+.2f} to {SLOPE_HIGH:+.2f} (95 %, n = {len(fewer_seeds)})"
+INTERVAL = (
+    f"bootstrap interval {SLOPE_LOW:+.2f} to {SLOPE_HIGH:+.2f} (95 %, n = {len(fewer_seeds)} seeds)"
+    if len(fewer_seeds) > 1
+    else "of one seed, not tested in this mode"
 )
+print(f"Slope of log(best keep) in log(width): {SLOPE:+.2f}, {INTERVAL}")
+for low, high, slope in RULE:
+    print(f"(R1) with c from {low:.0f} to {high:.0f} units: {slope:+.2f}")
 
 # %% [markdown]
 """
@@ -854,8 +877,9 @@ def answer_regularizer():
         f"{compared(main, 'keep 0.25', 'keep 1')} {published()}The best of the keep "
         f"probabilities tried was {BEST_KEEP:g}, with "
         f"{percent(by_keep.values(f'keep {BEST_KEEP:g}', 'val_accuracy'))}. "
-        f"Validation accuracy of keep .25 minus keep 1 over the number of images: {sizes}. What "
-        "would change the answer: more epochs, another width."
+        "Validation accuracy of keep .25 minus keep 1 over the number of images: "
+        f"{sizes or 'not tested in this mode'}. What would change the answer: more epochs, another "
+        "width."
     )
 
 
@@ -891,22 +915,32 @@ def answer_division():
     )
 
 
-def answer_width():
-    verdicts = {
-        "no change (slope 0)": SLOPE_LOW <= 0 <= SLOPE_HIGH,
-        "keep times width constant (slope -1)": SLOPE_LOW <= -1 <= SLOPE_HIGH,
-    }
-    said = ", ".join(
-        f"{text} is {'compatible with it' if fits else 'outside of it'}"
-        for text, fits in verdicts.items()
+def verdict_on_width():
+    """Which of the two answers have their slope in the interval."""
+    if len(fewer_seeds) < 2:
+        return ""
+    held = []  # (least c, largest c), neighbours as one
+    for low, high, slope in RULE:
+        if SLOPE_LOW <= slope <= SLOPE_HIGH:
+            start = held.pop()[0] if held and held[-1][1] == low else low
+            held.append((start, high))
+    units = " and ".join(f"{low:.0f} to {high:.0f}" for low, high in held)
+    change = "rises" if SLOPE_HIGH < 0 else "falls" if SLOPE_LOW > 0 else "does not clearly change"
+    return (
+        f" Slope 0, no change, {'lies' if SLOPE_LOW <= 0 <= SLOPE_HIGH else 'does not lie'} in it. "
+        "Of the slopes of keep = min(1, c / width), rounded to the keeps tried, with c from "
+        f"{RULE[0][0]:.0f} to {RULE[-1][1]:.0f} units, "
+        f"{f'those for {units} lie' if held else 'none lies'} in it. So with narrower layers the "
+        f"best keep {change} here."
     )
+
+
+def answer_width():
     return (
         f"3. {'; '.join(WIDTH_LINES)}. The slope of log(best keep) in log(width) is {SLOPE:+.2f}, "
-        f"with a bootstrap interval of {SLOPE_LOW:+.2f} to {SLOPE_HIGH:+.2f} (95 %, n = "
-        f"{len(fewer_seeds)} seeds): {said}. So with narrower layers the best keep "
-        f"{'rises' if SLOPE_HIGH < 0 else 'falls' if SLOPE_LOW > 0 else 'does not clearly change'}"
-        " here. What would change the answer: enough epochs for the narrow nets with much dropout "
-        "to learn the training images, or so many images that narrow nets do not overfit at all."
+        f"{INTERVAL}.{verdict_on_width()} What would change the answer: enough epochs for the "
+        "narrow nets with much dropout to learn the training images, or so many images that narrow "
+        "nets do not overfit at all."
     )
 
 
@@ -960,4 +994,5 @@ arguments.finish(
     gradient_errors_of_the_net=GRADIENT_ERRORS,
     best_keep_by_width=dict(zip(map(str, WIDTHS), best_by_width, strict=True)),
     slope=[SLOPE, SLOPE_LOW, SLOPE_HIGH],
+    slopes_of_the_rule=RULE,
 )
