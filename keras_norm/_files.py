@@ -53,9 +53,17 @@ def require_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
+class FolderInUseError(RuntimeError):
+    """Another process holds the folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops by itself when the process dies."""
+    """Hold the folder's lock, which the system drops by itself when the process dies.
+
+    Raises:
+        FolderInUseError: if another process holds it.
+    """
     path = folder / ".results.lock"
     file = _acquire(path)
     try:
@@ -72,10 +80,10 @@ def _acquire(path: Path) -> IO[str]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise RuntimeError(
-                "Only one process at a time may run experiments into a folder. Received: "
+            raise FolderInUseError(
+                "Only one process at a time may write its results into a folder. Received: "
                 f"out={str(path.parent)!r}, in use by process {holder}. Wait for it, or give "
-                "another folder and merge the results."
+                "another folder (results of experiments can be merged)."
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):

@@ -88,8 +88,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             ended" (fit had fewer batches than `steps`) or "interrupted".
 
     Raises:
-        ValueError: for a number out of its range; from `fit`, if the model is not built or its
-            logs have no loss.
+        ValueError: for a number out of its range; from `fit`, if the model is not built, its logs
+            have no loss, or its optimizer has no part in its first batch.
 
     Example:
         >>> import keras
@@ -193,6 +193,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
                 "A learning-rate range test needs the loss of each batch. Received: logs of "
                 f"{sorted(logs or {})}. Let `train_step` return 'loss'."
             )
+        if not self._losses:
+            self._check_optimizer()
         self._losses.append(float(logs["loss"]))
         if self._diverged():
             self._end("diverged")
@@ -219,6 +221,19 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             # Already here: what comes before on_train_end must not see (or save) these weights.
             self._snapshot.put_back()
         self.model.stop_training = True
+
+    def _check_optimizer(self) -> None:
+        """After the first batch: another optimizer would train at rates of its own."""
+        _synchronized(self.model)
+        if self._snapshot is None or self._snapshot.has_stepped():
+            return
+        self.restore()
+        raise ValueError(
+            "A learning-rate range test sweeps the rate of the model's `optimizer`, which has to "
+            f"get the gradients of each batch. Received: optimizer={self.model.optimizer!r}, which "
+            "got none in the first batch. Give the optimizer that trains to `compile`, and let "
+            "`train_step` apply it."
+        )
 
     def _sweep(self, step: Any) -> Any:
         """The learning rate as a schedule, for an optimizer that has one of its own."""
@@ -406,7 +421,11 @@ class _Snapshot:
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         self._model = model
-        self._rule = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+        self._rule = _rule(optimizer)
+        self._steps = [self._rule._iterations]
+        if hasattr(optimizer, "dynamic_scale"):
+            self._steps.append(optimizer.dynamic_scale)  # halved where a step is left out
+        self._before = [float(v.numpy()) for v in self._steps]
         self._variables = [*model.variables, *optimizer.variables]
         self._values = [np.array(variable.numpy()) for variable in self._variables]
         if keras.backend.backend() == "jax":
@@ -419,7 +438,7 @@ class _Snapshot:
         if isinstance(self._schedule, keras.Variable):
             self._schedule = None
         else:
-            self._rule.learning_rate = _Sweep(sweep, int(self._rule.variables[0].numpy()))
+            self._rule.learning_rate = _Sweep(sweep, int(self._rule._iterations.numpy()))
             model.make_train_function(force=True)
         self._train_function = model.train_function
         self._wrapper = _watched(self._train_function, restore)
@@ -432,6 +451,10 @@ class _Snapshot:
     def get_learning_rate(self) -> float:
         rate = self._rule.learning_rate
         return float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(rate)))
+
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has been given gradients since."""
+        return self._before != [float(v.numpy()) for v in self._steps]
 
     def put_back(self) -> None:
         """Assigns the values, in the middle of an epoch too."""
@@ -476,6 +499,11 @@ def _watched(function: Callable[..., Any], restore: Callable[[], None]) -> Calla
             raise
 
     return train_function
+
+
+def _rule(optimizer: Any) -> Any:
+    """The optimizer that makes the steps: of a LossScaleOptimizer, the one inside."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _is_int(value: Any) -> bool:
@@ -818,7 +846,8 @@ class AverageWeights(_Exchange):
         options: of `keras_norm.statistics.reestimate`.
 
     Raises:
-        ValueError: for arguments out of range; from `fit`, if a backup is of another model.
+        ValueError: for arguments out of range; from `fit`, if a backup is of another model, or
+            with `keep` if the optimizer has `use_ema=True`.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -916,6 +945,12 @@ class AverageWeights(_Exchange):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins a new average."""
+        if self.keep and _use_ema(self.model.optimizer):
+            raise ValueError(
+                "Only one average can be left in the model when `fit` ends, and an optimizer with "
+                "`use_ema=True` leaves its own. Received: keep=True, optimizer="
+                f"{self.model.optimizer!r}. Pass keep=False, or leave `use_ema` out."
+            )
         super().on_train_begin(logs)
         self.updates, self._averages, self._averaged, self._left = 0, [], [], None
         self._updated, self._batches = -1, 0
@@ -1014,6 +1049,12 @@ def _average(value: Any, variable: Any) -> Any:
     return keras.Variable(ops.cast(value, dtype), dtype=dtype, trainable=False, name="average")
 
 
+def _use_ema(optimizer: Any) -> bool:
+    """Whether the optimizer, or one of several, puts its own average into the weights."""
+    rule = _rule(optimizer)
+    return any(getattr(one, "use_ema", False) for one in getattr(rule, "optimizers", [rule]))
+
+
 class Lookahead(keras.callbacks.Callback):
     """Slow weights that follow the fast ones, and that the fast ones return to.
 
@@ -1032,9 +1073,9 @@ class Lookahead(keras.callbacks.Callback):
         power: number >= 0; 0 averages from the beginning. Default: 3.
 
     State: `variables`, the slow weights, one `keras.Variable` for each trainable weight and each
-        moving statistic, from the first step on; t is the optimizer's `iterations`, times the
-        batches whose gradients it accumulates. Save and restore both with the model to resume a
-        training exactly.
+        moving statistic, from the first step on; t is counted by the optimizer, as batches, also
+        those whose gradients it only accumulates. Save and restore both with the model to resume
+        a training exactly.
 
     Raises:
         ValueError: for arguments out of range.
@@ -1096,12 +1137,10 @@ class Lookahead(keras.callbacks.Callback):
             self.build(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Notes how many steps the optimizer has taken."""
+        """Notes how many batches the optimizer has had."""
         _synchronized(self.model)
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
-        batches = optimizer.gradient_accumulation_steps or 1  # in one of the optimizer's steps
-        self._before = self._step = batches * int(optimizer.iterations)
+        # `iterations` is rounded down to whole accumulations, which may go on into this epoch.
+        self._before = self._step = int(_rule(self.model.optimizer)._iterations.numpy())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Updates slow and fast weights, every so many steps."""
@@ -1119,11 +1158,14 @@ class Lookahead(keras.callbacks.Callback):
 def in_order(callbacks: Sequence[Any]) -> list[Any]:
     """Callbacks in the order that those which exchange weights or statistics need.
 
-    First one that brings such values in where there is no validation to do so, for each of them.
-    Then what looks at the model at the end of an epoch (checkpoints, early stopping, and all
-    others), then `AverageWeights`, `ReestimateStatistics` and `AdaptStatistics`, whose statistics
-    are those of averaged weights then. With the model's own values back, `StatisticsMonitor`, and
-    last `keras.callbacks.BackupAndRestore`, which is to find the weights of training.
+    First `keras.callbacks.SwapEMAWeights`, for statistics are to be those of the weights that it
+    brings in; with swap_on_epoch=True these stay until the next epoch begins, for all that is
+    listed. Then one that brings the other values in where there is no validation to do so, for
+    each of those that have some. Then what looks at the model at the end of an epoch
+    (checkpoints, early stopping, and all others), then `AverageWeights`, `ReestimateStatistics`
+    and `AdaptStatistics`, whose statistics are those of averaged weights then. With the model's
+    own values back, `StatisticsMonitor`, and last `keras.callbacks.BackupAndRestore`, which is to
+    find the weights of training.
 
     Args:
         callbacks: of Keras.
@@ -1131,21 +1173,48 @@ def in_order(callbacks: Sequence[Any]) -> list[Any]:
     Returns:
         A new list; callbacks of one kind keep their order.
 
+    Raises:
+        ValueError: if `SwapEMAWeights` is beside `AverageWeights`; or, with swap_on_epoch=False,
+            beside one of the others that exchange statistics.
+
     Example:
         >>> order = in_order([keras.callbacks.BackupAndRestore("/tmp/b"), AverageWeights()])
         >>> [type(callback).__name__ for callback in order]
         ['_BeforeEpochEnd', 'AverageWeights', 'BackupAndRestore']
     """
+    _check_swaps(callbacks)
 
     def rank(callback: Any) -> int:
+        if isinstance(callback, keras.callbacks.SwapEMAWeights):
+            return 0
         if isinstance(callback, keras.callbacks.BackupAndRestore):
-            return 4
+            return 5
         if isinstance(callback, _Exchange):
-            return 1 if isinstance(callback, AverageWeights) else 2
-        return 3 if isinstance(callback, StatisticsMonitor) else 0
+            return 2 if isinstance(callback, AverageWeights) else 3
+        return 4 if isinstance(callback, StatisticsMonitor) else 1
 
     ordered = sorted((c for c in callbacks if not isinstance(c, _BeforeEpochEnd)), key=rank)
-    return [*(_BeforeEpochEnd(c) for c in ordered if isinstance(c, _Exchange)), *ordered]
+    swaps = sum(rank(c) == 0 for c in ordered)
+    before = [_BeforeEpochEnd(c) for c in ordered if isinstance(c, _Exchange)]
+    return [*ordered[:swaps], *before, *ordered[swaps:]]
+
+
+def _check_swaps(callbacks: Sequence[Any]) -> None:
+    swaps = [c for c in callbacks if isinstance(c, keras.callbacks.SwapEMAWeights)]
+    exchanges = [c for c in callbacks if isinstance(c, _Exchange)]
+    if not (swaps and exchanges):
+        return
+    if any(isinstance(c, AverageWeights) for c in exchanges):
+        raise ValueError(
+            "Only one callback may exchange the weights, for two would take each other's for those "
+            "of training. Received: AverageWeights and SwapEMAWeights. Leave one of them out."
+        )
+    if not all(c.swap_on_epoch for c in swaps):
+        raise ValueError(
+            "Statistics that are exchanged belong to weights that stay until the epoch ends. "
+            "Received: SwapEMAWeights(swap_on_epoch=False) beside "
+            f"{type(exchanges[0]).__name__}. Pass swap_on_epoch=True."
+        )
 
 
 class StatisticsMonitor(keras.callbacks.Callback):

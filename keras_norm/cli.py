@@ -7,6 +7,7 @@ Ctrl-C is 130. Nothing heavy is imported before it is needed, `--help` least of 
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import re
 import shlex
@@ -75,7 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _is_of_the_user(error: Exception) -> bool:
     """Errors of ours that say what to put right."""
     named = type(error).__name__ in ("SearchError", "DataUnavailableError")
-    return named or isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+    own = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+    return named or own or _is_full(error)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk has no more room, or none for this user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -283,6 +290,12 @@ def _run_retrain(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last epoch.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        raise tuning.SearchError(
+            f"{error}. Make room: the same command goes on from the last epoch."
+        ) from None
     return 0
 
 

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -34,7 +36,7 @@ from keras import ops
 
 from keras_norm import callbacks, datasets, kernels, models, optimizers, statistics
 from keras_norm._experiment_short import classification_metrics
-from keras_norm._files import replace_file, require_writable
+from keras_norm._files import FolderInUseError, locked, replace_file, require_writable
 from keras_norm._machine import describe_machine
 
 __all__ = [
@@ -377,7 +379,7 @@ def train(
         recipe: one of `RECIPES`, or its name.
         data: with a validation part, that judges; without, the test part does. Default:
             CIFAR-10, all 50,000 images, judged by the test images.
-        seed: of initialization, order and augmentation, int >= 0. Default: 0.
+        seed: of initialization, order and augmentation, int from 0 to 2^32 - 1. Default: 0.
         backup: .npz file that is written after every epoch, and gone on from if it exists. It
             stays at the end, for the training is nowhere else until the outcome is saved: then
             remove it. Default: none.
@@ -390,10 +392,11 @@ def train(
         An `Outcome`.
 
     Raises:
-        ValueError: for an unknown recipe, settings out of their range, or a backup of another
-            training.
+        ValueError: for an unknown recipe, settings out of their range, or a backup that is of
+            another training or cannot be read.
     """
     recipe = _recipe(recipe)
+    _check_seed_and_policy(seed, dtype_policy or recipe.dtype_policy)
     if data is None:
         data = load()
     _check(recipe, data)
@@ -530,6 +533,23 @@ def _check(recipe: Recipe, data: datasets.Data) -> None:
         raise ValueError(
             "`views` of a recipe are pixels, fewer than the images have. Received: "
             f"views={recipe.views!r} for images of shape {data.input_shape}."
+        )
+
+
+def _check_seed_and_policy(seed: Any, policy: Any) -> None:
+    """Before the data are read, which takes its time."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` must be an int from 0 to {2**32 - 1}. Received: seed={seed!r}.")
+    if policy == "auto":
+        return
+    try:
+        known = keras.backend.is_float_dtype(keras.dtype_policies.get(policy).compute_dtype)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(
+            "`dtype_policy` must be 'auto' or one of Keras's floating policies, such as 'float32' "
+            f"or 'mixed_bfloat16'. Received: dtype_policy={policy!r}."
         )
 
 
@@ -670,11 +690,18 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
         """Reads the file, if there is one, and refuses that of another training."""
         if self.path is None or not self.path.exists():
             return
-        with np.load(self.path, allow_pickle=False) as saved:
-            self.saved = dict(saved)
-        notes = json.loads(str(self.saved["notes"]))
-        self.policy = notes.get("policy", "")
-        if notes["digest"] != self.digest:
+        content = io.BytesIO(self.path.read_bytes())
+        try:
+            with np.load(content, allow_pickle=False) as saved:
+                self.saved = dict(saved)
+            notes = json.loads(str(self.saved["notes"]))
+            self.policy, digest = notes.get("policy", ""), notes["digest"]
+        except (EOFError, LookupError, RuntimeError, TypeError, ValueError, BadZipFile) as error:
+            raise ValueError(
+                "A backup must be one that `train` has written. Received: "
+                f"backup={str(self.path)!r}, which cannot be read. Remove it to begin anew."
+            ) from error
+        if digest != self.digest:
             raise ValueError(
                 "A backup can only be gone on from with the same recipe, seed and data. Received: "
                 f"backup={str(self.path)!r}, of another training. Remove it to begin anew."
@@ -760,13 +787,15 @@ def command(arguments: argparse.Namespace) -> int:
     recipe, out = RECIPES[arguments.recipe], Path(arguments.out)
     backup = out / "backup.npz"
     try:
+        _check_seed_and_policy(arguments.seed, arguments.dtype_policy or recipe.dtype_policy)
         data = load(arguments.data, data_dir=arguments.data_dir, validation=arguments.validation)
         _require_writable(out)
-        print(data)
-        outcome = _shown(recipe, data, arguments, backup)
-        path = outcome.save(out)
-        backup.unlink()
-    except (ValueError, OSError) as error:
+        with locked(out):
+            print(data)
+            outcome = _shown(recipe, data, arguments, backup)
+            path = outcome.save(out)
+            backup.unlink(missing_ok=True)
+    except (ValueError, OSError, FolderInUseError) as error:
         print(f"keras-norm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

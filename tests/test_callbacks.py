@@ -416,3 +416,23 @@ def test_models_that_cannot_be_tested():
     with pytest.raises(ValueError, match=r"logs of \['accuracy'\]"):
         test.on_train_batch_end(0, {"accuracy": 1.0})
     assert same(state(test.model), before)
+    test.on_train_begin()
+    test.on_train_batch_begin(0)
+    with pytest.raises(ValueError, match=r"SGD.*got none in the first batch"):
+        test.on_train_batch_end(0, {"loss": 1.0})  # that other optimizers have trained
+    assert same(state(test.model), before)
+    assert test.status == "interrupted"
+
+
+def test_a_first_step_that_is_left_out():
+    """For gradients that overflow: the optimizer has a part in that batch, too."""
+    model = network(keras.optimizers.LossScaleOptimizer(optimizers.SGD(0.01), 2.0**127))
+    test, taken = LearningRateRangeTest(1e-4, 1e-2, 5, divergence=1e6), []
+
+    def note(batch, logs):
+        if batch == 0:  # later, the state is in the hands of JAX's step
+            taken.append(int(model.optimizer.iterations))
+
+    fit(model, [test, keras.callbacks.LambdaCallback(on_train_batch_end=note)], epochs=1)
+    assert taken == [0]
+    assert test.status == "finished"

@@ -1,5 +1,6 @@
 """The command: what is wrong is one line and status 2; help costs no import of TensorFlow."""
 
+import errno
 import os
 import signal
 import socket
@@ -120,6 +121,26 @@ def test_folder_that_cannot_be_written(capsys, tmp_path):
     assert message.startswith("Cannot write to")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_at_the_end(capsys, monkeypatch, number):
+    """Where the best are put together it was a traceback."""
+
+    def full(*arguments, **options):
+        raise OSError(number, "No room", "a/model.keras")
+
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    for name in ("search", "report", "retrain"):
+        monkeypatch.setattr(tuning, name, full)
+    said = f"[Errno {number}] No room: 'a/model.keras'"
+    assert refused(capsys, "tune", "--out", "a") == said
+    assert refused(capsys, "report", "a") == said
+    message = refused(capsys, "retrain", "a")
+    assert message == f"{said}. Make room: the same command goes on from the last epoch."
+    number = errno.EIO  # none that the user can put right
+    with pytest.raises(OSError, match="No room"):
+        main(["retrain", "a"])
+
+
 def test_port_in_use_and_chief_that_is_not_there(capsys, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -149,6 +170,7 @@ def heeds_interrupts():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_interrupt_before_a_search_has_begun_leaves_nothing(tmp_path):
+    pytest.importorskip("keras_tuner")
     command = [sys.executable, "-m", "keras_norm", "tune", "--data", "digits", "--out", "a b"]
     search = subprocess.Popen(
         command,

@@ -113,6 +113,30 @@ def test_a_backup_of_another_training(digits, tmp_path):
     assert backup.read_bytes() == before
 
 
+def damaged(kind, path):
+    """Files in the place of a backup: cut off, overwritten, of something else."""
+    if kind == "array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif kind == "other":
+        np.savez(path, a=np.zeros(3))
+    elif kind == "truncated":
+        np.savez(path, notes=np.array("{}"))
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        path.write_bytes({"empty": b"", "noise": bytes(range(7, 250)) * 9}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "noise", "truncated", "array", "other"])
+def test_a_backup_that_cannot_be_read(kind, digits, tmp_path):
+    backup = tmp_path / "backup.npz"
+    damaged(kind, backup)
+    before = backup.read_bytes()
+    with pytest.raises(ValueError, match=r"backup=.*cannot be read\. Remove it to begin anew\.$"):
+        recipes.train(SMALL, digits, backup=backup)
+    assert backup.read_bytes() == before
+
+
 @pytest.mark.slow_on_jax
 def test_the_policy_is_the_faster_one_and_that_of_the_backup(digits, tmp_path, monkeypatch):
     def interrupt(epochs, metrics):
@@ -216,6 +240,22 @@ def test_operations_of_convolutions(data_format):
 def test_settings_out_of_their_range_are_seen_before_the_training(changes, message, digits):
     with pytest.raises(ValueError, match=message):
         recipes.train(dataclasses.replace(SMALL, **changes), digits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": True}, "seed=True"),
+        ({"dtype_policy": "mixed_float61"}, "dtype_policy='mixed_float61'"),
+        ({"dtype_policy": "int32"}, "dtype_policy='int32'"),
+    ],
+)
+def test_seed_and_policy_are_checked_before_anything_is_read(options, message, monkeypatch):
+    monkeypatch.setattr(recipes, "load", None)  # nobody may get there
+    with pytest.raises(ValueError, match=message):
+        recipes.train(SMALL, **options)
 
 
 def own_normalization(name=None):

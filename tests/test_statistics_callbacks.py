@@ -45,6 +45,16 @@ def network():
     return model
 
 
+def network_with_average(scaled=False):
+    """Its optimizer keeps an average of the weights."""
+    keras.utils.set_random_seed(1)
+    parts = [keras.Input((4,)), layers.Dense(5), BatchNormalization(), layers.Dense(1)]
+    model = keras.Sequential(parts)
+    optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9)
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse")
+    return model
+
+
 def state(model):
     return [np.array(v.numpy()) for v in model.variables]
 
@@ -187,6 +197,48 @@ def test_order():
     assert first._exchange is average
     again = in_order(in_order(given))
     assert again[1:] == others
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_statistics_of_the_weights_that_keras_swaps_in(validation):
+    """`SwapEMAWeights` was listed after what brings statistics in: these were of other weights."""
+    model, off = network_with_average(), []
+    dense, normalization = model.layers[:2]
+
+    def note(epoch, logs):
+        kernel, bias = dense.get_weights()
+        mean = (X @ kernel + bias).mean(axis=0)
+        off.append(np.abs(mean - normalization.moving_mean.numpy()).max())
+
+    noting = keras.callbacks.LambdaCallback(on_epoch_end=note)
+    swap, estimation = keras.callbacks.SwapEMAWeights(True), ReestimateStatistics(X)
+    order = in_order([noting, estimation, swap])
+    assert (order[0], order[2:]) == (swap, [noting, estimation])
+    fit(model, order, 2, validation)
+    assert max(off) < 1e-5
+    note(2, None)
+    assert off[2] < 1e-5
+
+
+def test_order_of_two_averages():
+    swap = keras.callbacks.SwapEMAWeights
+    with pytest.raises(ValueError, match="AverageWeights and SwapEMAWeights"):
+        in_order([swap(True), AverageWeights(keep=False)])
+    with pytest.raises(ValueError, match=r"swap_on_epoch=False.* beside AdaptStatistics"):
+        in_order([AdaptStatistics(X), swap()])
+    given = [swap(), StatisticsMonitor()]
+    assert in_order(given) == given
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_average_of_the_optimizer_is_the_last(scaled):
+    """It replaced ours when `fit` ended, and the statistics were of neither."""
+    average = AverageWeights()
+    average.set_model(network_with_average(scaled))
+    with pytest.raises(ValueError, match=r"use_ema=True.*keep=True"):
+        average.on_train_begin()
+    average.keep = False
+    average.on_train_begin()
 
 
 def test_the_monitor_sees_the_statistics_of_training():
@@ -410,15 +462,22 @@ def test_lookahead_is_what_its_equations_say():
     np.testing.assert_allclose(model.layers[-1].get_weights()[0], w, rtol=1e-5)
 
 
-def test_lookahead_counts_batches_where_gradients_are_accumulated():
-    seen = []
-    for accumulated in (None, 4):
-        model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
-        model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulated), "mse")
-        lookahead = Lookahead(16, steps=2)
-        model.fit(X[:, :2], Y, batch_size=8, epochs=2, verbose=0, callbacks=[lookahead])
-        seen.append(lookahead._step)
-    assert seen == [16, 16]
+@pytest.mark.parametrize("accumulated", [None, 2])
+def test_lookahead_counts_batches_where_gradients_are_accumulated(accumulated):
+    """Also where that goes on into the next epoch, when `iterations` leaves some out."""
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.01, gradient_accumulation_steps=accumulated), "mse")
+    lookahead = Lookahead(20, steps=5, power=0)
+    slow = []
+
+    def note(batch, logs):
+        slow.append(np.array(lookahead.variables[0].numpy()))
+
+    noting = keras.callbacks.LambdaCallback(on_train_batch_end=note)
+    model.fit(X[:40, :2], Y[:40], batch_size=8, epochs=4, verbose=0, callbacks=[lookahead, noting])
+    changed = [i + 1 for i in range(1, 20) if not np.array_equal(slow[i], slow[i - 1])]
+    assert changed == [5, 10, 15, 20]
+    np.testing.assert_array_equal(slow[-1], model.get_weights()[0])
 
 
 def test_lookahead_of_a_second_model():
