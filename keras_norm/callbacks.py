@@ -338,12 +338,15 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         steepest = int(centres[int(np.argmin(slopes))])
         return LearningRateSuggestion(float(rates[steepest]), float(rates[lowest]))
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
+    ) -> "Figure":
         """Draws loss against learning rate, with the suggestion where there is one.
 
         Args:
             path: .png, .pdf or .svg file to write, whole or not at all. Default: None, the
                 figure is returned only.
+            title: above the plot, such as the net and its data. Default: None.
 
         Returns:
             The Matplotlib figure.
@@ -361,6 +364,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             )
         with style():
             figure = self._draw()
+            if title is not None:
+                figure.suptitle(title)
             if path is not None:
                 with replace_file(path) as temporary:
                     figure.savefig(temporary)
@@ -388,7 +393,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         axes.set_ylim(low, high)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss")
-        axes.legend(title=f"range test over {len(rates)} batches, {self.status}")
+        note = f"range test over {len(rates)} batches, {self.status}"
+        figure.legend(title=note, ncols=2, loc="outside lower center")  # no line runs through it
         return figure
 
 

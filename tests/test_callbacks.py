@@ -359,7 +359,7 @@ def test_plot(tmp_path):
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "training loss")
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[1] == "mean over 21 batches"
     assert texts[2].startswith("steepest: 0.01")
     # A bad path leaves what is there, and nothing else.
