@@ -337,12 +337,21 @@ class Chunk:
 # Where activations wait ------------------------------------------------------------------------
 
 
+_ITEMS = {"bfloat16": 2, "string": 8}  # bytes, of a string those that point to it
+
+
+def _dtype_name(x: Any) -> str:
+    if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":  # which Keras does not know
+        return "string"
+    return str(keras.backend.standardize_dtype(x.dtype)) if hasattr(x, "dtype") else "float32"
+
+
 def _bytes(env: Environment) -> int:
     total = 0
     for x in itertools.chain.from_iterable(env.values()):
         if x is not None:
-            dtype = keras.backend.standardize_dtype(x.dtype) if hasattr(x, "dtype") else "float32"
-            item = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+            dtype = _dtype_name(x)
+            item = _ITEMS.get(dtype) or np.dtype(dtype).itemsize
             total += math.prod(int(n) for n in x.shape) * item
     return total
 
@@ -363,7 +372,7 @@ class Kept:
         env: Environment = {}
         with self.path.open("rb") as file:
             for (key, (value, mask)), dtype in zip(self.env.items(), self.dtypes, strict=True):
-                x = np.load(file)
+                x = np.load(file, allow_pickle=dtype == "string")
                 x = ops.cast(x, dtype) if dtype == "bfloat16" else x
                 env[key] = (x, np.load(file) if mask is not None else None)
                 del value
@@ -416,7 +425,7 @@ class Store:
             dtypes = []
             with path.open("wb") as file:
                 for value, mask in env.values():
-                    dtype = keras.backend.standardize_dtype(value.dtype)
+                    dtype = _dtype_name(value)
                     dtypes.append(dtype)
                     value = ops.cast(value, "float32") if dtype == "bfloat16" else value
                     np.save(file, np.asarray(ops.convert_to_numpy(value)))

@@ -15,6 +15,7 @@ where W_c is all of the kernel that makes channel c.
 
 import functools
 import inspect
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,14 @@ from keras import ops
 from keras_norm import layers as ours
 from keras_norm._convolution import FastConv2D
 
-__all__ = ["FoldReport", "fold_batch_normalization", "inner_layers", "rebuild"]
+__all__ = [
+    "FoldReport",
+    "clone",
+    "copied_whole",
+    "fold_batch_normalization",
+    "inner_layers",
+    "rebuild",
+]
 
 Layer = Any
 Floats = npt.NDArray[np.float64]
@@ -42,6 +50,8 @@ def rebuild(
 ) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
     """A model of new layers, with the same weights but in those that were replaced.
 
+    It is compiled if the model was, and so are models within it.
+
     Args:
         model: functional or Sequential, built; models within it are rebuilt likewise.
         replacements: for the id of a layer what makes the one in its place, None for none.
@@ -50,16 +60,25 @@ def rebuild(
         (new model, pairs): the pairs of each replaced layer and the one in its place, built.
 
     Raises:
-        ValueError: for a model that cannot be rebuilt layer by layer.
+        ValueError: for a model that cannot be rebuilt layer by layer, and a layer to replace that
+            is not in its graph.
     """
     builder = _Builder(replacements)
     new = builder.model(model)
+    _require_all_replaced(model, replacements, builder)
     pairs = []
     for old, made in builder.made:
         if id(old) in replacements:
             pairs.append((old, made))
+            if not old.trainable:
+                made.trainable = False  # also what it made in `build`
         else:
             _copy_variables(old, made)
+            _copy_adapted(old, made)
+            _copy_trainable(old, made)
+    for old, made in builder.models:
+        if old.compiled:
+            _compile_like(old, made)
     return new, pairs
 
 
@@ -67,6 +86,7 @@ class _Builder:
     def __init__(self, replacements: Mapping[int, Callable[[], Layer | None]]) -> None:
         self.replacements = replacements
         self.made: list[tuple[Layer, Layer]] = []
+        self.models: list[tuple[Any, Any]] = []
         self.left_out: set[int] = set()
         self.in_place: set[int] = set()
         self._by_id: dict[int, Layer] = {}
@@ -77,26 +97,26 @@ class _Builder:
             new = [self.layer(y) for y in model.layers]
             kept = [y for y in new if id(y) not in self.left_out]
             inputs = _like_input(model.inputs[0])
-            options = {"name": model.name, "trainable": model.trainable}
-            rebuilt: Any = keras.Sequential([inputs, *kept], **options)
+            rebuilt: Any = keras.Sequential([inputs, *kept], name=model.name)
         else:
-            rebuilt = keras.models.clone_model(
+            rebuilt = clone(
                 model,
                 keras.tree.map_structure(_like_input, model.input),
                 clone_function=self.layer,
                 call_function=self._call,
             )
-            rebuilt.trainable = model.trainable
         if type(rebuilt) is not type(model):
             raise ValueError(
                 "A model class that makes its layers by itself cannot be rebuilt from them. "
                 f"Received: model={model.name!r} of the class {type(model).__name__}. Construct "
                 "it anew with another normalization, or pass keras.Model(inputs, outputs)."
             )
-        for old, new_one in zip(_all(model), _all(rebuilt), strict=False):
-            if old.name == new_one.name and not old.trainable:
-                new_one.trainable = False
+        rebuilt._trainable = model.trainable  # `trainable` would reach all that is in it
+        self.models.append((model, rebuilt))
         return rebuilt
+
+    def has_met(self, layer: Layer) -> bool:
+        return id(layer) in self._by_id
 
     def layer(self, layer: Layer) -> Layer:
         if id(layer) not in self._by_id:
@@ -126,6 +146,18 @@ class _Builder:
         return layer(*args, **kwargs)
 
 
+def clone(model: Any, *args: Any, **options: Any) -> Any:
+    """As `keras.models.clone_model`, but not compiled.
+
+    Keras compiles from a configuration, in which a loss that is a function of the user's is lost.
+    """
+    compiled, model.compiled = model.compiled, False
+    try:
+        return keras.models.clone_model(model, *args, **options)
+    finally:
+        model.compiled = compiled
+
+
 def _same(layer: Layer) -> Layer:
     """A new layer of the same configuration."""
     if type(layer) is keras.layers.Lambda:  # its configuration would not bring back a `lambda`
@@ -143,10 +175,6 @@ def _like_input(tensor: Any) -> Any:
         name=source.name,
         optional=getattr(source, "optional", False),
     )
-
-
-def _all(model: Any) -> list[Layer]:
-    return [y for y in model.layers if not isinstance(y, keras.layers.InputLayer)]
 
 
 def _require_rebuildable(model: Any) -> None:
@@ -171,6 +199,18 @@ def _require_rebuildable(model: Any) -> None:
         )
 
 
+def _require_all_replaced(
+    model: Any, replacements: Mapping[int, Callable[[], Layer | None]], builder: _Builder
+) -> None:
+    for layer, _ in inner_layers(model):
+        if id(layer) in replacements and not builder.has_met(layer):
+            raise ValueError(
+                "Only what is called in the graph of a functional or Sequential model can be "
+                f"replaced. Received: {_named(layer)}, which is an attribute of a layer or model "
+                f"of {model.name!r}. Construct that anew with another normalization."
+            )
+
+
 def _copy_variables(old: Layer, new: Layer) -> None:
     """All of them, states of seed generators included."""
     sources, targets = list(old.variables), list(new.variables)
@@ -187,6 +227,54 @@ def _copy_variables(old: Layer, new: Layer) -> None:
         )
     for source, target in zip(sources, targets, strict=True):
         target.assign(ops.convert_to_numpy(source))
+        if target.trainable != source.trainable:
+            target.trainable = source.trainable
+
+
+def _copy_adapted(old: Layer, new: Layer) -> None:
+    """What `adapt` has measured and a layer keeps beside its variables, as Keras saves it."""
+    sources, targets = (
+        [y for y in layer._flatten_layers() if hasattr(y, "adapt") or hasattr(y, "load_assets")]
+        for layer in (old, new)
+    )
+    if [type(y) for y in sources] != [type(y) for y in targets]:
+        raise ValueError(
+            "A layer must be rebuilt from its configuration with the same layers in it that are "
+            f"adapted. Received: {_named(old)} with {[y.name for y in sources]}, and with "
+            f"{[y.name for y in targets]} when rebuilt. Its constructor must make all of them."
+        )
+    for source, target in zip(sources, targets, strict=True):
+        words = getattr(source, "get_vocabulary", None)
+        if words is not None and not words(include_special_tokens=False):
+            continue  # it is yet to be adapted
+        values: dict[str, Any] = {}
+        source.save_own_variables(values)
+        values = {name: np.array(ops.convert_to_numpy(v)) for name, v in values.items()}
+        target.load_own_variables(values)  # makes constants of them
+        if hasattr(source, "save_assets"):  # a vocabulary
+            with tempfile.TemporaryDirectory() as folder:
+                source.save_assets(folder)
+                target.load_assets(folder)
+
+
+def _copy_trainable(old: Layer, new: Layer) -> None:
+    """Of the layer and each one in it; to assign `trainable` would set all of them alike."""
+    for source, target in zip(old._flatten_layers(), new._flatten_layers(), strict=False):
+        if type(source) is type(target):
+            target._trainable = source.trainable
+
+
+def _compile_like(old: Any, new: Any) -> None:
+    """With the same losses, and an optimizer and metrics of the same configuration."""
+    if type(old).compile is not keras.Model.compile:  # its arguments are the class's own
+        new.compile_from_config(old.get_compile_config())
+        return
+    new.compile(**keras.tree.map_structure(_fresh, old._compile_config.config))
+
+
+def _fresh(x: Any) -> Any:
+    stateful = isinstance(x, keras.optimizers.Optimizer | keras.metrics.Metric)
+    return type(x).from_config(x.get_config()) if stateful else x
 
 
 def inner_layers(model: Any) -> Iterator[tuple[Layer, Layer]]:
@@ -200,6 +288,21 @@ def _inner(parent: Any, seen: set[int]) -> Iterator[tuple[Layer, Layer]]:
             seen.add(id(layer))
             yield layer, parent
             yield from _inner(layer, seen)
+
+
+def copied_whole(model: Any) -> dict[int, Layer]:
+    """For the id of each layer that is inside of one that is no model, that one.
+
+    `rebuild` makes the outer one from its configuration, and replaces nothing in it.
+    """
+    outer: dict[int, Layer] = {}
+    for layer in getattr(model, "layers", []):
+        if isinstance(layer, keras.Model):
+            inside = copied_whole(layer)
+        else:
+            inside = {id(y): layer for y in layer._flatten_layers(include_self=False)}
+        outer = {**inside, **outer}
+    return outer
 
 
 # Folding -----------------------------------------------------------------------------------------
@@ -286,15 +389,16 @@ def fold_batch_normalization(
     Args:
         model: functional or Sequential, built; models within it are folded likewise.
         inputs: an array, or the list or dict of arrays that the model takes, to compare outputs
-            on. Default: 8 random examples; sizes that the model leaves open are 32.
+            on. Default: 8 random examples; sizes that the model leaves open are 32, strings are
+            empty.
 
     Returns:
-        (new model, `FoldReport`). What cannot be folded stays as it is, and the report says why:
-        something stands between, such as an activation; the output before the normalization is
-        used elsewhere; one of the two layers is used in several places; its axis is not that of
-        the channels; it normalizes by the batch in inference; it computes in another dtype than
-        the layer before it; it is in a layer of its own. The original is left as it is, to the
-        last bit.
+        (new model, `FoldReport`), compiled like the original, with a fresh optimizer, if that was
+        compiled. What cannot be folded stays as it is, and the report says why: something stands
+        between, such as an activation; the output before the normalization is used elsewhere; one
+        of the two layers is used in several places; its axis is not that of the channels; it
+        normalizes by the batch in inference; it computes in another dtype than the layer before
+        it; it is inside of another layer. The original is left as it is, to the last bit.
 
     Raises:
         ValueError: for a subclassed or unbuilt model, and inputs that the model does not take.
@@ -336,13 +440,16 @@ def fold_batch_normalization(
 
 def _choose(model: Any) -> tuple[list[tuple[Layer, Layer]], list[tuple[str, str]]]:
     """What can be folded into what, and what cannot, and why."""
-    graphs = [model, *(y for y, _ in inner_layers(model) if isinstance(y, keras.Model))]
+    outer = copied_whole(model)
+    inner = [y for y, _ in inner_layers(model) if id(y) not in outer]
+    graphs = [model, *(y for y in inner if isinstance(y, keras.Model))]
     steps = [s for g in graphs if _shows_its_steps(g) for s in _steps(g)]
     uses = Counter(id(s.layer) for s in steps)
     chosen, skipped, seen = [], [], set()
     for step in steps:
-        if isinstance(step.layer, _KINDS) and id(step.layer) not in seen:
-            seen.add(id(step.layer))
+        key = id(step.layer)
+        if isinstance(step.layer, _KINDS) and key not in seen and key not in outer:
+            seen.add(key)
             reason = _reason_against(step, uses)
             if reason is None:
                 chosen.append((step.layer, step.before))
@@ -350,7 +457,8 @@ def _choose(model: Any) -> tuple[list[tuple[Layer, Layer]], list[tuple[str, str]
                 skipped.append((step.layer.name, reason))
     for layer, parent in inner_layers(model):
         if isinstance(layer, _KINDS) and id(layer) not in seen:
-            skipped.append((layer.name, f"it is inside of {_named(parent)}"))
+            holder = outer.get(id(layer), parent)
+            skipped.append((layer.name, f"it is inside of {_named(holder)}"))
     return chosen, skipped
 
 
@@ -461,9 +569,8 @@ def _by_name(layer: Layer, name: str) -> Any:
 def _compare(model: Any, new: Any, inputs: Any) -> tuple[float, float, int]:
     """The largest difference of outputs, the largest output, and the number of examples."""
     given = inputs is not None
-    if not given:
-        inputs = _random_inputs(model)
     try:
+        inputs = inputs if given else _random_inputs(model)
         pairs = [keras.tree.flatten(m(inputs, training=False)) for m in (model, new)]
     except Exception as error:
         shapes = [tuple(t.shape) for t in model.inputs]
@@ -486,6 +593,8 @@ def _random_inputs(model: Any) -> Any:
     def random(spec: Any) -> Any:
         shape: Sequence[int] = [n or (32 if i else 8) for i, n in enumerate(spec.shape)]
         dtype = keras.backend.standardize_dtype(spec.dtype)
+        if dtype == "string":
+            return ops.convert_to_tensor(np.full(shape, ""), dtype)
         if keras.backend.is_float_dtype(dtype):
             return ops.cast(rng.standard_normal(shape), dtype)
         return ops.cast(rng.integers(0, 2, shape), dtype)

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_norm._arrays import is_real
 from keras_norm._blocks import (
     NORMALIZATIONS,
     Blocks,
@@ -41,7 +42,14 @@ from keras_norm._fast_convnet import (
     WhiteningConv2D,
     fit_whitening,
 )
-from keras_norm._surgery import FoldReport, fold_batch_normalization, inner_layers, rebuild
+from keras_norm._surgery import (
+    FoldReport,
+    clone,
+    copied_whole,
+    fold_batch_normalization,
+    inner_layers,
+    rebuild,
+)
 from keras_norm.layers import (
     BatchNormalization,
     GroupNormalization,
@@ -544,21 +552,22 @@ def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
         channels of each position alone. A factory that sets its own axis or dtype keeps them.
     """
     factory = factory_of(to)
-    found = [(y, parent) for y, parent in inner_layers(model) if isinstance(y, _SWAPPED)]
+    found = [y for y, _ in inner_layers(model) if isinstance(y, _SWAPPED)]
     if not found:
         raise ValueError(
             "The model must have normalization layers. Received: "
             f"model={getattr(model, 'name', model)!r} without any. Build it with a "
             "`normalization=` argument first."
         )
-    for layer, parent in found:
-        if not isinstance(parent, keras.Model):
+    outer = copied_whole(model)
+    for layer in found:
+        if parent := outer.get(id(layer)):
             raise ValueError(
                 "Only what is a layer of a functional or Sequential model can be swapped. "
                 f"Received: {layer.name!r} inside of {type(parent).__name__} {parent.name!r}. "
                 "Construct that layer with another normalization."
             )
-    replacements = {id(y): functools.partial(_instead_of, y, factory) for y, _ in found}
+    replacements = {id(y): functools.partial(_instead_of, y, factory) for y in found}
     new, pairs = rebuild(model, replacements)
     for old, new_layer in pairs:
         _carry_over(old, new_layer)
@@ -629,8 +638,9 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
 
     A search trains the same net many times, and compiling can take longer than training. This
     draws new weights by the initializers of the layers, and sets moving statistics, seed
-    generators and the state of the optimizer to what they are in a new model. The functions that
-    `fit` has compiled stay.
+    generators and the state of the optimizer to what they are in a new model. What a layer has
+    measured by its method `adapt` belongs to the data, and stays; so do the functions that `fit`
+    has compiled.
 
     Args:
         model: functional or Sequential, compiled; changed in place.
@@ -641,7 +651,8 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
         None.
 
     Raises:
-        ValueError: for a model without an optimizer, or a subclassed one.
+        ValueError: for a model without an optimizer, a subclassed one, and a rate that is no
+            number >= 0.
         TypeError: from Keras, for a new rate where a schedule sets the rate. Nothing has changed
             then.
 
@@ -668,14 +679,15 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
             f"from their configuration. Received: {type(model).__name__} {model.name!r}. Make a "
             "new model instead."
         )
-    if isinstance(learning_rate, int | float) and not learning_rate >= 0:
-        raise ValueError(
-            f"`learning_rate` must be >= 0. Received: learning_rate={learning_rate!r}."
-        )
     if learning_rate is not None:
+        if not (is_real(learning_rate) and learning_rate >= 0):
+            raise ValueError(
+                "`learning_rate` must be a number >= 0, or None for the rate that the optimizer "
+                f"has. Received: learning_rate={learning_rate!r}."
+            )
         optimizer.learning_rate = learning_rate
     keras.utils.set_random_seed(seed)
-    twin = keras.models.clone_model(model)
+    twin = clone(model)
     build_optimizer(model)
     fresh = type(optimizer).from_config(optimizer.get_config())
     fresh.build(model.trainable_variables)
@@ -683,8 +695,10 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
         *zip(_layer_variables(model), _layer_variables(twin), strict=True),
         *zip(optimizer.variables, fresh.variables, strict=True),
     ]
+    measured = _measured(model)
     for variable, initial in pairs:
-        variable.assign(initial)
+        if id(variable) not in measured:
+            variable.assign(initial)
 
 
 def make_variables(model: keras.Model, x: Any, y: Any) -> None:
@@ -747,3 +761,9 @@ def _optimizer_of(model: keras.Model, function: str) -> Any:
 def _layer_variables(model: keras.Model) -> list[Any]:
     """All variables of the layers, also those of seed generators; none of metrics."""
     return [variable for layer in model.layers for variable in layer.variables]
+
+
+def _measured(model: keras.Model) -> set[int]:
+    """The ids of variables that are set by `adapt`, not by training."""
+    adapted = [layer for layer, _ in inner_layers(model) if hasattr(layer, "adapt")]
+    return {id(v) for layer in adapted for v in layer._non_trainable_variables}

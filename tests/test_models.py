@@ -1,6 +1,7 @@
 """The nets, `make_normalization`, and another normalization in a model that exists."""
 
 import functools
+import re
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from keras_norm.models import (
     FastConvNet,
     LeNet,
     TwoLayerNet,
+    WhiteningConv2D,
     WideMLP,
     make_normalization,
     make_variables,
@@ -389,6 +391,48 @@ def test_restart_where_losses_are_scaled():
     assert int(net.optimizer.iterations) == 0
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_restart_keeps_what_was_measured(nested, tmp_path):
+    """What `adapt` has measured is of the data; all else is as in a new model."""
+    x = np.random.default_rng(0).normal(50, 20, (8, 6, 6, 2)).astype("float32")
+    norm, white = keras.layers.Normalization(), WhiteningConv2D()
+    norm.adapt(x)
+    measures = [norm, white]
+    if nested:
+        measures = [keras.Sequential([keras.Input(x.shape[1:]), *measures])]
+    layers = [*measures, keras.layers.Flatten(), keras.layers.Dense(2)]
+    net = keras.Sequential([keras.Input(x.shape[1:]), *layers])
+    white.adapt(array(norm(x)))
+    net.compile("sgd", "mse", jit_compile=False)
+    restart(net, seed=0)
+    measured = [array(v).copy() for v in (*norm.variables, white.kernel)]
+    first = net.predict(x, verbose=0)
+    net.fit(x, np.ones((8, 2)), verbose=0)
+    assert np.abs(array(white.bias)).max() > 0
+    restart(net, seed=0)
+    assert np.abs(array(white.bias)).max() == 0
+    np.testing.assert_array_equal(net.predict(x, verbose=0), first)
+    net.save(tmp_path / "net.keras")
+    loaded = keras.saving.load_model(tmp_path / "net.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), first)
+    for a, b in zip((*norm.variables, white.kernel), measured, strict=True):
+        np.testing.assert_array_equal(array(a), b)
+    np.testing.assert_allclose(measured[0], x.mean((0, 1, 2)), rtol=1e-5)
+
+
+def test_restart_of_a_net_with_a_loss_of_its_own():
+    """Of a function Keras could make no configuration, to compile a copy by."""
+
+    def loss(y, z):
+        return ops.mean((y - z) ** 2, axis=-1)
+
+    net = MLP([4], None, input_shape=(4,))
+    net.compile("sgd", loss)
+    restart(net, seed=0)
+    assert net.compiled
+    net.fit(np.ones((2, 4)), np.ones((2, 10)), verbose=0)
+
+
 def test_restart_refuses():
     class Own(keras.Model):
         def __init__(self):
@@ -405,8 +449,9 @@ def test_restart_refuses():
         restart(own, seed=0)
     net = net_to_restart()
     before = [array(w) for w in net.weights]
-    with pytest.raises(ValueError, match=r"learning_rate=-1\.0"):
-        restart(net, seed=0, learning_rate=-1.0)
+    for rate in (-1.0, float("nan"), True, "0.1", np.float32(-1)):
+        with pytest.raises(ValueError, match=re.escape(f"Received: learning_rate={rate!r}")):
+            restart(net, seed=0, learning_rate=rate)
     for a, b in zip(net.weights, before, strict=True):
         np.testing.assert_array_equal(array(a), b)
 

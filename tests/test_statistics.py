@@ -703,6 +703,34 @@ def test_tensorflow_data():
         assert_exact(model, x, 2)
 
 
+def test_strings_from_a_stream():
+    """Keras has no dtype for them in NumPy; held in memory and on disk they stay the same."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("Keras looks up words by TensorFlow")
+    import tensorflow as tf
+
+    words = np.random.default_rng(0).choice(["ant", "bee", "cat"], 53)[:, None]
+    inputs = keras.Input((1,), dtype="string")
+    numbers = layers.StringLookup(vocabulary=["ant", "bee"])(inputs)
+    x = KINDS["ours"](name="norm")(layers.Flatten()(layers.Embedding(3, 4)(numbers)))
+    model = keras.Model(inputs, layers.Dense(1)(x))
+    reestimate(model, words)
+    expected = statistics_of(model.get_layer("norm"))
+    assert (expected[1] > 0).all()
+    data = tf.data.Dataset.from_tensor_slices((words, np.arange(53))).batch(10)
+    streams = {
+        "one pass": lambda: (data, {"method": "one_pass"}),
+        "memory": lambda: (data, {"batch_size": 16}),
+        "disk": lambda: (data, {"batch_size": 16, "memory": 0}),
+        "texts": lambda: (iter([words[:20], words[20:]]), {"memory": 0}),
+    }
+    for name, stream in streams.items():
+        source, options = stream()
+        assert reestimate(model, source, **options).samples == 53
+        for a, b in zip(statistics_of(model.get_layer("norm")), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
+
+
 def test_what_came_counts():
     model = small_model()
     x = example_data((4,), 53)

@@ -313,6 +313,38 @@ def test_inside_of_another_layer():
         swap_normalization(model, "layer")
 
 
+def in_a_layer(shared):
+    """A model with a normalization, in a layer that is no model; `shared` also in the graph."""
+    dense, norm = keras.layers.Dense(4, name="dense"), ours.BatchNormalization(name="norm")
+    inner = keras.Sequential([keras.Input((5,)), dense, norm])
+    inputs, other = keras.Input((6, 5)), keras.Input((5,))
+    outputs = [keras.layers.TimeDistributed(inner, name="steps")(inputs)]
+    if shared:
+        return keras.Model([inputs, other], [*outputs, inner(other)])
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_inside_of_another_layer(shared):
+    """That layer is rebuilt from its configuration, with the model in it as it was."""
+    model = randomized(in_a_layer(shared))
+    folded, report = fold(model)
+    assert report.folded == ()
+    assert report.skipped == (("norm", "it is inside of TimeDistributed 'steps'"),)
+    assert len(folded.weights) >= len(model.weights)
+    for to in ("group", None):
+        with pytest.raises(ValueError, match="Received: 'norm' inside of TimeDistributed 'steps'"):
+            swap_normalization(model, to)
+
+
+def test_what_is_not_in_the_graph_is_refused():
+    inputs = keras.Input((4,))
+    model = OwnStep(inputs, ours.BatchNormalization()(keras.layers.Dense(3)(inputs)))
+    model.other = ours.BatchNormalization(name="other")
+    with pytest.raises(ValueError, match="Received: BatchNormalization 'other', which is an attr"):
+        swap_normalization(model, "layer")
+
+
 def test_random_inputs_of_every_kind():
     """Integers, several inputs, and sizes that are left open."""
     tokens, extra = keras.Input((None,), dtype="int32", name="tokens"), keras.Input((3,), name="e")
@@ -360,6 +392,135 @@ def test_frozen_layers_and_dropout_stay():
     assert len(again.layers) == 3
 
 
+def every_flag(model):
+    layers = [y for y in every_layer(model) if not isinstance(y, keras.layers.InputLayer)]
+    variables = [v.trainable for y in layers for v in y.weights]
+    return [(type(y), y.trainable) for y in (model, *layers)], variables
+
+
+@pytest.mark.parametrize("frozen", ["layers", "model", "model but for a layer", "inside", "all"])
+def test_what_is_frozen_stays_so(frozen):
+    """Also in models and layers within the model: to set `trainable` of one reaches all in it."""
+    inner = keras.Input((6, 5))
+    steps = keras.layers.TimeDistributed(keras.layers.Dense(5))
+    x = keras.layers.Dense(5, name="dense")(steps(inner))
+    x = ours.BatchNormalization(name="norm")(keras.layers.MultiHeadAttention(1, 3, name="a")(x, x))
+    base = keras.Model(inner, x)
+    inputs = keras.Input((6, 5))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="last")(base(inputs)))
+    if frozen == "layers":
+        base.get_layer("dense").trainable = base.get_layer("norm").trainable = False
+    elif frozen == "inside":
+        steps.layer.trainable = base.get_layer("a").trainable = False
+    else:
+        (model if frozen == "all" else base).trainable = False
+        base.get_layer("dense").trainable = frozen == "model but for a layer"
+    for new in (swap_normalization(model, ours.BatchNormalization), fold(model)[0]):
+        assert every_flag(new) == every_flag(model)
+        assert len(new.trainable_variables) == len(model.trainable_variables)
+
+
+def test_compiled_like_the_original():
+    """A loss that is a function of the user's, too, of which Keras could make no configuration."""
+
+    def loss(y, z):
+        return keras.ops.mean((y - z) ** 2, axis=-1)
+
+    layers = [keras.Input((4,)), keras.layers.Dense(3), ours.BatchNormalization()]
+    sequential = keras.Sequential([*layers, keras.layers.Dense(2)])
+    inputs = keras.Input((4,))
+    x, y = np.ones((5, 4), "float32"), np.ones((5, 2), "float32")
+    for model in (sequential, keras.Model(inputs, sequential(inputs))):
+        metric = keras.metrics.MeanAbsoluteError(name="error")
+        model.compile(keras.optimizers.SGD(0.125), loss, metrics=[metric], jit_compile=False)
+        model.optimizer.iterations.assign(3)
+        new = swap_normalization(model, "layer")
+        assert set(new.fit(x, y, verbose=0).history) == {"loss", "error"}
+        for each in (new, fold_batch_normalization(model)[0]):
+            assert each.compiled
+            assert each.loss is loss
+            assert each.optimizer is not model.optimizer
+            assert float(each.optimizer.learning_rate) == 0.125
+            assert int(each.optimizer.iterations) == int(each is new)
+        assert model.compiled
+        assert int(model.optimizer.iterations) == 3
+
+
+# Layers that measure their data ----------------------------------------------------------------
+
+
+def eager(model, x):
+    return outputs(model, x)[0]
+
+
+def predict(model, x):
+    return model.predict(x, verbose=0)
+
+
+def assert_same_when_rebuilt(model, x, run, inputs=None):
+    expected = run(model, x)
+    assert np.abs(expected).max() > 1e-3
+    swapped = swap_normalization(model, ours.BatchNormalization)
+    np.testing.assert_array_equal(run(swapped, x), expected)
+    folded, report = fold_batch_normalization(model, inputs)
+    assert len(report.folded) == 1
+    np.testing.assert_allclose(run(folded, x), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(run(model, x), expected)
+
+
+@pytest.mark.parametrize(("place", "run"), [("first", predict), ("model", eager), ("layer", eager)])
+def test_adapted_normalization(place, run):
+    """Keras computes with constants that it makes of the variables; on JAX `predict` moves them."""
+    x = np.random.default_rng(0).normal(50, 20, (8, 6, 5)).astype("float32")
+    norm = keras.layers.Normalization()
+    norm.adapt(x[0])
+    first = {
+        "first": norm,
+        "model": keras.Sequential([keras.Input((6, 5)), norm]),
+        "layer": keras.layers.TimeDistributed(norm),
+    }[place]
+    layers = [first, keras.layers.Dense(3), ours.BatchNormalization(), keras.layers.Dense(2)]
+    assert_same_when_rebuilt(keras.Sequential([keras.Input((6, 5)), *layers]), x, run)
+
+
+def of_words(lookup, dtype="string"):
+    inputs = keras.Input((1,), dtype=dtype)
+    x = lookup(inputs)
+    if x.shape[-1] == 1:  # numbers of words
+        x = keras.layers.Flatten()(keras.layers.Embedding(9, 4)(x))
+    x = ours.BatchNormalization()(keras.layers.Dense(3)(x))
+    return keras.Model(inputs, keras.layers.Dense(2)(x))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras looks up words by TensorFlow")
+@pytest.mark.parametrize("kind", ["words", "weighted", "integers", "texts"])
+def test_vocabularies(kind):
+    import tensorflow as tf
+
+    lookup, words = {
+        "words": (keras.layers.StringLookup(), ["a", "b", "a", "c"]),
+        "weighted": (keras.layers.StringLookup(output_mode="tf_idf"), ["a", "b", "a", "c"]),
+        "integers": (keras.layers.IntegerLookup(), [12, 11, 12, 17]),
+        "texts": (keras.layers.TextVectorization(output_sequence_length=1), ["a", "b", "a", "c"]),
+    }[kind]
+    x = tf.constant(words)[:, None]
+    if kind != "weighted":  # without words it has no width
+        new = swap_normalization(of_words(lookup, x.dtype.name), "batch")
+        assert len(new.layers[1].get_vocabulary(include_special_tokens=False)) == 0
+    lookup.adapt(x)
+    for inputs in (None, x):
+        assert_same_when_rebuilt(of_words(lookup, x.dtype.name), x, eager, inputs)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras looks up words by TensorFlow")
+def test_words_of_which_none_may_be_random():
+    model = of_words(keras.layers.StringLookup(vocabulary=["a", "b"], num_oov_indices=0))
+    with pytest.raises(ValueError, match="Received: inputs=None, for which random ones were made"):
+        fold_batch_normalization(model)
+    _, report = fold_batch_normalization(model, np.array([["a"], ["b"]]))
+    assert report.examples == 2
+
+
 def test_saved_and_compiled(tmp_path):
     model = randomized(MLP((5,), "batch", input_shape=(4,)))
     folded, _ = fold(model)
@@ -387,6 +548,7 @@ def test_quantized_and_low_rank_layers_stay(mode):
     assert report.folded == ()
     assert "is quantized, or has a low-rank" in report.skipped[0][1]
     assert_same_outputs(model, folded, x, report)
+    assert every_flag(swap_normalization(model, ours.BatchNormalization)) == every_flag(model)
     first = swap_normalization(model, "layer").get_layer("dense1")
     np.testing.assert_array_equal(array(first(x)), array(model.get_layer("dense1")(x)))
 
