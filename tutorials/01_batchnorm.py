@@ -21,9 +21,10 @@ with small dense nets and the question why it works.
 
 **You need** Python with NumPy, the chain rule, and what a convolution and a dense layer are.
 
-**Data**: Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28 pixels (31 MB), found in
-`--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
-is downloaded to. With neither network nor folder: the digits that come with scikit-learn.
+**Data**: Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28 pixels (31 MB), in
+`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
+tensorflow-datasets; downloaded to the first of these that can be written to. With neither network
+nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` 1 minute (3,000 images), the default 4 to 11 minutes (the same
 machine on different days), `--full` two and three quarters of an hour (five seeds, a finer sweep,
@@ -34,6 +35,7 @@ each net also at its best learning rate, every subset of layers, eight other tra
 """
 
 # %%
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -256,6 +258,8 @@ def compiled(structure):
         keras.optimizers.SGD(),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        # XLA compiles for longer than the few steps of --fast take.
+        jit_compile=arguments.choose(fast=False, default="auto", full="auto"),
     )
     make_variables(model, data.train.x, data.train.y)  # saves a second trace of the first step
     return model
@@ -362,14 +366,15 @@ results = run(train, {WITH: setting("batch"), WITHOUT: setting("none")}, seeds, 
 Published figures, each from a single run of others in the same setting (Dive into Deep Learning,
 the chapter on batch normalization, and its forum): a reader, who posted a run on a CPU, ended at a
 training accuracy of .909 and a test accuracy of .878, at 3,314 examples per second; the book's own
-TensorFlow run at .887. They are drawn as dashed lines.
+TensorFlow run at .887. They are drawn as dashed lines, unless there are fewer images.
 """
 
 # %%
 METRICS = ["train_accuracy", "test_accuracy", "reestimated_accuracy", "examples_per_second"]
+ALL_IMAGES = len(data.train) == 60_000  # as the figures below
 PUBLISHED = (
     {}
-    if data.fallback
+    if not ALL_IMAGES
     else {
         WITH: {
             "train_accuracy": (0.909, "reader"),
@@ -379,10 +384,10 @@ PUBLISHED = (
     }
 )
 LABELS = {
-    "train_accuracy": "training accuracy",
-    "test_accuracy": "test accuracy",
-    "reestimated_accuracy": "test accuracy, re-estimated statistics",
-    "val_accuracy": "validation accuracy",
+    "train_accuracy": "training accuracy (fraction)",
+    "test_accuracy": "test accuracy (fraction)",
+    "reestimated_accuracy": "test accuracy, re-estimated statistics (fraction)",
+    "val_accuracy": "validation accuracy (fraction)",
     "learning_rate": "learning rate",
 }
 DIGITS = {"examples_per_second": 0}
@@ -461,13 +466,22 @@ which share of the activations is zero, layer by layer, and which share of chann
 
 # %%
 PART_EPOCHS = arguments.choose(fast=2, default=5, full=12)
-part = datasets.load_or_digits(
-    "fashion_mnist",
-    data_dir=arguments.data_dir,
-    standardize="unit",
-    validation=arguments.choose(fast=1000, default=5000, full=5000),
-    subset={"train": arguments.choose(fast=1500, default=12_000, full=12_000)},
-)
+if arguments.mode == "fast":  # of the images that are in memory already
+    held_out = len(data.train) // 4
+    judged, rest = slice(held_out), slice(held_out, held_out + 1500)
+    part = dataclasses.replace(
+        data,
+        train=datasets.Split(data.train.x[rest], data.train.y[rest]),
+        validation=datasets.Split(data.train.x[judged], data.train.y[judged]),
+    )
+else:
+    part = datasets.load_or_digits(
+        "fashion_mnist",
+        data_dir=arguments.data_dir,
+        standardize="unit",
+        validation=5000,
+        subset={"train": 12_000},
+    )
 MOVING = {"batch"}  # the normalizations with moving statistics
 
 
@@ -514,13 +528,14 @@ def train_on_part(settings, seed, progress):
 
 part_context = {**context, "images": len(part.train)}
 PART_WITH, NO_BIAS = (f"part, {name}, rate {LEARNING_RATE:g}" for name in ("batch", "no bias"))
+part_seeds = arguments.seed_range(fast=1, default=1, full=5)
 bias_results = run(
     train_on_part,
     {
         PART_WITH: setting("batch", epochs=PART_EPOCHS),
         NO_BIAS: setting("batch", epochs=PART_EPOCHS, use_bias=False),
     },
-    arguments.seed_range(fast=1, default=1, full=5),
+    part_seeds,
     context=part_context,
 )
 print(bias_results.table(["train_loss", "train_accuracy", "val_accuracy"]))
@@ -546,6 +561,7 @@ RATES = arguments.choose(
     default=[0.1, 1.0, 10.0],
     full=[1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 10.0],
 )
+rate_seeds = arguments.seed_range(fast=1, default=1, full=2)
 sweep = run(
     train_on_part,
     {
@@ -553,14 +569,14 @@ sweep = run(
         for normalization in ("batch", "none")
         for rate in RATES
     },
-    arguments.seed_range(fast=1, default=1, full=2),
+    rate_seeds,
     context=part_context,
 )
 if arguments.mode == "full":  # a rate that a figure is published for, over more seeds
     run(
         train_on_part,
         {"part, none, rate 0.1": setting("none", 0.1, epochs=PART_EPOCHS)},
-        arguments.seed_range(fast=1, default=1, full=5),
+        part_seeds,
         context=part_context,
     )
 plotting.sweep(
@@ -589,8 +605,7 @@ USABLE = {
 
 
 def usable(normalization):
-    rates = USABLE[normalization]
-    return f"those from {rates[0]:g} to {rates[-1]:g}" if rates else "none of those tried"
+    return ", ".join(f"{rate:g}" for rate in USABLE[normalization]) or "none of those tried"
 
 
 for normalization, rate in BEST.items():
@@ -635,7 +650,6 @@ compared (`--full`; the shorter modes train some of the nets).
 
 # %%
 SHORT_EPOCHS = arguments.choose(fast=2, default=3, full=3)
-short_seeds = arguments.seed_range(fast=1, default=1, full=5)
 
 
 def name_of(positions):
@@ -655,7 +669,7 @@ subsets = run(
         )
         for subset in SUBSETS
     },
-    short_seeds,
+    part_seeds,
     context=part_context,
 )
 print(subsets.table(["train_accuracy", "val_accuracy"]))
@@ -752,7 +766,7 @@ if arguments.mode != "full":
 dropouts = run(
     train_on_part,
     DROPOUTS,
-    short_seeds,
+    part_seeds,
     context=part_context,
 )
 print(dropouts.table(["train_accuracy", "val_accuracy"]))
@@ -790,7 +804,7 @@ fixed = subsets.select(ALL).merge(
             name: setting(name, epochs=SHORT_EPOCHS)
             for name in (FIXED if arguments.mode == "full" else FIXED[-1:])
         },
-        short_seeds,
+        part_seeds,
         context=part_context,
     )
 )
@@ -801,7 +815,7 @@ of_fixed = {
     "title": f"LeNet, {data.title}: rate {LEARNING_RATE:g}, {SHORT_EPOCHS} epochs",
     "path": out / "gamma_beta.png",
 }
-if len(short_seeds) > 1:  # the seeds differ more than the nets: only seed by seed can it be seen
+if len(part_seeds) > 1:  # the seeds differ more than the nets: only seed by seed can it be seen
     plotting.paired_differences(fixed, "both trained", "val_accuracy", **of_fixed)
 else:
     plotting.bars(fixed, "val_accuracy", from_zero=False, **of_fixed)
@@ -901,7 +915,7 @@ transforms = subsets.select([name_of(()), ALL]).merge(
     run(
         train_on_part,
         {name: setting(name, epochs=SHORT_EPOCHS) for name in TRANSFORMS},
-        short_seeds,
+        part_seeds,
         context=part_context,
     )
 )
@@ -969,8 +983,8 @@ plotting.lines(
     epochs,
     {"moving statistics": by_moving, "re-estimated after each epoch": by_reestimated},
     xlabel="epoch",
-    ylabel="test accuracy",
-    reference={} if data.fallback else {"published: a reader's single run, 0.878": 0.878},
+    ylabel="test accuracy (fraction)",
+    reference={"published: a reader's single run, 0.878": 0.878} if ALL_IMAGES else {},
     title=f"The same weights, two kinds of statistics ({WITH})",
     path=out / "statistics.png",
 )
@@ -1060,7 +1074,7 @@ def answer_rates():
         for name in (WITH, WITHOUT)
     ]
     return (
-        f"2. Usable are {usable('batch')} with batch normalization and {usable('none')} without; "
+        f"2. Usable rates: {usable('batch')} with batch normalization; {usable('none')} without; "
         f"the best of those tried are {BEST['batch']:g} and {BEST['none']:g}, where the nets reach "
         f"{100 * ACCURACIES['batch'][BEST['batch']]:.1f} % and "
         f"{100 * ACCURACIES['none'][BEST['none']]:.1f} % of the validation images after "
@@ -1103,7 +1117,7 @@ def answer_subsets():
     ends = ordered if len(ordered) < 7 else [*ordered[:4], *ordered[-3:]]
     text = (
         f"3. Validation accuracy at a rate of {LEARNING_RATE:g} after {SHORT_EPOCHS} epochs "
-        f"(n = {len(short_seeds)}); the best and the worst: {listed(subsets, names=ends)}. "
+        f"(n = {len(part_seeds)}); the best and the worst: {listed(subsets, names=ends)}. "
     )
     if GAINS:
         effects = ", ".join(
@@ -1189,7 +1203,7 @@ def answer_transforms():
         else "others"
     )
     return (
-        f"7. Validation accuracy after {SHORT_EPOCHS} epochs (n = {len(short_seeds)}): "
+        f"7. Validation accuracy after {SHORT_EPOCHS} epochs (n = {len(part_seeds)}): "
         f"{listed(transforms)}. Against batch normalization, p adjusted for their number: "
         f"{lines}. All are compared at batch normalization's rate, {LEARNING_RATE:g}, only; "
         f"{others} may do better at another. Milliseconds of a training step (batch of "
@@ -1212,7 +1226,8 @@ ANSWERS = [
 arguments.finish(
     ANSWERS,
     data,
-    seeds=f"{len(seeds)}, fewer in the exercises",
+    seeds=f"{len(seeds)}, {len(rate_seeds)} of the learning rates, {len(part_seeds)} of the other "
+    "exercises",
     instead_of="Fashion-MNIST",
     best_rate=BEST,
     usable_rates=USABLE,

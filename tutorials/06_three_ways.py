@@ -19,9 +19,11 @@ when batch normalization comes in: the training flag, and statistics that move.
 
 **You need** lesson 1; lesson 2 for Nesterov's momentum.
 
-**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, found in
-`--data-dir`, then in `TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets, where it
-is downloaded to (163 MB). With neither network nor folder: the digits that come with scikit-learn.
+**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB), in
+`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
+tensorflow-datasets; downloaded to the first of these that can be written to. `--data-dir`
+may be a packed `.npz` as well. With neither network nor folder: the digits that come with
+scikit-learn.
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full`
 about half an hour (five seeds of each net and way, each trained for one epoch on 49,000 images). It
@@ -512,9 +514,12 @@ Published, after one epoch on 49,000 images, one run each: tensors .43 (two laye
 in these figures is the rule, its rate, and luck. The rules are kept here: plain gradient descent
 for the first two ways, Nesterov for the third.
 
-The rates of plain gradient descent are not stated; they are chosen here by validation accuracy, of
-a seed that is none of those below, once for each net, since the way makes no difference. Every seed
-draws its own 1,000 validation images and the order of the others, 765 batches of 64.
+The rates of plain gradient descent are not stated. `--full` chooses them by validation accuracy, of
+a seed that is none of those below, once for each net, since the way makes no difference: of .003,
+.01 and .03 for the two layers, of .01 and .03 for the ConvNet, and finds .01 and .03. The other
+modes choose nothing: they take .03 and .003, of which the latter is not among those that `--full`
+tries. Every seed draws its own 1,000 validation images and the order of the others, with `--full`
+765 batches of 64.
 """
 
 # %%
