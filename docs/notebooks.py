@@ -18,6 +18,7 @@ import time
 import jupytext
 import nbclient
 import pages
+from traitlets.config import Config
 
 from keras_norm.experiments import replace_file
 
@@ -28,7 +29,10 @@ def execute(name: str) -> None:
     notebook = jupytext.read(pages.ROOT / "tutorials" / f"{name}.py")
     os.environ["KERAS_NORM_FLAGS"] = f"--full --out {saved.relative_to(pages.ROOT)}"
     client = nbclient.NotebookClient(
-        notebook, timeout=None, resources={"metadata": {"path": str(pages.ROOT)}}
+        notebook,
+        timeout=None,
+        resources={"metadata": {"path": str(pages.ROOT)}},
+        config=Config({"KernelManager": {"transport": "ipc"}}),  # by files, not by open ports
     )
     client.execute()
     printed = {

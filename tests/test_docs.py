@@ -193,6 +193,14 @@ def test_a_tutorial_becomes_a_page_with_its_plots(path):
     assert shown == saved
 
 
+@pytest.mark.parametrize("path", pages.TUTORIALS, ids=lambda path: path.stem)
+def test_what_is_saved_of_a_tutorial_was_printed_by_its_cells(path):
+    printed = json.loads((SAVED / path.stem / "outputs.json").read_text("utf-8"))
+    cells = {pages.digest(cell.source) for cell in pages.jupytext.read(path).cells}
+    assert len(printed) > 3
+    assert set(printed) <= cells, f"run `make notebooks TUTORIALS={path.stem}`"
+
+
 def test_what_a_cell_printed_is_shown_while_it_is_the_same(tmp_path):
     (cell, changed) = (pages.jupytext.reads(x, "py:percent").cells[0] for x in ("f(1)", "f(2)"))
     printed = {pages.digest(cell.source): "one\n"}
