@@ -407,6 +407,18 @@ def test_monitor(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
+def test_monitor_of_a_layer_without_parameters():
+    inputs = keras.Input(X.shape[1:])
+    x = BatchNormalization(center=False, scale=False)(layers.Dense(3)(inputs))
+    model = keras.Model(inputs, layers.Dense(1)(x))
+    model.compile("sgd", "mse")
+    monitor = StatisticsMonitor(X)
+    model.fit(X, Y, verbose=0, callbacks=[monitor])
+    (record,) = monitor.records
+    assert record["gamma_min"] == record["gamma_max"] == 1
+    assert record["beta_rms"] == 0
+
+
 def test_monitor_plots_and_writes_events(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")

@@ -420,6 +420,22 @@ def test_what_is_frozen_stays_so(frozen):
         assert len(new.trainable_variables) == len(model.trainable_variables)
 
 
+def test_variables_of_one_name_keep_their_values():
+    """The parts of attention name theirs alike: "kernel" and "bias"."""
+    inputs = keras.Input((6, 8))
+    x = keras.layers.MultiHeadAttention(2, 4, name="a")(inputs, inputs)
+    model = keras.Model(inputs, ours.BatchNormalization()(x))
+    variables = model.get_layer("a").variables
+    assert len({v.name for v in variables}) < len(variables)
+    rng = np.random.default_rng(0)
+    for variable in variables:
+        if variable.trainable:
+            variable.assign(rng.standard_normal(variable.shape))
+    new = swap_normalization(model, ours.BatchNormalization).get_layer("a")
+    for old, made in zip(variables, new.variables, strict=True):
+        np.testing.assert_array_equal(array(made), array(old))
+
+
 def test_compiled_like_the_original():
     """A loss that is a function of the user's, too, of which Keras could make no configuration."""
 
