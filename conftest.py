@@ -32,6 +32,10 @@ SLOW_ON_JAX = {
     "MLP",
     "QuantileNormalization",
     "diagnose",
+    "covariate_shift",
+    "distributions",
+    "AverageWeights",
+    "CNN",
 }
 
 

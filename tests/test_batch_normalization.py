@@ -294,6 +294,7 @@ def test_compiled_as_eager(arguments):
             np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.slow_on_jax
 def test_batches_of_a_size_that_is_not_known():
     """fit with a ragged last batch, ghost batches and a mask, compiled once on TensorFlow."""
     inputs, mask = keras.Input((4, 3)), keras.Input((4,), dtype="bool")
@@ -936,6 +937,7 @@ print(json.dumps([a.tolist() for a in arrays]))
 """
 
 
+@pytest.mark.slow_on_jax
 def test_saved_model_goes_on_training_in_a_fresh_process(tmp_path):
     x = normal(64, 6, dtype="float32")
     y = np.sin(x[:, :2])

@@ -91,6 +91,7 @@ def test_sweeps_and_puts_everything_back(scale, scheduled):
     assert len(np.unique(record["loss"])) == 20
 
 
+@pytest.mark.slow_on_jax
 def test_the_model_trains_as_if_nothing_had_been():
     """Fit, test, fit is fit, fit to the last bit: also the step traced for the test is gone."""
     schedule = optimizers.CyclicalLearningRate(0.001, 0.05, half_cycle=5)

@@ -174,6 +174,7 @@ def test_gradients_of_a_whole_network(rng, l2):
         assert entry in report.zero or entry.max_relative <= published, str(report)
 
 
+@pytest.mark.slow_on_jax
 def test_gradients_of_a_network_that_normalizes_after_the_nonlinearity(rng):
     """Three layers, 50-50-10, norm after ReLU: published, the largest difference is 7.3e-6."""
     X, y = rng.randn(10, 20), rng.randint(10, size=(10,))

@@ -576,6 +576,7 @@ def small_model():
 
 
 @core
+@pytest.mark.slow_on_jax
 def test_fit_learns_the_digits_and_repeats_itself(digits):
     histories = []
     for noise in (1, 2):

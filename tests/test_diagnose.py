@@ -137,6 +137,7 @@ def test_dropout():
     assert found["dropout"].change == pytest.approx(found.gap, abs=0.05)
 
 
+@pytest.mark.slow_on_jax
 def test_frozen_layers():
     """Its inputs, a twentieth of what they were, leave the network its biases."""
     model = network()
@@ -157,6 +158,7 @@ def padded(n, length, rng, y=None):
     return np.where(np.arange(12) < length, tokens, 0), y
 
 
+@pytest.mark.slow_on_jax
 def test_masks():
     """A function drops the mask: padding, of which there is more than in training, counts."""
     keras.utils.set_random_seed(0)

@@ -157,6 +157,7 @@ def test_the_policy_is_the_faster_one_and_that_of_the_backup(digits, tmp_path, m
 
 
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="its batches come from NumPy")
+@pytest.mark.slow_on_jax
 def test_batches_cut_out_on_the_device_are_the_same(digits, monkeypatch):
     recipe = dataclasses.replace(SMALL, epochs=1, flip="random", shift=1)
     host = recipes.train(recipe, digits, seed=1)
@@ -197,6 +198,7 @@ def test_settings_reach_the_training(digits):
     assert muon.learning_rate_multipliers[""] == pytest.approx(12 * 32 / 1024 / 0.2)
 
 
+@pytest.mark.slow_on_jax
 def test_statistics_are_reestimated_at_the_end(digits, outcome):
     again = recipes.train(dataclasses.replace(SMALL, reestimate=500), digits, seed=1)
     assert again.report is not None

@@ -552,6 +552,7 @@ def test_one_pass_of_a_single_batch_is_exact(build):
         assert max(y.leak for y in report.layers if y.uses == 2) > 0.01
 
 
+@pytest.mark.slow_on_jax
 def test_one_pass_states_its_error():
     """From four batches of 16, so that it is an estimate; too small it must not be."""
     ratios = []
@@ -953,6 +954,7 @@ def everything(model):
     return [np.array(v.numpy()).tobytes() for v in variables_of(model)]
 
 
+@pytest.mark.slow_on_jax
 def test_nothing_else_changes():
     model = trained_model()
     found = [
@@ -1518,6 +1520,7 @@ def test_domains(tmp_path):
     assert list(others) == list(domains)
 
 
+@pytest.mark.slow_on_jax
 def test_adaptation_recovers_what_a_shift_costs():
     """Two classes; the target is scaled and shifted. Weights as trained, no target labels."""
     rng = np.random.default_rng(0)

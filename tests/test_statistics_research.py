@@ -148,6 +148,7 @@ def test_layerwise_is_exact():
         np.testing.assert_array_equal(host(v), w)
 
 
+@pytest.mark.slow_on_jax
 def test_one_pass():
     """Exact in the first layer, and of one batch in all; else it states its error."""
     model, x = model_of(images), example_data(96)
@@ -234,6 +235,7 @@ def test_tolerance_and_selection():
 # Undone -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_on_jax
 def test_failures_leave_everything_as_it_was(monkeypatch):
     model, x = model_of(images), example_data(40)
     before = bits(model)
