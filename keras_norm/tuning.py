@@ -59,11 +59,13 @@ __all__ = [
 _OF_SPACES = ("Candidate", "SmoothedCrossentropy", "Task", "images")
 
 
-def __getattr__(name: str) -> Any:
-    """What needs Keras is imported when it is asked for."""
-    if name in _OF_SPACES:
-        return getattr(importlib.import_module("keras_norm._search_space"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker a function of this name would make every name right
+
+    def __getattr__(name: str) -> Any:
+        """What needs Keras is imported when it is asked for."""
+        if name in _OF_SPACES:
+            return getattr(importlib.import_module("keras_norm._search_space"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
