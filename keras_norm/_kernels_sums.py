@@ -2,21 +2,68 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_norm import functional
 from keras_norm._arrays import in_dtype
 from keras_norm._kernels_common import SAMPLED, folds_of
-from keras_norm.autodiff import custom_vjp
+from keras_norm.autodiff import custom_vjp, is_traced
 
 Array = Any
 Axis = int | Sequence[int]
 
 # So many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
+# E[x^2] - E[x]^2 of so many standard deviations of E[x] loses less than a digit.
+NEAR_MEAN = 2.0
+# Of fewer elements, to look at the means costs more than the sweep that it saves.
+FEWEST_ELEMENTS_LOOKED_AT = 2**15
+
+Moments = tuple[Array, Array, Array]
+
+
+def _moments(
+    z: Array, mean: Callable[[Array], Array], first_of_some: Callable[[Array], Array]
+) -> Moments:
+    """(first, rest, variance) of z, where the mean is first + rest.
+
+    By sums of z and of its squares, if all means turn out to be near 0 (`NEAR_MEAN`). Else, and
+    where to look at them does not pay, by sums about the mean of some elements, which is within
+    four standard deviations of the mean of all, so that the variance loses one digit at most.
+
+    Args:
+        z: in the dtype to compute in.
+        mean: of an array like z, the means.
+        first_of_some: of z, means of some of its elements; of the shape of the means.
+    """
+
+    def about_some() -> Moments:
+        first = first_of_some(z)
+        centered = z - first
+        rest = mean(centered)
+        return first, rest, ops.relu(mean(centered * centered) - rest * rest)
+
+    size = math.prod(z.shape) if None not in z.shape else 0
+    if size < FEWEST_ELEMENTS_LOOKED_AT or not _can_branch(z):
+        return about_some()
+    near = mean(z)
+    variance = ops.relu(mean(z * z) - near * near)
+    are_near = ops.all(near * near <= NEAR_MEAN**2 * variance)
+    return ops.cond(are_near, lambda: (near, ops.zeros_like(near), variance), about_some)
+
+
+def _can_branch(x: Array) -> bool:
+    """Whether a branch costs little: in a program of JAX, on one device.
+
+    TensorFlow has a costlier one, and exports that do without; called at once, JAX would compile
+    both sides for every call.
+    """
+    one_device = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
+    return one_device and is_traced(x)
 
 
 def folded(
@@ -104,23 +151,18 @@ def staged(
             v = ops.sum(ops.reshape(v, (-1, run, channels)), axis=1)
         return ops.sum(v, axis=0)  # -> (C,)
 
-    def near(x: Array) -> Array:
-        """The mean of every sixteenth row: within four standard deviations of the mean of all."""
+    def of_some(x: Array) -> Array:
+        """The mean of every sixteenth row."""
         sample = ops.reshape(x, (-1, channels))[:: SAMPLED if n >= SAMPLED else 1]
         return ops.sum(sample, axis=0) / max(sample.shape[0], 1)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        first = near(x)
-        centered = x - first
-        rest = total(centered) / n
-        mean = first + rest  # (B1)
-        # rest is at most four standard deviations, so the difference loses one digit at most.
-        variance = ops.maximum(total(centered * centered) / n - rest * rest, 0)  # (B2)
+        first, rest, variance = _moments(x, lambda v: total(v) / n, of_some)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
         scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
-        y = (centered - rest) * scale  # (B4)
+        y = (x - first - rest) * scale  # (B4)
         y = y if beta is None else y + in_dtype(beta, dtype)  # (B5)
-        return (y, mean, variance), (x, first, rest, inv_std, gamma)
+        return (y, first + rest, variance), (x, first, rest, inv_std, gamma)  # (B1)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, first, rest, inv_std, gamma = residuals
@@ -204,14 +246,11 @@ def _halves_of_products(
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         z = rows.of(x)
-        parts: tuple[Array, ...] = ()
+        parts: list[Array] = []
         if centers:
-            near = mean(rows.near(z))
-            z = z - near
-            rest = mean(z)
-            # As rest is no larger, the difference loses one digit at most.
-            variance = ops.relu(mean(z * z) - rest * rest)  # (L2)
-            z, parts = z - rest, (near, rest)  # (L1)
+            *parts, variance = _moments(z, mean, lambda z: mean(rows.near(z)))  # (L2)
+            for part in parts:
+                z = z - part  # (L1)
         else:
             variance = mean(z * z)  # (R1)
         inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
@@ -262,14 +301,16 @@ def by_channel(
         return sums / d
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        d, z = elements(x), in_dtype(x, dtype)
-        some = z[:, : (ops.shape(z)[1] + SAMPLED - 1) // SAMPLED]
-        first = mean(functional.sum_in_stages(some, positions), elements(some))
-        centered = z - first  # by the mean of some rows, within four standard deviations of all
-        rest = mean(functional.sum_in_stages(centered, positions), d)
-        squares = functional.sum_in_stages(centered * centered, positions)
-        variance = mean(squares, d) - rest * rest
-        variance = ops.where(variance < 0, ops.zeros_like(variance), variance)
+        def mean_of(z: Array) -> Array:
+            return mean(functional.sum_in_stages(z, positions), elements(z))
+
+        def of_some(z: Array) -> Array:
+            """The mean of every example's first sixteenth of rows."""
+            return mean_of(z[:, : (ops.shape(z)[1] + SAMPLED - 1) // SAMPLED])
+
+        z = in_dtype(x, dtype)
+        first, rest, variance = _moments(z, mean_of, of_some)
+        centered = z - first
         inv_std = ops.rsqrt(variance + epsilon)
         scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
         offset = -rest * scale if beta is None else in_dtype(beta, dtype) - rest * scale
