@@ -367,9 +367,17 @@ def check_possible(
         )
 
 
+_VARIABLE = "KERAS_NORM_IMPLEMENTATION"
+
+
+def is_forced() -> bool:
+    """Whether KERAS_NORM_IMPLEMENTATION names anything."""
+    return bool(os.environ.get(_VARIABLE))
+
+
 def forced_implementation() -> str | None:
     """What KERAS_NORM_IMPLEMENTATION names."""
-    name = os.environ.get("KERAS_NORM_IMPLEMENTATION")
+    name = os.environ.get(_VARIABLE)
     if not name:
         return None
     known = {"composed", *(entry.name for entries in TABLE.values() for entry in entries)}

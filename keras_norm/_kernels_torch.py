@@ -22,6 +22,10 @@ ELEMENTS_OF_PIECE = 2**20
 # parts are merged. (Of 262,144 rows at once, the variance is off by 7e-5; of 16,384 by 4e-6, and a
 # mean that is 25 standard deviations from 0 by 1e-4 of them.)
 ROWS_AT_ONCE = 2**14
+# PyTorch's norm adds up squares one after the other, too: of so many it is off by 3e-7.
+LONGEST_NORM = 2**14
+# Of fewer elements, without and with gradients, PyTorch's RMS normalization is as quick as ours.
+FEWEST_ELEMENTS_OF_RMS = 2**17, 2**15
 
 
 class _Pieces:
@@ -114,7 +118,7 @@ def _is_near(mean: Array, inv_std: Array) -> bool:
 
     if not mean.numel():
         return True
-    least, most = torch.aminmax(mean.detach() * inv_std.detach())
+    least, most = torch.aminmax(mean * inv_std)
     return max(-least.item(), most.item()) <= FARTHEST_MEAN  # no for NaN, which both are then
 
 
@@ -293,14 +297,72 @@ def layer(
     import torch
 
     functional.check_epsilon(epsilon)
-    sizes = x.shape[-axes:]
-    gamma, beta = (_native_parameter(v, x, sizes) for v in (gamma, beta))
-    if not centers:
+    gamma, beta = (_native_parameter(v, x, x.shape[-axes:]) for v in (gamma, beta))
+    if can_be_looked_at(x):
+        return rows(x, gamma, beta, x.shape[-axes:], epsilon, centers)
+    return None if centers else torch.nn.functional.rms_norm(x, x.shape[-axes:], gamma, epsilon)
+
+
+def rows(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    sizes: Sequence[int],
+    epsilon: float,
+    centers: bool,
+) -> Array | None:
+    """As `layer`, of x that can be looked at, and gamma and beta of its last sizes and its dtype."""
+    import torch
+
+    if centers:
+        y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
+        return y if _is_near(mean, inv_std) else None
+    if x.numel() < FEWEST_ELEMENTS_OF_RMS[torch.is_grad_enabled()]:
         return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
-    if not can_be_looked_at(x):
-        return None
-    y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
-    return y if _is_near(mean, inv_std) else None
+    return _rms(x, gamma, len(sizes), epsilon)
+
+
+def _rms(x: Array, gamma: Array | None, axes: int, epsilon: float) -> Array:
+    """RMS normalization of the last axes.
+
+    PyTorch composes its own of differentiable operations; the kernel of layer normalization's
+    gradient, told that all means are 0, does most of it at once.
+    """
+    import torch
+
+    over, sizes = tuple(range(-axes, 0)), x.shape[-axes:]
+    elements = sizes.numel()
+
+    def forward(x: Array, gamma: Array | None) -> tuple[Any, Any]:
+        in_place = not torch.is_grad_enabled()  # else for a second derivative
+        if in_place and elements <= LONGEST_NORM:
+            norm = torch.linalg.vector_norm(x, dim=over, keepdim=True)
+            mean_square = norm * norm / elements  # (R1)
+        else:
+            mean_square = (x * x).mean(dim=over, keepdim=True)
+        inv_rms = torch.rsqrt(mean_square + epsilon)  # (R2)
+        y = x * inv_rms  # (R3)
+        if gamma is not None:
+            y = y.mul_(gamma) if in_place else y * gamma  # (R4)
+        return (y,), (x, inv_rms, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array | None]:
+        (x, inv_rms, gamma), (dy,) = residuals, upstream
+        if torch.is_grad_enabled():
+            x_hat, g = x * inv_rms, dy if gamma is None else dy * gamma
+            along = (g * x_hat).mean(dim=over, keepdim=True)
+            return (g - x_hat * along) * inv_rms, (dy * x_hat).sum_to_size(sizes)  # (R6) (R5)
+        asked = [True, gamma is not None, False]
+        dx, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, sizes, torch.zeros_like(inv_rms), inv_rms, gamma, None, asked
+        )
+        # Of layer normalization dx is less by inv_std mean(gamma dy), (L9).
+        rows = dy.flatten(-axes)
+        of_g = rows.mean(-1) if gamma is None else rows @ (gamma.flatten() / elements)
+        return dx.add_(inv_rms * of_g.view(inv_rms.shape)), dgamma
+
+    (y,) = custom_vjp(forward, backward, x, gamma)
+    return y
 
 
 def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array | None:
@@ -329,7 +391,7 @@ def group(
     y, mean, inv_std = torch.native_group_norm(
         z, gamma, beta, len(z), channels, z[0, 0].numel(), groups, epsilon
     )
-    return y.movedim(1, -1) if _is_near(mean, inv_std) else None
+    return y.movedim(1, -1) if _is_near(mean.detach(), inv_std.detach()) else None
 
 
 def _always_differentiated(x: Array, gamma: Array | None, beta: Array | None) -> Array:

@@ -843,6 +843,7 @@ class _WithinExample(keras.layers.Layer):
         self.axis = axis
         self.epsilon = epsilon
         self._sizes: tuple[tuple[int, int], ...] = ()  # of the axes, where they are fixed
+        self._shortcut: kernels.Shortcut | None = None
         self.supports_masking = True
         # Under a mixed policy inputs in float32 are normalized as they are, and then rounded.
         self.autocast = False
@@ -881,6 +882,15 @@ class _WithinExample(keras.layers.Layer):
             self._check_sizes(x.shape)
         is_float = keras.backend.is_float_dtype(kernels.dtype_name(x.dtype))
         return x if is_float else ops.cast(x, self.compute_dtype)
+
+    def _by_shortcut(self, inputs: Array, gamma: Any, beta: Any = None) -> Array | None:
+        if self._shortcut is None:
+            return None
+        return self._shortcut.take(inputs, gamma, beta, self.epsilon)
+
+    def _remember(self, inputs: Array) -> None:
+        if self._shortcut is not None:
+            self._shortcut.learn(inputs)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The inputs' shape."""
@@ -1021,7 +1031,9 @@ class LayerNormalization(_Affine):
             **kwargs,
         )
         self.rms_scaling = rms_scaling
-        if rms_scaling:
+        if not rms_scaling:
+            self._shortcut = kernels.Shortcut("layer_normalization", axis)
+        else:
             warnings.warn(
                 "LayerNormalization(rms_scaling=True) divides by the standard deviation, not by "
                 "the root mean square, and is deprecated. Use RMSNormalization.",
@@ -1041,15 +1053,18 @@ class LayerNormalization(_Affine):
 
     def call(self, inputs: Array, training: bool | None = None) -> Array:
         """Normalizes; see the class."""
-        y = kernels.layer_normalization(
-            self._floating(inputs),
-            self.gamma,
-            self.beta,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            rms_scaling=self.rms_scaling,
-            training=known(training),
-        )
+        y = self._by_shortcut(inputs, self.gamma, self.beta)
+        if y is None:
+            y = kernels.layer_normalization(
+                self._floating(inputs),
+                self.gamma,
+                self.beta,
+                axis=self.axis,
+                epsilon=self.epsilon,
+                rms_scaling=self.rms_scaling,
+                training=known(training),
+            )
+            self._remember(inputs)
         return in_dtype(y, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -1120,6 +1135,7 @@ class RMSNormalization(_WithinExample):
         _check_axis_type(axis)
         super().__init__(axis, epsilon, **kwargs)
         self.scale = None
+        self._shortcut = kernels.Shortcut("rms_normalization", axis)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the scale, of the shape of the normalized axes."""
@@ -1129,13 +1145,16 @@ class RMSNormalization(_WithinExample):
 
     def call(self, inputs: Array, training: bool | None = None) -> Array:
         """Normalizes; see the class."""
-        y = kernels.rms_normalization(
-            self._floating(inputs),
-            self.scale,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            training=known(training),
-        )
+        y = self._by_shortcut(inputs, self.scale)
+        if y is None:
+            y = kernels.rms_normalization(
+                self._floating(inputs),
+                self.scale,
+                axis=self.axis,
+                epsilon=self.epsilon,
+                training=known(training),
+            )
+            self._remember(inputs)
         return in_dtype(y, self.compute_dtype)
 
 
