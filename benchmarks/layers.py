@@ -5,6 +5,7 @@
     python benchmarks/layers.py --layers layer rms group   # others, on their natural shapes
     python benchmarks/layers.py --compiled eager           # or xla; TensorFlow only
     python benchmarks/layers.py --dtype bfloat16           # inputs; weights and statistics float32
+    python benchmarks/layers.py --mean 10                  # of x, in standard deviations; else 0
     KERAS_BACKEND=torch python benchmarks/layers.py --out results/bench_torch
 
 One process, nothing else running. The contestants take turns, shape by shape, so that what else
@@ -220,10 +221,11 @@ def copying(x, tensor):
     return lambda: list(pool.map(np.copyto, *parts))
 
 
-def measure(kind, shape, mode, compiled, dtype, repeats, minimum):
+def measure(kind, shape, mode, compiled, dtype, mean, repeats, minimum):
     """{contestant: seconds of every turn}, the turns alternating, and {contestant: pages taken}."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
+    x += np.float32(mean)
     tensors = ops.convert_to_tensor(x, dtype=dtype), ops.convert_to_tensor(dy, dtype=dtype)
     x = x.astype("float32" if dtype == "float32" else "float16")  # of as many bytes, for the copy
     turns = {
@@ -270,7 +272,7 @@ def taken(kind, shape, mode, compiled, dtype):
     return names[0]
 
 
-def row_of(kind, shape, mode, compiled, dtype, times, pages):
+def row_of(kind, shape, mode, compiled, dtype, mean, times, pages):
     row = {
         "layer": kind,
         "backend": BACKEND,
@@ -278,6 +280,7 @@ def row_of(kind, shape, mode, compiled, dtype, times, pages):
         "shape": "x".join(map(str, shape)),
         "mode": mode,
         "dtype": dtype,
+        **({"mean": mean} if mean else {}),
         "implementation": taken(kind, shape, mode, compiled, dtype),
         "memory": freed_memory(),
         "repeats": len(times["keras"]),
@@ -387,8 +390,17 @@ def arguments_of_command_line():
     )
     parser.add_argument("--compiled", choices=["graph", "eager", "xla"], default="graph")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--mean",
+        type=float,
+        default=0.0,
+        help="of the inputs, in standard deviations; where it is far from 0, sums round, and some "
+        "implementations take longer (default: %(default)s)",
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/bench"))
     arguments = parser.parse_args()
+    if not np.isfinite(arguments.mean):
+        parser.error(f"--mean must be a finite number; received: {arguments.mean}")
     check_groups(parser, arguments.layers, arguments.shapes or [])
     if BACKEND != "tensorflow" and arguments.compiled != "graph":
         parser.error(
@@ -403,7 +415,7 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     cases = [
-        (kind, shape, mode, arguments.compiled, arguments.dtype)
+        (kind, shape, mode, arguments.compiled, arguments.dtype, arguments.mean)
         for kind in arguments.layers
         for shape in arguments.shapes or LAYERS[kind][3]
         for mode in SWEEPS

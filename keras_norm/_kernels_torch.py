@@ -311,7 +311,7 @@ def rows(
     epsilon: float,
     centers: bool,
 ) -> Array | None:
-    """As `layer`, of x that can be looked at, and gamma and beta of its last sizes and its dtype."""
+    """As `layer`, of x that can be looked at; gamma and beta of its last sizes and its dtype."""
     import torch
 
     if centers:

@@ -12,12 +12,14 @@
     native           PyTorch: native_batch_norm and its gradient, for means that are not far from 0,
                      of many rows with statistics merged from parts; else, and for rows of few
                      channels, laid side by side as above, in pieces that stay in the cache;
-                     layer, RMS, group and instance normalization: the function of torch.nn
-    staged           JAX on a CPU: sums, over short runs of rows, then over the runs, of x less the
-                     mean of every sixteenth row
+                     layer, group and instance normalization: the kernel of torch.nn's; RMS
+                     normalization: a norm, and backward the kernel of layer normalization
+    staged           JAX on a CPU: sums over short runs of rows, then over the runs; of x if all
+                     means turn out to be near 0, else of x less the mean of every sixteenth row
     products         layer and RMS normalization: forward, sums of x less the mean of an example's
-                     first sixteenth; backward, the sums over an example and over the examples as
-                     products of matrices with gamma and with ones; x is kept
+                     first sixteenth (on JAX of x itself, as above); backward, the sums over an
+                     example and over the examples as products of matrices with gamma and with
+                     ones; x is kept
     compiled         TensorFlow without a GPU, in training, and outside of graphs: forward and
                      backward as one program each, which XLA compiles when it first meets arrays of
                      these shapes (in inference, when they have come ten times); by
@@ -376,9 +378,8 @@ def rms_normalization(
 class Shortcut:
     """To PyTorch's kernel, for inputs like one for which it was chosen before.
 
-    What there is to choose and to check depends on an input's sizes and dtype alone, and takes a
-    tenth of the time of a layer on a million elements: little of it stays in the processor's caches
-    from one layer to the next.
+    What there is to choose and to check depends on an input's sizes and dtype alone. It is much
+    Python, of which little stays in the processor's caches from one layer to the next.
 
     Args:
         function: "layer_normalization" or "rms_normalization".
