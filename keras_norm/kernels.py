@@ -47,7 +47,7 @@ from keras import ops
 from keras_norm import _kernels_fused, _kernels_sums, _kernels_torch, _kernels_xla, functional
 from keras_norm._arrays import dtype_name, in_dtype, tensor
 from keras_norm._kernels_choice import TABLE, check_possible, implementation_for, is_forced
-from keras_norm._kernels_common import are_finite, on_gpu
+from keras_norm._kernels_common import are_finite, can_be_looked_at, on_gpu
 from keras_norm._kernels_xla import training_step
 from keras_norm.autodiff import custom_vjp
 
@@ -431,7 +431,7 @@ class Shortcut:
             return False
         import torch
 
-        is_plain = type(x) is torch.Tensor and x.is_cpu and _kernels_torch.can_be_looked_at(x)
+        is_plain = type(x) is torch.Tensor and x.is_cpu and can_be_looked_at(x)
         return is_plain and not is_forced()
 
     def _key(self, x: Any) -> Any:
