@@ -1,5 +1,6 @@
 """Every implementation gives the numbers of `functional`, gradients too."""
 
+import copy
 import functools
 
 import keras
@@ -13,6 +14,8 @@ from keras_norm import (
     _kernels_choice,
     _kernels_common,
     _kernels_fused,
+    _kernels_sums,
+    _kernels_torch,
     autodiff,
     functional,
     kernels,
@@ -1079,3 +1082,163 @@ def test_ragged_and_sparse_inputs_are_refused(make):
         make()(ragged, training=True)
     with pytest.raises(ValueError, match=r"must be dense.*SparseTensor of .*tf.sparse.to_dense"):
         make()(tf.sparse.from_dense(tf.ones((3, 4))), training=True)
+
+
+def of_means(means, shape, axes):
+    """float32 whose means over the axes are, turn by turn, these; of deviation 1."""
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal(shape)
+    x = (x - x.mean(axes, keepdims=True)) / x.std(axes, keepdims=True)
+    kept = [1 if a in axes else n for a, n in enumerate(shape)]
+    return (x + np.resize(means, kept)).astype("float32")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there is one way to sum")
+@pytest.mark.parametrize("means", [[0.0, 1.9, -1.9], [0.0, 2.1], [0.0, 1e4, -3.0]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "implementation", "options", "axes"),
+    [
+        ("batch_normalization", "staged", {}, (0, 1, 2)),
+        ("layer_normalization", "products", {"axis": (-2, -1)}, (2, 3)),
+        ("group_normalization", "by_channel", {"groups": -1}, (1, 2)),
+    ],
+)
+def test_sums_of_near_and_of_far_means(name, implementation, options, axes, means, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(_kernels_sums, "FEWEST_ELEMENTS_LOOKED_AT", 1)
+    x = of_means(means, (4, 8, 8, 6), axes)
+    dy = np.random.default_rng(12).standard_normal(x.shape)
+
+    def slopes(dtype, **more):
+        def loss(x):
+            y = getattr(kernels, name)(x, **options, **more, epsilon=1e-5)
+            y = y[0] if isinstance(y, tuple) else y
+            return ops.sum(y * ops.convert_to_tensor(dy.astype(dtype))), y
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    ours = slopes("float32", implementation=implementation)
+    assert "cond[" in str(jax.make_jaxpr(ours)(x))
+    (_, y), dx = ours(x)
+    (_, expected), expected_dx = slopes("float64", implementation="composed")(x.astype("float64"))
+    compare(y, expected, 3e-6, "y")
+    compare(dx, expected_dx, 5e-6 * np.abs(expected_dx).max(), "dx")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there is one way to sum")
+def test_where_means_are_looked_at(monkeypatch):
+    import jax
+
+    def looks(*shape, within=jax.jit):
+        function = functools.partial(kernels.layer_normalization, implementation="products")
+        return "cond[" in str(jax.make_jaxpr(within(function))(np.zeros(shape, "float32")))
+
+    assert [looks(64, 512), looks(63, 512)] == [True, False]
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: "some")  # a sum over devices
+    assert not looks(64, 512)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's kernel, told that means are 0")
+@pytest.mark.parametrize("longest", [1, 2**14], ids=["mean of squares", "norm"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_rms_normalization_by_the_kernel_of_layer_normalization(axes, affine, longest, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(_kernels_torch, "FEWEST_ELEMENTS_OF_RMS", (0, 0))
+    monkeypatch.setattr(_kernels_torch, "LONGEST_NORM", longest)
+    axis = -1 if axes == 1 else (-2, -1)
+    arrays = arrays_for("rms_normalization", {"axis": axis}, (4, 3, 5, 6), "float64", affine)
+    tensors = [torch.tensor(v, requires_grad=True) for v in arrays]
+    options = {"axis": axis, "epsilon": 1e-3}
+    ours = functools.partial(kernels.rms_normalization, **options, implementation="native")
+    expected = functional.rms_normalization(*tensors, **options)
+    dy = torch.tensor(np.random.default_rng(4).standard_normal((4, 3, 5, 6)))
+    for upstream in (dy, dy[:1].expand_as(dy), dy.transpose(0, 1).contiguous().transpose(0, 1)):
+        grads = torch.autograd.grad(ours(*tensors), tensors, upstream)
+        of_composed = torch.autograd.grad(expected, tensors, upstream, retain_graph=True)
+        torch.testing.assert_close(grads, of_composed, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*tensors), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(ours, tensors)
+    (of_one,) = torch.autograd.grad(ours(*tensors), tensors[-1:], dy)  # x or gamma alone
+    torch.testing.assert_close(of_one, torch.autograd.grad(expected, tensors[-1:], dy)[0])
+
+
+# The short way of a layer to PyTorch's kernel -----------------------------------------------------
+
+SHORT = {"layer": layers.LayerNormalization, "rms": layers.RMSNormalization}
+
+
+@pytest.fixture
+def long_ways(monkeypatch):
+    """How often a layer has gone the long way."""
+    ways = []
+    for name in ("layer_normalization", "rms_normalization"):
+        function = getattr(kernels, name)
+
+        def counted(*arguments, function=function, **options):
+            ways.append(function)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(kernels, name, counted)
+    return ways
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's kernel")
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_way_is_taken_for_inputs_like_one_before(name, long_ways):
+    import torch
+
+    layer = SHORT[name]()
+    rng = np.random.default_rng(0)
+
+    def ways_for(x):
+        """Whether the first, and the second, call with x went the long way."""
+        expected, ways = type(layer).from_config(layer.get_config())(x), []
+        for _ in range(2):
+            before = len(long_ways)
+            torch.testing.assert_close(layer(x), expected)
+            ways.append(len(long_ways) - before)
+        return ways
+
+    x = torch.tensor(rng.standard_normal((4, 8)), dtype=torch.float32)
+    assert ways_for(x) == [1, 0]
+    assert ways_for(x[:3]) == [0, 0]  # of fewer examples
+    assert ways_for(x[None]) == [1, 0]
+    assert ways_for(x.double()) == [1, 0]
+    assert ways_for(x.bfloat16()) == [1, 1]  # composed
+    assert ways_for(x.long()) == [1, 1]
+    with pytest.raises(ValueError, match="incompatible with the layer"):
+        layer(x[:, :7])
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+    layer.trainable_variables[0].assign(np.arange(8.0))
+    torch.testing.assert_close(layer(x)[:, 0], torch.zeros(4))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's kernel")
+def test_the_short_way_ends_where_means_are_far(long_ways):
+    import torch
+
+    layer, x = layers.LayerNormalization(), torch.randn(4, 8)
+    layer(x), layer(x)
+    assert len(long_ways) == 1
+    far = x + 1e4
+    compare(layer(far), functional.layer_normalization(far.double()), 1e-6, "y")
+    assert len(long_ways) == 2
+    layer(x), layer(x)
+    assert len(long_ways) == 4  # so as not to do everything twice for each that is far
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's kernel")
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_way_is_not_taken_where_another_is_asked_for(name, long_ways, monkeypatch):
+    import torch
+
+    layer, x = SHORT[name](), torch.randn(4, 8)
+    layer(x), layer(x)
+    assert len(long_ways) == 1
+    monkeypatch.setenv("KERAS_NORM_IMPLEMENTATION", "composed")
+    layer(x)
+    assert len(long_ways) == 2
