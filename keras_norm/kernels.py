@@ -415,13 +415,17 @@ class Shortcut:
         self._is_closed = y is None  # means far from 0: others will be so, too
         return y
 
-    def learn(self, x: Any) -> None:
+    def learn(self, x: Any, gamma: Any, beta: Any) -> None:
         """Opens the way for inputs like x, which has just gone the long one, if it may be taken.
 
         Args:
-            x: what the layer was called with.
+            x, gamma, beta: as `take` gets them. The long way casts parameters to the dtype of x.
         """
         if not self._is_open_to(x) or self._key(x) in self._known:
+            return
+        alike = x.dtype, x.shape[-self._axes :]
+        given = [v.value for v in (gamma, beta) if v is not None]
+        if any((v.dtype, v.shape) != alike for v in given):
             return
         if choose_for(self._function, x, axis=self._axis) == "native":
             self._known.add(self._key(x))

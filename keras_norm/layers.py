@@ -888,9 +888,9 @@ class _WithinExample(keras.layers.Layer):
             return None
         return self._shortcut.take(inputs, gamma, beta, self.epsilon)
 
-    def _remember(self, inputs: Array) -> None:
+    def _remember(self, inputs: Array, gamma: Any, beta: Any = None) -> None:
         if self._shortcut is not None:
-            self._shortcut.learn(inputs)
+            self._shortcut.learn(inputs, gamma, beta)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The inputs' shape."""
@@ -1064,7 +1064,7 @@ class LayerNormalization(_Affine):
                 rms_scaling=self.rms_scaling,
                 training=known(training),
             )
-            self._remember(inputs)
+            self._remember(inputs, self.gamma, self.beta)
         return in_dtype(y, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -1154,7 +1154,7 @@ class RMSNormalization(_WithinExample):
                 epsilon=self.epsilon,
                 training=known(training),
             )
-            self._remember(inputs)
+            self._remember(inputs, self.scale)
         return in_dtype(y, self.compute_dtype)
 
 
