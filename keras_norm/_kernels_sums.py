@@ -18,8 +18,9 @@ Axis = int | Sequence[int]
 
 # So many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
-# E[x^2] - E[x]^2 of so many standard deviations of E[x] loses less than a digit.
-NEAR_MEAN = 2.0
+# Where E[x] is no more standard deviations than this, E[x^2] - E[x]^2 loses at most a bit: E[x^2]
+# is at most twice the variance.
+NEAR_MEAN = 1.0
 # Of fewer elements, to look at the means costs more than the sweep that it saves.
 FEWEST_ELEMENTS_LOOKED_AT = 2**15
 

@@ -401,6 +401,8 @@ class Shortcut:
     def take(self, x: Any, gamma: Any, beta: Any, epsilon: float) -> Array | None:
         """y by the kernel; None where the long way has to be gone.
 
+        Once a mean was far from 0, or not finite, that is always: others will be so, too.
+
         Args:
             x: what the layer is called with.
             gamma, beta: variables of the layer, or None.
@@ -412,7 +414,7 @@ class Shortcut:
         beta = None if beta is None else beta.value
         sizes = x.shape[-self._axes :]
         y = _kernels_torch.rows(x, gamma, beta, sizes, epsilon, self._centers)
-        self._is_closed = y is None  # means far from 0: others will be so, too
+        self._is_closed = y is None
         return y
 
     def learn(self, x: Any, gamma: Any, beta: Any) -> None:
