@@ -48,13 +48,16 @@ def _moments(
         rest = mean(centered)
         return first, rest, ops.relu(mean(centered * centered) - rest * rest)
 
-    size = math.prod(z.shape) if None not in z.shape else 0
+    # (In an export of JAX a size may be a symbol.)
+    size = math.prod(z.shape) if all(isinstance(n, int) for n in z.shape) else 0
     if size < FEWEST_ELEMENTS_LOOKED_AT or not _can_branch(z):
         return about_some()
     near = mean(z)
-    variance = ops.relu(mean(z * z) - near * near)
-    are_near = ops.all(near * near <= NEAR_MEAN**2 * variance)
-    return ops.cond(are_near, lambda: (near, ops.zeros_like(near), variance), about_some)
+    square = near * near
+    variance = ops.relu(mean(z * z) - square)
+    # Where squares overflow, those of the deviations may not.
+    is_near = ops.logical_and(square <= NEAR_MEAN**2 * variance, variance < math.inf)
+    return ops.cond(ops.all(is_near), lambda: (near, ops.zeros_like(near), variance), about_some)
 
 
 def _can_branch(x: Array) -> bool:
@@ -243,7 +246,7 @@ def _halves_of_products(
         # JAX and PyTorch.)
         if rows.d > 0 and dtype == "float32":
             return ops.mean(z, axis=1, keepdims=True)
-        return ops.sum(z, axis=1, keepdims=True) / max(rows.d, 1)
+        return ops.sum(z, axis=1, keepdims=True) / max(z.shape[1], 1)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         z = rows.of(x)

@@ -24,6 +24,9 @@ ELEMENTS_OF_PIECE = 2**20
 ROWS_AT_ONCE = 2**14
 # PyTorch's norm adds up squares one after the other, too: of so many it is off by 3e-7.
 LONGEST_NORM = 2**14
+# And the kernel of layer normalization's gradient adds up the rows, for gamma: of 262,144 it is off
+# by 2e-5, of parts of so many by 6e-7.
+ROWS_OF_A_SUM = 2**10
 # Of fewer elements, without and with gradients, PyTorch's RMS normalization is as quick as ours.
 FEWEST_ELEMENTS_OF_RMS = 2**17, 2**15
 
@@ -188,9 +191,9 @@ def _moments_by_kernel(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
     parts = z.split(max(1, min(ROWS_AT_ONCE, ELEMENTS_OF_PIECE // pieces.channels) // rows))
     moments = [torch.stack(torch.batch_norm_update_stats(p, None, None, 0.0)) for p in parts]
     means, variances = torch.stack(moments, dim=1)  # (parts, C)
-    share = z.new_tensor([len(p) / len(z) for p in parts])
-    mean = share @ means  # (B14)
-    return mean, share @ (variances + (means - mean) ** 2)  # (B15)
+    share = z.new_tensor([len(p) / len(z) for p in parts])[:, None]
+    mean = (share * means).sum(0)  # (B14); a product of matrices would be rounded by autocast
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)  # (B15)
 
 
 def _moments_in_pieces(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
@@ -317,7 +320,9 @@ def rows(
     if centers:
         y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
         return y if _is_near(mean, inv_std) else None
-    if x.numel() < FEWEST_ELEMENTS_OF_RMS[torch.is_grad_enabled()]:
+    small = x.numel() < FEWEST_ELEMENTS_OF_RMS[torch.is_grad_enabled()]
+    forward_mode = getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+    if small or forward_mode:  # which `custom_vjp` does not know
         return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
     return _rms(x, gamma, len(sizes), epsilon)
 
@@ -352,14 +357,20 @@ def _rms(x: Array, gamma: Array | None, axes: int, epsilon: float) -> Array:
             x_hat, g = x * inv_rms, dy if gamma is None else dy * gamma
             along = (g * x_hat).mean(dim=over, keepdim=True)
             return (g - x_hat * along) * inv_rms, (dy * x_hat).sum_to_size(sizes)  # (R6) (R5)
-        asked = [True, gamma is not None, False]
-        dx, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, x, sizes, torch.zeros_like(inv_rms), inv_rms, gamma, None, asked
-        )
-        # Of layer normalization dx is less by inv_std mean(gamma dy), (L9).
-        rows = dy.flatten(-axes)
-        of_g = rows.mean(-1) if gamma is None else rows @ (gamma.flatten() / elements)
-        return dx.add_(inv_rms * of_g.view(inv_rms.shape)), dgamma
+        x_, dy_ = (v.reshape(-1, *sizes) for v in (x, dy))
+        inv_rms = inv_rms.view(-1, *[1] * axes)
+        dx, dgammas = torch.empty_like(x_), []
+        each = (v.split(ROWS_OF_A_SUM) for v in (dy_, x_, inv_rms, dx))
+        for dy, x_of_part, inv_std, target in zip(*each, strict=True):
+            zero = torch.zeros_like(inv_std)
+            part, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+                dy, x_of_part, sizes, zero, inv_std, gamma, None, [True, gamma is not None, False]
+            )
+            # Of layer normalization dx is less by inv_std mean(gamma dy), (L9).
+            g = dy if gamma is None else dy * gamma
+            torch.add(part, inv_std * g.mean(over, keepdim=True), out=target)
+            dgammas.append(dgamma)
+        return dx.view(x.shape), None if gamma is None else torch.stack(dgammas).sum(0)
 
     (y,) = custom_vjp(forward, backward, x, gamma)
     return y

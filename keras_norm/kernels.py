@@ -395,7 +395,7 @@ class Shortcut:
         self._function, self._axis = function, axis
         self._axes = len(axis) if isinstance(axis, list | tuple) else 1
         self._centers = function == "layer_normalization"
-        self._known: set[Any] = set()
+        self._known: dict[Any, bool] = {}
         self._is_closed = keras.backend.backend() != "torch"
 
     def take(self, x: Any, gamma: Any, beta: Any, epsilon: float) -> Array | None:
@@ -408,10 +408,13 @@ class Shortcut:
             gamma, beta: variables of the layer, or None.
             epsilon: of the layer.
         """
-        if not self._is_open_to(x) or self._key(x) not in self._known:
+        if not self._is_open_to(x) or not self._known.get(self._key(x)):
             return None
         gamma = None if gamma is None else gamma.value
         beta = None if beta is None else beta.value
+        if any(v is not None and v.dtype is not x.dtype for v in (gamma, beta)):
+            return None  # they were of that of x before
+        functional.check_epsilon(epsilon)
         sizes = x.shape[-self._axes :]
         y = _kernels_torch.rows(x, gamma, beta, sizes, epsilon, self._centers)
         self._is_closed = y is None
@@ -427,10 +430,10 @@ class Shortcut:
             return
         alike = x.dtype, x.shape[-self._axes :]
         given = [v.value for v in (gamma, beta) if v is not None]
-        if any((v.dtype, v.shape) != alike for v in given):
-            return
-        if choose_for(self._function, x, axis=self._axis) == "native":
-            self._known.add(self._key(x))
+        self._known[self._key(x)] = (
+            all((v.dtype, v.shape) == alike for v in given)
+            and choose_for(self._function, x, axis=self._axis) == "native"
+        )
 
     def _is_open_to(self, x: Any) -> bool:
         if self._is_closed:

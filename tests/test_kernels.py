@@ -469,6 +469,18 @@ def test_faster_with_a_large_mean(name, options, faster):
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "faster"),
+    [case for case in CASES if case[0] in ("layer_normalization", "group_normalization")],
+    ids=str,
+)
+def test_a_large_mean_in_float64(name, options, faster):
+    x = 1e7 + np.random.default_rng(5).standard_normal((2, 4, 8, 48))
+    y = getattr(kernels, name)(x, **options, implementation=faster, epsilon=0.0)
+    expected = getattr(functional, name)(x.astype("float64") - 1e7, **options, epsilon=0.0)
+    compare(y, expected, 1e-6, "y")
+
+
+@pytest.mark.parametrize(
     "faster", sorted({f for name, _, f in CASES if name == "layer_normalization"})
 )
 @pytest.mark.parametrize("features", [1, 3, 17, 512])
@@ -1111,19 +1123,70 @@ def test_sums_of_near_and_of_far_means(name, implementation, options, axes, mean
     dy = np.random.default_rng(12).standard_normal(x.shape)
 
     def slopes(dtype, **more):
-        def loss(x):
+        def y_of(x):
             y = getattr(kernels, name)(x, **options, **more, epsilon=1e-5)
-            y = y[0] if isinstance(y, tuple) else y
-            return ops.sum(y * ops.convert_to_tensor(dy.astype(dtype))), y
+            return y[0] if isinstance(y, tuple) else y
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+        def slope(x):
+            return jax.grad(lambda x: ops.sum(y_of(x) ** 2 * dy.astype(dtype)))(x)
+
+        return jax.jit(lambda x: (y_of(x), slope(x), jax.grad(lambda x: ops.sum(slope(x) ** 2))(x)))
 
     ours = slopes("float32", implementation=implementation)
     assert "cond[" in str(jax.make_jaxpr(ours)(x))
-    (_, y), dx = ours(x)
-    (_, expected), expected_dx = slopes("float64", implementation="composed")(x.astype("float64"))
-    compare(y, expected, 3e-6, "y")
-    compare(dx, expected_dx, 5e-6 * np.abs(expected_dx).max(), "dx")
+    expected = slopes("float64", implementation="composed")(x.astype("float64"))
+    for a, b, off, what in zip(
+        ours(x), expected, (3e-6, 5e-6, 3e-5), ("y", "dx", "of a slope"), strict=True
+    ):
+        compare(a, b, off * max(1, np.abs(b).max()), what)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there is one way to sum")
+def test_which_way_sums_are_taken():
+    import jax
+
+    def mean(z):
+        return ops.mean(z, axis=1, keepdims=True)
+
+    way = jax.jit(lambda z: _kernels_sums._moments(z, mean, lambda z: mean(z[:, :8])))
+    near = of_means([0.9, -0.9], (256, 128), (1,))
+    assert not np.any(way(near)[1])
+    assert np.all(way(near + np.float32(3))[1])
+    near[7] = np.nan  # in one row alone: the others as ever
+    y = jax.jit(kernels.layer_normalization)(near)
+    compare(
+        np.delete(y, 7, 0), functional.layer_normalization(np.delete(near, 7, 0)), 3e-6, "the rest"
+    )
+    pair = np.stack([np.delete(near, 7, 0)[:255], of_means([5.0], (255, 128), (1,))])
+    compare(
+        jax.jit(jax.vmap(kernels.layer_normalization))(pair),
+        functional.layer_normalization(pair),
+        3e-6,
+        "vmap",
+    )
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there is one way to sum")
+def test_squares_that_overflow_where_deviations_do_not():
+    import jax
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((128, 256)).astype("float32")
+    x[5] = 1e18 * (1 + 1e-3 * rng.standard_normal(256))
+    y = jax.jit(kernels.layer_normalization)(x)
+    compare(y, functional.layer_normalization(x.astype("float64")), 3e-5, "y")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="an export of JAX")
+def test_exported_with_a_batch_of_any_size():
+    import jax
+
+    function = jax.jit(kernels.layer_normalization)
+    sizes = jax.export.symbolic_shape("n, 64")
+    exported = jax.export.export(function)(jax.ShapeDtypeStruct(sizes, "float32"))
+    x = np.random.default_rng(0).standard_normal((1024, 64)).astype("float32")
+    for n in (3, 1024):
+        compare(exported.call(x[:n]), function(x[:n]), 1e-6, f"of {n}")
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there is one way to sum")
@@ -1164,6 +1227,56 @@ def test_rms_normalization_by_the_kernel_of_layer_normalization(axes, affine, lo
     assert torch.autograd.gradgradcheck(ours, tensors)
     (of_one,) = torch.autograd.grad(ours(*tensors), tensors[-1:], dy)  # x or gamma alone
     torch.testing.assert_close(of_one, torch.autograd.grad(expected, tensors[-1:], dy)[0])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's kernel adds up rows one by one")
+def test_the_gradient_of_scales_of_many_rows():
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, dy = (torch.tensor(rng.standard_normal((2**16 + 5, 8)) + 3) for _ in range(2))
+    gamma = torch.ones(8, requires_grad=True)
+    y = kernels.rms_normalization(x.float(), gamma)
+    (dgamma,) = torch.autograd.grad(y, [gamma], dy.float())
+    exact = (dy * x / x.square().mean(1, keepdim=True).sqrt()).sum(0)
+    torch.testing.assert_close(dgamma.double(), exact, rtol=1.5e-6, atol=0)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's automatic precision")
+@pytest.mark.parametrize("rows", [2**9, 2**15])
+@pytest.mark.parametrize("name", ["batch", "layer", "rms"])
+def test_autocast_rounds_nothing(name, rows):
+    import torch
+
+    layer = COMPILED[name]()
+    x = torch.tensor(np.random.default_rng(0).standard_normal((rows, 8)) + 3, dtype=torch.float32)
+
+    def step():
+        z = x.clone().requires_grad_()
+        y = layer(z, training=True) if name == "batch" else layer(z)
+        (y**3).sum().backward()
+        return y.detach(), z.grad
+
+    expected = step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = step()
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's forward mode")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # its own
+@pytest.mark.parametrize("rows", [16, 2**13])
+def test_rms_normalization_in_forward_mode(rows):
+    import torch
+    from torch.autograd import forward_ad
+
+    x, tangent = torch.randn(2, rows, 8).unbind()
+    with forward_ad.dual_level():
+        y = layers.RMSNormalization()(forward_ad.make_dual(x, tangent))
+        slope = forward_ad.unpack_dual(y).tangent
+    inv_rms = torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+    along = (x * tangent).mean(1, keepdim=True) * inv_rms**2
+    torch.testing.assert_close(slope, (tangent - x * along) * inv_rms)
 
 
 # The short way of a layer to PyTorch's kernel -----------------------------------------------------
@@ -1215,6 +1328,12 @@ def test_the_short_way_is_taken_for_inputs_like_one_before(name, long_ways):
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
     layer.trainable_variables[0].assign(np.arange(8.0))
     torch.testing.assert_close(layer(x)[:, 0], torch.zeros(4))
+    layer.epsilon = -1.0
+    with pytest.raises(ValueError, match="epsilon"):
+        layer(x)
+    layer.epsilon = 1e-3
+    layer.double()  # of torch.nn.Module: the parameters
+    assert layer(x).dtype == torch.float32
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's kernel")
