@@ -230,16 +230,17 @@ def _curves(search: Search) -> Figure:
         y = [steps[e] for e in x]
         if trial in best:
             continue
-        axes.plot(x, y, color=_GREY, linewidth=0.8, alpha=0.6, marker="", zorder=1)
+        marker = "." if len(x) == 1 else ""  # a line through one point would not be seen
+        axes.plot(x, y, color=_GREY, linewidth=0.8, alpha=0.6, marker=marker, zorder=1)
         if trial.status in ("pruned", "failed"):
             axes.plot(x[-1:], y[-1:], "x", color=_GREY, markersize=5)
-    for trial in best:
+    for k, trial in zip((0, 1, 2, 4, 5), best, strict=False):  # C3 is another grey
         steps = trial.history[metric]
         x = sorted(steps)
         label = f"#{trial.number}  {_short(trial)}"
-        axes.plot(x, [steps[e] for e in x], label=label, zorder=2)
+        axes.plot(x, [steps[e] for e in x], color=f"C{k}", label=label, zorder=2)
     axes.set(xlabel="epoch", ylabel=_label(metric))
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     figure.legend(loc="outside lower center", ncols=1)
     figure.set_size_inches(7.2, 5.6)
     return figure

@@ -358,7 +358,7 @@ def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
         candidate.begin(model, data.train.x)
 
     def epoch_ended(epoch: int, logs: Any) -> None:
-        history.append({name: float(value) for name, value in logs.items()})
+        history.append(trial.scalars(logs))
         if not math.isfinite(history[-1]["loss"]):
             raise ValueError(f"diverged: the loss is {history[-1]['loss']} in epoch {epoch + 1}")
         own = candidate.callbacks
@@ -399,9 +399,10 @@ def _tested(
     test = model.evaluate(
         data.test.x, data.test.y, batch_size=trial.EVALUATION_BATCH, return_dict=True, verbose=0
     )
+    test = trial.scalars(test)
     return {
         "seed": spec["seed"],
-        "test_accuracy": float(test["accuracy"]),
+        "test_accuracy": test["accuracy"],
         "test_loss": trial.comparable_loss(test),
         "history": history,
         "parameters": model.count_params(),

@@ -12,6 +12,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 import tempfile
@@ -89,8 +90,8 @@ class Candidate:
             trial's.
         batch_size: images per batch.
         augment: of `Split.batches`. Default: None.
-        callbacks: of `fit`, in front of those of the search. Where a trial goes on after an
-            interruption, or in a later round of Hyperband, their `variables`, a list of
+        callbacks: of `fit`, a list or tuple, in front of those of the search. Where a trial goes on
+            after an interruption, or in a later round of Hyperband, their `variables`, a list of
             `keras.Variable` such as the slow weights of `callbacks.Lookahead`, are what they
             were, after a call of `build(model)` where there is one. All else that callbacks know
             begins anew: the patience of `ReduceLROnPlateau` and `EarlyStopping`, the average of
@@ -330,7 +331,31 @@ def space_of(reference: str) -> Callable[[Any, Task], Candidate]:
             f"space={reference!r} cannot be had: there is no {name!r} in it. If it has another "
             "name or place now, give that with --space."
         )
-    return getattr(module, name)
+    found = getattr(module, name)
+    if not _takes_two(found):
+        raise SearchError(
+            "A space must be a function of (hp, task) that returns a Candidate. Received: "
+            f"space={reference!r}, which is {_what(found)}."
+        )
+    return found
+
+
+def _takes_two(found: Any) -> bool:
+    """Whether it can be called with two arguments, as far as its signature is known."""
+    try:
+        inspect.signature(found).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # of what is written in C there may be none
+        return True
+    return True
+
+
+def _what(found: Any) -> str:
+    """In a message."""
+    if callable(found):
+        return f"a function of {inspect.signature(found)}"
+    return f"of type {type(found).__name__}"
 
 
 def _reason(place: str, error: BaseException) -> str:

@@ -53,6 +53,7 @@ from keras_norm._search_space import (
     unchanged,
 )
 from keras_norm.callbacks import ReestimateStatistics
+from keras_norm.recipes import storable
 
 __all__ = [
     "EVALUATION_BATCH",
@@ -70,6 +71,7 @@ __all__ = [
     "reestimated",
     "run",
     "save_state",
+    "scalars",
     "trial_seed",
 ]
 
@@ -267,6 +269,14 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
         raise SearchError(
             f"batch_size must be a whole number, at least 1. Received: {size!r} from {where}."
         )
+    callbacks = candidate.callbacks
+    if not isinstance(callbacks, list | tuple) or not all(
+        isinstance(callback, keras.callbacks.Callback) for callback in callbacks
+    ):
+        raise SearchError(
+            "callbacks must be a list or tuple of keras.callbacks.Callback. Received: "
+            f"{_types(callbacks)} from {where}."
+        )
     try:
         model = candidate.build()
     except Exception as error:
@@ -285,12 +295,19 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
     try:
         count_flops(model)
         model.run_eagerly = True  # to trace it would take longer than the answer
-        told = model.test_on_batch(data.train.x[:2], data.train.y[:2], return_dict=True)
+        told = scalars(model.test_on_batch(data.train.x[:2], data.train.y[:2], return_dict=True))
     except Exception as error:
         print_traceback()
         raise SearchError(f"{rule}{type(model).__name__}, {brief(error)}.") from None
     if "accuracy" not in told:
         raise SearchError(f"{rule}a model that reports {', '.join(told)}.")
+
+
+def _types(callbacks: Any) -> str:
+    """Of a list or tuple those of its members."""
+    if not isinstance(callbacks, list | tuple):
+        return type(callbacks).__name__
+    return f"[{', '.join(type(callback).__name__ for callback in callbacks)}]"
 
 
 def measure(channel: Channel, spec: dict[str, Any]) -> None:
@@ -338,7 +355,7 @@ def save_state(
     named = {f"v{i}": v for i, v in enumerate(_variables(model))}
     for k, callback in enumerate(callbacks):
         named |= {f"c{k}_{i}": v for i, v in enumerate(_variables_of(callback))}
-    arrays = {name: keras.ops.convert_to_numpy(v) for name, v in named.items()}
+    arrays = {name: storable(v) for name, v in named.items()}
     with replace_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, history=np.array(json.dumps(history)), origin=np.array(origin), **arrays)
 
@@ -459,6 +476,7 @@ class Trial:
         self.origin = origin_of(self.identity, self.values, trial_seed(self.settings, self.root))
         self.ancestor = spec["ancestor"]  # its folder
         self.history: list[dict[str, float]] = []
+        self.log: Any = None  # for TensorBoard, from this process's first epoch on
         self.stopped = False
 
     def train(self) -> None:
@@ -519,16 +537,19 @@ class Trial:
     def epoch_ended(
         self, epoch: int, logs: dict[str, float], seconds: float, compiling: float = 0.0
     ) -> None:
-        for name in ("loss", "val_loss"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise TrialError(f"diverged: {name} is {logs[name]} in epoch {epoch}")
-        missing = {"val_accuracy", "val_loss"} - set(logs)
+        metrics = scalars(logs)
+        counted = ["loss", "val_loss", "val_accuracy"]
+        if self.settings.scoring == "last":
+            counted.append(f"val_{CROSSENTROPY}")
+        for name in counted:  # the oracle could compare no other values
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise TrialError(f"diverged: {name} is {metrics[name]} in epoch {epoch}")
+        missing = {"val_accuracy", "val_loss"} - set(metrics)
         if missing:
             raise TrialError(f"the model reports no {missing.pop()}: compile it with 'accuracy'")
         if self.settings.scoring == "best":  # an earlier search counted it in
             compiling = 0.0
         before = self.history[-1] if self.history else {}
-        metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
         if self.settings.scoring == "last":
             metrics["val_loss"] = comparable_loss(metrics, "val_")
         metrics |= {
@@ -554,14 +575,26 @@ class Trial:
         except OSError as error:
             raise StateError(error.strerror or str(error)) from error
         if self.settings.tensorboard:
-            from keras_norm._search_tensorboard import write
-
-            write(self.folder.parent / "tensorboard", self.number, self.values, metrics)
+            self._log()
         self._report(metrics)
+
+    def _log(self) -> None:
+        """The last epoch; with the first of this process also those before, of other processes."""
+        from keras_norm._search_tensorboard import Log
+
+        if self.log is None:
+            self.log = Log(self.folder.parent / "tensorboard", self.number, self.values)
+            self.log.write(self.history[:-1])
+        self.log.write(self.history[-1:])
 
     def _report(self, metrics: dict[str, float]) -> None:
         answer = self.channel.ask({"report": metrics})
         self.stopped = self.stopped or not answer["go"]
+
+
+def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are one number each."""
+    return {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
 
 
 def comparable_loss(metrics: Mapping[str, float], prefix: str = "") -> float:

@@ -1288,6 +1288,10 @@ def _unpacked(spec: _Spec, arrays: Mapping[str, Array], part: str) -> tuple[Arra
     image = _import_pillow(spec)
     data, ends = arrays[f"{part}_bytes"].tobytes(), arrays[f"{part}_ends"]
     labels = arrays[f"{part}_labels"]
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"{part}_labels must be integers of shape (N,), not {labels.dtype} {labels.shape}"
+        )
     if len(ends) != len(labels) or (len(ends) and ends[-1] != len(data)):
         raise ValueError(
             f"{part} has {len(labels)} labels for {len(ends)} images, and {len(data)} bytes"

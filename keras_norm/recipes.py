@@ -734,7 +734,7 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
-        values = {f"v{i}": _storable(v) for i, v in enumerate(self._variables())}
+        values = {f"v{i}": storable(v) for i, v in enumerate(self._variables())}
         notes = {
             "digest": self.digest,
             "policy": self.policy,
@@ -746,8 +746,8 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
             np.savez(file, notes=np.array(json.dumps(notes)), **values)
 
 
-def _storable(variable: Any) -> Any:
-    """Its value in a dtype that NumPy's files know: bfloat16 as float32, without a loss."""
+def storable(variable: Any) -> Any:
+    """A variable's value as NumPy's files can hold it: bfloat16 as float32, without a loss."""
     half = keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
     return ops.convert_to_numpy(ops.cast(variable, "float32") if half else variable)
 

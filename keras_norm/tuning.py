@@ -213,7 +213,8 @@ def search(
             max_parameters, max_flops: budget; proposals beyond it do not become trials.
             trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux). With `resume`,
                 None takes them off.
-            tensorboard: write logs for TensorBoard and its HParams plugin into out/tensorboard.
+            tensorboard: write logs for TensorBoard and its HParams plugin into out/tensorboard;
+                that of a trial that goes on is written anew, with its earlier epochs.
 
     Returns:
         `Search`.

@@ -7,6 +7,7 @@ or a network. The others read data that tensorflow-datasets prepared: made up he
 import ast
 import contextlib
 import http.server
+import io
 import json
 import os
 import sys
@@ -815,6 +816,34 @@ def test_damaged_packed_images(tmp_path):
         load("mnist", data_dir=path)
     write_packed(path, train_ends=np.array([10]))
     with pytest.raises(ValueError, match="1 labels for 1 images, and 38 bytes"):
+        load("mnist", data_dir=path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "received"),
+    [
+        (np.array(["3"]), r"<U1 \(1,\)"),
+        (np.array([3.5]), r"float64 \(1,\)"),
+        (np.array([np.nan]), r"float64 \(1,\)"),
+        (np.array([True]), r"bool \(1,\)"),
+        (np.eye(10, dtype=int)[:1], r"int64 \(1, 10\)"),
+        (np.array([[3]]), r"int64 \(1, 1\)"),
+        (np.array(3), r"int64 \(\)"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_packed_labels_that_are_no_class_numbers(tmp_path, part, labels, received):
+    """NumPy would cut fractions off, and take rows of numbers as they are."""
+    image = pytest.importorskip("PIL.Image")
+    png = io.BytesIO()
+    image.new("L", (28, 28)).save(png, "PNG")
+    bytes_of = {f"{p}_bytes": np.frombuffer(png.getvalue(), np.uint8) for p in ("train", "test")}
+    ends = {f"{p}_ends": np.array([len(png.getvalue())]) for p in ("train", "test")}
+    path = tmp_path / "mnist.npz"
+    write_packed(path, **bytes_of, **ends)
+    assert load("mnist", data_dir=path).test.y.tolist() == [3]
+    write_packed(path, **bytes_of, **ends, **{f"{part}_labels": labels})
+    with pytest.raises(ValueError, match=f"{part}_labels must be integers.*not {received}"):
         load("mnist", data_dir=path)
 
 

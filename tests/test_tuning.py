@@ -477,8 +477,9 @@ def test_tensorboard_has_metrics_and_hyperparameters(folder, undisturbed):
     for trial in undisturbed.trials[:2]:
         events = EventAccumulator(str(own / f"tensorboard/trial_{trial.number:04d}"))
         events.Reload()
-        logged = {e.step: e.value for e in events.Scalars("val_accuracy")}
-        assert logged == pytest.approx(trial.history["val_accuracy"])
+        logged = events.Scalars("val_accuracy")
+        assert [e.step for e in logged] == list(range(1, EPOCHS + 1))
+        assert {e.step: e.value for e in logged} == pytest.approx(trial.history["val_accuracy"])
         content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
         assert b"learning_rate" in content
 

@@ -24,7 +24,7 @@ from keras_norm import (
 from keras_norm import _search_space as spaces
 from keras_norm._search_bayesian import Cube
 from keras_norm._search_chief import _Attendance, make_oracle
-from keras_norm._search_report import _spread_ticks, importance, own_seconds
+from keras_norm._search_report import _GREY, _curves, _spread_ticks, importance, own_seconds
 from keras_norm._search_settings import (
     checkpoints_done_with,
     clear,
@@ -37,8 +37,16 @@ from keras_norm._search_settings import (
     warn_of_code,
     write_search,
 )
-from keras_norm._search_trial import Trial, comparable_loss, first_excess, save_state
+from keras_norm._search_trial import (
+    Trial,
+    TrialError,
+    comparable_loss,
+    first_excess,
+    load_state,
+    save_state,
+)
 from keras_norm._search_worker import Chief
+from keras_norm.plotting import style
 from keras_norm.tuning import SearchError, Settings, Task, TrialRecord
 
 keras_tuner = pytest.importorskip("keras_tuner", reason="not in the environments of the core tests")
@@ -667,6 +675,134 @@ def test_old_checkpoint_is_for_an_old_search(trial, tmp_path):
         assert len(found.history) == epochs
 
 
+def test_state_of_bfloat16_comes_back(tmp_path):
+    """NumPy's files do not know that dtype, and read it as raw bytes."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)), rng.normal(size=(8, 2))
+
+    def made():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16")])
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", run_eagerly=True)
+        return model
+
+    def state(model):
+        variables = [*model.layers[-1].variables, *model.optimizer.variables]
+        return [keras.ops.convert_to_numpy(keras.ops.cast(v, "float32")) for v in variables]
+
+    class Slow(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.variables = [keras.Variable(np.zeros(2), dtype="bfloat16")]
+
+    model, slow, other, another = made(), Slow(), made(), Slow()
+    model.train_on_batch(x, y)
+    slow.variables[0].assign([0.5, -3.0])
+    save_state(tmp_path / "checkpoint.npz", model, [{"loss": 1.0}], callbacks=[slow])
+    assert load_state(tmp_path / "checkpoint.npz", other, [another]) == [{"loss": 1.0}]
+    for own, found in zip(state(model), state(other), strict=True):
+        np.testing.assert_array_equal(own, found)
+    assert other.layers[-1].kernel.dtype == "bfloat16"
+    again = keras.ops.convert_to_numpy(keras.ops.cast(another.variables[0], "float32"))
+    assert again.tolist() == [0.5, -3.0]
+
+
+def test_log_for_tensorboard_holds_each_epoch_once_and_in_order(trial, tmp_path):
+    """TensorBoard draws lines in the order in which it reads, by the names of the files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = {"loss": 1.0, "val_loss": 1.0}
+
+    def train(epochs, **changes):
+        found = trial(settings={"tensorboard": True}, **changes)
+        found._restore(None)
+        for epoch in epochs:
+            found.epoch_ended(epoch, logs | {"val_accuracy": epoch / 16}, 1.0)
+
+    def logged(name):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name))
+        events.Reload()
+        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        assert (b"tuner/epochs" in content) == (name == "trial_0007")
+        return [(e.step, e.value) for e in events.Scalars("val_accuracy")]
+
+    expected = [(1, 0.5), *((epoch, epoch / 16) for epoch in range(2, 15))]
+    train(range(2, 13))  # from the checkpoint of one epoch
+    assert logged("trial_0000") == expected[:12]
+    (tmp_path / "trial_0/checkpoint.npz").rename(tmp_path / "kept.npz")
+    train([1])  # begun anew
+    assert logged("trial_0000") == [(1, 1 / 16)]
+    (tmp_path / "kept.npz").rename(tmp_path / "trial_0/checkpoint.npz")
+    train([13])  # after an interruption
+    assert logged("trial_0000") == expected[:13]
+    promoted = {"x": 0.5, "tuner/epochs": 14, "tuner/trial_id": "0"}
+    onward = {"folder": str(tmp_path / "trial_7"), "number": "7", "values": promoted}
+    train([14], **onward, ancestor=str(tmp_path / "trial_0"))
+    assert logged("trial_0007") == expected
+
+
+@pytest.mark.parametrize("name", ["loss", "val_loss", "val_accuracy", "val_crossentropy"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_trial_whose_score_is_not_finite_has_failed(trial, name, value):
+    """The oracle would fit infinity, and has no word for NaN."""
+    logs = {"loss": 1.0, "val_loss": 1.0, "val_accuracy": 0.5, "val_crossentropy": 1.0}
+    found = trial(settings={"objective": "val_loss"})
+    with pytest.raises(TrialError, match=f"diverged: {name} is {value} in epoch 2"):
+        found.epoch_ended(2, logs | {name: value}, 1.0)
+    assert not found.history
+    found.epoch_ended(2, logs | {"val_other": value}, 1.0)
+    assert found.history[-1]["val_loss"] == 1.0
+
+
+class Shares(keras.metrics.Metric):
+    """A metric of a space of one's own: of each class, the share of the predictions."""
+
+    def __init__(self):
+        super().__init__(name="crossentropy")  # a name that means a number elsewhere
+        self.counts = self.add_weight(shape=(10,), initializer="zeros", name="counts")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        classes = keras.ops.one_hot(keras.ops.argmax(y_pred, -1), 10)
+        self.counts.assign_add(keras.ops.sum(classes, 0))
+
+    def result(self):
+        return self.counts / keras.ops.sum(self.counts)
+
+
+def test_metrics_that_are_no_numbers_are_left_out(trial, tmp_path, monkeypatch):
+    """By the search and by the training of its best alike."""
+
+    def space(hp, task):
+        model = keras.Sequential(
+            [keras.Input(task.input_shape), keras.layers.Flatten(), keras.layers.Dense(10)]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, metrics=["accuracy", Shares()], run_eagerly=True)
+        return tuning.Candidate(model, batch_size=50)
+
+    class Channel:
+        def ask(self, message):
+            return {"go": True}
+
+        def send(self, message):
+            pass
+
+    monkeypatch.setattr(_search_trial, "space_of", lambda reference: space)
+    settings = Settings(data="digits", subset=100, epochs=1, space="own.py:space")
+    data = datasets.load("digits", validation=0.1)
+    _search_trial.require_candidate(settings, {"space": []}, data)
+    spec = {"settings": settings.to_dict(), "space": {"space": []}, "values": {}, "number": 0}
+    spec |= {"names": None, "seed": 0, "folder": str(tmp_path / "training")}
+    (tmp_path / "training").mkdir()
+    result = _search_retrain._trained(Channel(), spec)
+    assert set(result["history"][0]) == {"accuracy", "loss"}
+    assert result["test_loss"] > 0
+    found, values = trial(), np.full(10, 0.1)
+    logs = {"loss": 1.0, "val_loss": 1.4, "val_accuracy": 0.5, "val_crossentropy": values}
+    found.epoch_ended(1, logs, 1.0)
+    assert found.history[0]["val_loss"] == 1.4
+    assert "val_crossentropy" not in found.history[0]
+
+
 LOOKAHEAD = """
 import keras
 
@@ -1058,6 +1194,10 @@ silent = lambda hp, task: Candidate(lambda: made(sequential()), 50)
 uncompiled = lambda hp, task: Candidate(sequential, 50)
 broken = lambda hp, task: Candidate(lambda: sequential("ten"), 50)
 boundless = lambda hp, task: Candidate(sequential, 0)
+called_back = lambda hp, task, callbacks: Candidate(sequential, 50, callbacks=callbacks)
+without = lambda hp, task: called_back(hp, task, None)
+single = lambda hp, task: called_back(hp, task, keras.callbacks.TerminateOnNaN())
+mixed = lambda hp, task: called_back(hp, task, [keras.callbacks.TerminateOnNaN(), print])
 """
 
 
@@ -1074,6 +1214,9 @@ boundless = lambda hp, task: Candidate(sequential, 0)
         ("uncompiled", "a model that is not compiled"),
         ("broken", "No model can be built from the space .*: ValueError"),
         ("boundless", "batch_size must be a whole number, at least 1. Received: 0"),
+        ("without", "callbacks must be a list or tuple of .*Callback. Received: NoneType from"),
+        ("single", "callbacks must be a list or tuple of .*Callback. Received: TerminateOnNaN "),
+        ("mixed", r"callbacks must .*: \[TerminateOnNaN, builtin_function_or_method\] from"),
     ],
 )
 def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, monkeypatch, name, message):
@@ -1273,6 +1416,33 @@ def test_labels_of_rates_lie_apart(low, high, expected):
     assert len(boxes) >= 2
     assert all(a.x1 + 3 < b.x0 for a, b in itertools.pairwise(boxes))
     assert expected is None or [label.get_text() for label in labels] == expected
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_curves_of_all_trials_are_seen_and_those_of_the_best_told_apart(tmp_path, epochs):
+    """A line through one point is none; the fourth colour of the cycle is another grey."""
+    matplotlib = pytest.importorskip("matplotlib")
+    trials = []
+    for n in range(8):
+        count = 1 if n % 2 else epochs
+        history = {"val_accuracy": {e: 0.1 * n + 0.01 * e for e in range(1, count + 1)}}
+        trials.append(TrialRecord(n, "completed", "", 0.1 * n, {"x": 0.1 * n}, history))
+    with style():
+        figure = _curves(tuning.Search(tmp_path, Settings(data="digits"), trials))
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        ticks = axes.get_xticks()
+        colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    matplotlib.pyplot.close(figure)
+    assert len(axes.lines) == 8
+    for line in axes.lines:
+        assert len(line.get_xdata()) > 1 or line.get_marker() not in ("", "None")
+    drawn = [line.get_color() for line in axes.lines if line.get_color() != _GREY]
+    assert len(set(drawn)) == 5
+    assert all(np.ptp(matplotlib.colors.to_rgb(color)) > 0.1 for color in drawn)
+    assert np.ptp(matplotlib.colors.to_rgb(colors[3])) < 0.1
+    low, high = axes.get_xlim()
+    assert [t for t in ticks if low <= t <= high] == list(range(1, epochs + 1))
 
 
 def test_report_without_matplotlib_leaves_nothing(made, monkeypatch):
@@ -1629,6 +1799,31 @@ def test_code_of_a_space_that_raises(tmp_path, monkeypatch, code, message):
     path = tmp_path / "raising.py"
     path.write_text(code)
     with pytest.raises(SearchError, match=f"space='{path}:space' cannot be had: {message}"):
+        spaces.space_of(f"{path}:space")
+
+
+@pytest.mark.parametrize(
+    ("code", "received"),
+    [
+        ("space = [8, 16]", "of type list"),
+        ("def space(hp): pass", r"a function of \(hp\)"),
+        ("def space(hp, task, width): pass", r"a function of \(hp, task, width\)"),
+        ("def space(hp, *, task): pass", r"a function of \(hp, \*, task\)"),
+        ("def space(hp, task, width=8): pass", None),
+        ("def space(*arguments): pass", None),
+        ("space = slice", None),
+    ],
+)
+def test_a_space_takes_hyperparameters_and_task(tmp_path, monkeypatch, code, received):
+    monkeypatch.delitem(sys.modules, "keras_norm_space_taking", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "taking.py"
+    path.write_text(code)
+    if received is None:
+        assert callable(spaces.space_of(f"{path}:space"))
+        return
+    rule = r"a function of \(hp, task\) that returns a Candidate"
+    with pytest.raises(SearchError, match=f"{rule}.*space='{path}:space', which is {received}"):
         spaces.space_of(f"{path}:space")
 
 
