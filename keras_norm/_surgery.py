@@ -34,8 +34,11 @@ __all__ = [
     "clone",
     "copied_whole",
     "fold_batch_normalization",
+    "fresh",
     "inner_layers",
+    "paired_variables",
     "rebuild",
+    "same",
 ]
 
 Layer = Any
@@ -50,7 +53,8 @@ def rebuild(
 ) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
     """A model of new layers, with the same weights but in those that were replaced.
 
-    It is compiled if the model was, and so are models within it.
+    It is compiled if the model was, and so are models within it; a class with a `compile` of its
+    own only if it has `compile_from_config`.
 
     Args:
         model: functional or Sequential, built; models within it are rebuilt likewise.
@@ -60,8 +64,8 @@ def rebuild(
         (new model, pairs): the pairs of each replaced layer and the one in its place, built.
 
     Raises:
-        ValueError: for a model that cannot be rebuilt layer by layer, and a layer to replace that
-            is not in its graph.
+        ValueError: for a model that cannot be rebuilt layer by layer, a layer to replace that is
+            not in its graph, and an optimizer or metric without a configuration to make it by.
     """
     builder = _Builder(replacements)
     new = builder.model(model)
@@ -99,12 +103,14 @@ class _Builder:
             inputs = _like_input(model.inputs[0])
             rebuilt: Any = keras.Sequential([inputs, *kept], name=model.name)
         else:
-            rebuilt = clone(
-                model,
-                keras.tree.map_structure(_like_input, model.input),
-                clone_function=self.layer,
-                call_function=self._call,
-            )
+            inputs = keras.tree.map_structure(_like_input, model.input)
+            options = _own_options(model)
+            if options:
+                outputs = model._run_through_graph(inputs, self.layer, self._call)
+                rebuilt = type(model)(inputs=inputs, outputs=outputs, name=model.name, **options)
+            else:
+                calls = {"clone_function": self.layer, "call_function": self._call}
+                rebuilt = clone(model, inputs, **calls)
         if type(rebuilt) is not type(model):
             raise ValueError(
                 "A model class that makes its layers by itself cannot be rebuilt from them. "
@@ -127,7 +133,7 @@ class _Builder:
         if isinstance(layer, keras.Model) and id(layer) not in self.replacements:
             return self.model(layer)
         make = self.replacements.get(id(layer))
-        new = _same(layer) if make is None else make()
+        new = same(layer) if make is None else make()
         if new is None:
             new = keras.layers.Identity(name=layer.name)  # never called
             self.left_out.add(id(new))
@@ -158,13 +164,40 @@ def clone(model: Any, *args: Any, **options: Any) -> Any:
         model.compiled = compiled
 
 
-def _same(layer: Layer) -> Layer:
-    """A new layer of the same configuration."""
-    if type(layer) is keras.layers.Lambda:  # its configuration would not bring back a `lambda`
+def same(layer: Layer) -> Layer:
+    """A new layer, or operation, of the same configuration.
+
+    A function of the user's is handed on as it is: its configuration would not bring it back.
+    """
+    if type(layer) is keras.layers.Lambda:
         options = keras.layers.Layer.get_config(layer)  # name, trainable, dtype
         shape, mask = layer._output_shape, layer.mask
         return keras.layers.Lambda(layer.function, shape, mask, dict(layer.arguments), **options)
-    return type(layer).from_config(layer.get_config())
+    if isinstance(layer, keras.layers.Layer) and _holds_a_lambda(layer):
+        if type(layer) is keras.layers.TimeDistributed:
+            options = keras.layers.Layer.get_config(layer)
+            return keras.layers.TimeDistributed(same(layer.layer), **options)
+        if isinstance(layer, keras.Model) and _shows_its_steps(layer):
+            return clone(layer, clone_function=same)
+        raise ValueError(
+            "A layer with a `Lambda` in it cannot be rebuilt from its configuration, which would "
+            f"not bring back the function. Received: {_named(layer)}. Put the function in a layer "
+            "class with a `call`, or take the `Lambda` out of that layer."
+        )
+    if isinstance(layer, keras.layers.Layer):
+        return type(layer).from_config(layer.get_config())
+    return _same_operation(layer)
+
+
+def _holds_a_lambda(layer: Layer) -> bool:
+    return any(type(y) is keras.layers.Lambda for y in layer._flatten_layers(include_self=False))
+
+
+def _same_operation(operation: Any) -> Any:
+    """Of the same attributes, functions among them; it has no variables, and was not called."""
+    new = object.__new__(type(operation))
+    vars(new).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
+    return new
 
 
 def _like_input(tensor: Any) -> Any:
@@ -173,8 +206,49 @@ def _like_input(tensor: Any) -> Any:
         batch_shape=tensor.shape,
         dtype=tensor.dtype,
         name=source.name,
+        sparse=tensor.sparse,
+        ragged=tensor.ragged,
         optional=getattr(source, "optional", False),
     )
+
+
+def _own_options(model: Any) -> dict[str, Any]:
+    """What the constructor of its class takes beside a graph, if it takes a graph."""
+    names = _own_arguments(type(model))
+    if not names:
+        return {}
+    try:
+        config = model.get_config()
+    except NotImplementedError:
+        config = {}
+    missing = [name for name in names if name not in config]
+    if missing:
+        raise ValueError(
+            "A model class whose constructor has arguments of its own must give them in its "
+            f"get_config(). Received: {_named(model)}, whose get_config() lacks {missing}. Return "
+            "{**super().get_config(), ...} with them, or pass keras.Model(inputs, outputs)."
+        )
+    return {name: config[name] for name in names}
+
+
+def _own_arguments(kind: type) -> list[str]:
+    any_position, any_name = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    kinds = {p.kind for p in parameters.values()}
+    by_name = {"inputs", "outputs"} <= parameters.keys() and (
+        "name" in parameters or any_name in kinds
+    )
+    if not (by_name or {any_position, any_name} <= kinds):
+        return []  # it makes its layers by itself
+    names: list[str] = []
+    for base in kind.__mro__:
+        if base.__module__.startswith("keras."):
+            break
+        if "__init__" in vars(base):
+            _, *taken = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            names += [p.name for p in taken if p.kind not in (any_position, any_name)]
+    known = {"inputs", "outputs", "name", "trainable"}
+    return [name for name in dict.fromkeys(names) if name not in known]
 
 
 def _require_rebuildable(model: Any) -> None:
@@ -211,8 +285,8 @@ def _require_all_replaced(
             )
 
 
-def _copy_variables(old: Layer, new: Layer) -> None:
-    """All of them, states of seed generators included."""
+def paired_variables(old: Layer, new: Layer) -> list[tuple[Any, Any]]:
+    """Each variable with that of the rebuilt layer; states of seed generators included."""
     sources, targets = list(old.variables), list(new.variables)
     shapes = [tuple(v.shape) for v in sources]
     named, named_new = ({v.name: v for v in variables} for variables in (sources, targets))
@@ -225,7 +299,11 @@ def _copy_variables(old: Layer, new: Layer) -> None:
             f"{shapes}, and of {[tuple(v.shape) for v in targets]} when rebuilt. Its get_config() "
             "must give all that build() depends on."
         )
-    for source, target in zip(sources, targets, strict=True):
+    return list(zip(sources, targets, strict=True))
+
+
+def _copy_variables(old: Layer, new: Layer) -> None:
+    for source, target in paired_variables(old, new):
         target.assign(ops.convert_to_numpy(source))
         if target.trainable != source.trainable:
             target.trainable = source.trainable
@@ -266,15 +344,50 @@ def _copy_trainable(old: Layer, new: Layer) -> None:
 
 def _compile_like(old: Any, new: Any) -> None:
     """With the same losses, and an optimizer and metrics of the same configuration."""
-    if type(old).compile is not keras.Model.compile:  # its arguments are the class's own
+    kind = type(old)
+    if kind.compile is keras.Model.compile:
+        new.compile(**keras.tree.map_structure(fresh, old._compile_config.config))
+    elif kind.compile_from_config is not keras.Model.compile_from_config:
         new.compile_from_config(old.get_compile_config())
-        return
-    new.compile(**keras.tree.map_structure(_fresh, old._compile_config.config))
 
 
-def _fresh(x: Any) -> Any:
-    stateful = isinstance(x, keras.optimizers.Optimizer | keras.metrics.Metric)
-    return type(x).from_config(x.get_config()) if stateful else x
+def fresh(x: Any) -> Any:
+    """A new optimizer or metric of the same configuration; anything else as it is."""
+    if not isinstance(x, keras.optimizers.Optimizer | keras.metrics.Metric):
+        return x
+    try:
+        if isinstance(x, keras.optimizers.Optimizer):
+            return _fresh_optimizer(x)
+        if type(x) is keras.metrics.MeanMetricWrapper:  # its function, too, is handed on
+            options = keras.metrics.Metric.get_config(x)  # name, dtype
+            return keras.metrics.MeanMetricWrapper(x._fn, **options, **x._fn_kwargs)
+        return type(x).from_config(x.get_config())
+    except Exception as error:
+        raise ValueError(
+            "The optimizer and the metrics of a compiled model are made anew from their "
+            f"configurations. Received: {_named(x)}, with which that failed: {error}. Give what "
+            "belongs to it a get_config() and register it by "
+            "keras.saving.register_keras_serializable, or rebuild the model before `compile`."
+        ) from error
+
+
+def _fresh_optimizer(x: Any) -> Any:
+    """With the same schedule, which has no state and need not be registered."""
+    if type(x) is keras.optimizers.LossScaleOptimizer:
+        options = {"initial_scale": x.initial_scale, "name": x.name}
+        options["dynamic_growth_steps"] = x.dynamic_growth_steps
+        return type(x)(_fresh_optimizer(x.inner_optimizer), **options)
+    rate = x._learning_rate
+    if not callable(rate):
+        return type(x).from_config(x.get_config())
+    vars(x)["_learning_rate"] = 0.0  # for the time of get_config, which would serialize it
+    try:
+        config = x.get_config()
+    finally:
+        vars(x)["_learning_rate"] = rate
+    if "learning_rate" in config:
+        config = {**config, "learning_rate": rate}
+    return type(x).from_config(config)
 
 
 def inner_layers(model: Any) -> Iterator[tuple[Layer, Layer]]:
@@ -313,7 +426,8 @@ class FoldReport:
     """What `fold_batch_normalization` did, and how far the outputs moved.
 
     Attributes:
-        folded: pairs of names: a batch normalization, and the layer that took it in.
+        folded: pairs of names: a batch normalization, and the layer that took it in. Where models
+            within the model have layers of one name, theirs stand before it: "block1/norm".
         skipped: pairs of the name of a batch normalization that stayed, and the reason.
         largest_difference: the largest absolute difference between outputs of the two models.
         largest_output: the largest absolute output of the original, to compare that with.
@@ -373,7 +487,7 @@ class _Step(NamedTuple):
     layer: Layer
     before: Layer | None  # whose output it takes; None for an input of the model
     alone: bool  # whether nothing else takes that output
-    training: bool  # whether the call itself says so, whatever the mode of the model
+    training: bool | None  # what the call itself says, whatever the mode of the model
 
 
 def fold_batch_normalization(
@@ -394,14 +508,18 @@ def fold_batch_normalization(
 
     Returns:
         (new model, `FoldReport`), compiled like the original, with a fresh optimizer, if that was
-        compiled. What cannot be folded stays as it is, and the report says why: something stands
-        between, such as an activation; the output before the normalization is used elsewhere; one
-        of the two layers is used in several places; its axis is not that of the channels; it
-        normalizes by the batch in inference; it computes in another dtype than the layer before
-        it; it is inside of another layer. The original is left as it is, to the last bit.
+        compiled (of a class with a `compile` of its own, only if it has `get_compile_config` and
+        `compile_from_config`). What cannot be folded stays as it is, and the report says why:
+        something stands between, such as an activation; the output before the normalization is
+        used elsewhere; one of the two layers is used in several places; its axis is not that of
+        the channels; it normalizes by the batch in inference; it computes in another dtype than
+        the layer before it; it is inside of another layer. The original is left as it is, to the
+        last bit.
 
     Raises:
-        ValueError: for a subclassed or unbuilt model, and inputs that the model does not take.
+        ValueError: for a subclassed or unbuilt model, a model class whose get_config() lacks
+            arguments of its constructor, a `Lambda` in a layer that cannot be made again, an
+            optimizer or metric that cannot, and inputs that the model does not take.
 
     Example:
         >>> model = keras.Sequential(
@@ -434,31 +552,44 @@ def fold_batch_normalization(
     for old, made in pairs:
         _fold(norms[id(old)], old, made)
     difference, largest, examples = _compare(model, new, inputs)
-    folded = tuple((norm.name, linear.name) for norm, linear in chosen)
-    return new, FoldReport(folded, tuple(skipped), difference, largest, examples)
+    names = _names(model)
+    folded = tuple((names[id(norm)], names[id(linear)]) for norm, linear in chosen)
+    stay = tuple((names[id(norm)], reason) for norm, reason in skipped)
+    return new, FoldReport(folded, stay, difference, largest, examples)
 
 
-def _choose(model: Any) -> tuple[list[tuple[Layer, Layer]], list[tuple[str, str]]]:
+def _names(model: Any) -> dict[int, str]:
+    """Of every layer; of one of several of that name, with those of what it is inside of."""
+    layers = list(inner_layers(model))
+    count = Counter(layer.name for layer, _ in layers)
+    paths = {id(model): ""}
+    for layer, parent in layers:
+        paths[id(layer)] = f"{paths[id(parent)]}{layer.name}/"
+    return {id(y): y.name if count[y.name] == 1 else paths[id(y)][:-1] for y, _ in layers}
+
+
+def _choose(model: Any) -> tuple[list[tuple[Layer, Layer]], list[tuple[Layer, str]]]:
     """What can be folded into what, and what cannot, and why."""
     outer = copied_whole(model)
     inner = [y for y, _ in inner_layers(model) if id(y) not in outer]
     graphs = [model, *(y for y in inner if isinstance(y, keras.Model))]
     steps = [s for g in graphs if _shows_its_steps(g) for s in _steps(g)]
     uses = Counter(id(s.layer) for s in steps)
+    by_batch = set(_in_training(model))
     chosen, skipped, seen = [], [], set()
     for step in steps:
         key = id(step.layer)
         if isinstance(step.layer, _KINDS) and key not in seen and key not in outer:
             seen.add(key)
-            reason = _reason_against(step, uses)
+            reason = _reason_against(step, uses, by_batch)
             if reason is None:
                 chosen.append((step.layer, step.before))
             else:
-                skipped.append((step.layer.name, reason))
+                skipped.append((step.layer, reason))
     for layer, parent in inner_layers(model):
         if isinstance(layer, _KINDS) and id(layer) not in seen:
             holder = outer.get(id(layer), parent)
-            skipped.append((layer.name, f"it is inside of {_named(holder)}"))
+            skipped.append((layer, f"it is inside of {_named(holder)}"))
     return chosen, skipped
 
 
@@ -470,7 +601,7 @@ def _steps(model: Any) -> Iterator[_Step]:
     if isinstance(model, keras.Sequential):
         before: Layer | None = None
         for layer in model.layers:
-            yield _Step(layer, before, True, False)
+            yield _Step(layer, before, True, None)
             before = layer
         return
     nodes = [n for some in model._nodes_by_depth.values() for n in some if not n.is_input]
@@ -481,24 +612,37 @@ def _steps(model: Any) -> Iterator[_Step]:
         tensors = node.input_tensors
         first = tensors[0] if tensors else None
         before = makers.get(id(first))
-        yield _Step(node.operation, before, takers[id(first)] == 1, _in_training(node))
+        yield _Step(node.operation, before, takers[id(first)] == 1, _training_of(node))
 
 
-def _in_training(node: Any) -> bool:
-    if not isinstance(node.operation, _KINDS):
-        return False
+def _training_of(node: Any) -> bool | None:
+    """The argument `training` of a call, of a normalization or a model."""
+    if not isinstance(node.operation, (*_KINDS, keras.Model)):
+        return None
     call, given = inspect.signature(node.operation.call), node.arguments
-    return bool(call.bind(*given.args, **given.kwargs).arguments.get("training"))
+    value = call.bind(*given.args, **given.kwargs).arguments.get("training")
+    return None if value is None else bool(value)
 
 
-def _reason_against(step: _Step, uses: Mapping[int, int]) -> str | None:
+def _in_training(model: Any, told: bool | None = None) -> Iterator[int]:
+    """The ids of layers that a call tells to train; that of a model overrules those in it."""
+    for step in _steps(model):
+        training = step.training if told is None else told
+        if isinstance(step.layer, keras.Model) and _shows_its_steps(step.layer):
+            yield from _in_training(step.layer, training)
+        elif training:
+            yield id(step.layer)
+
+
+def _reason_against(step: _Step, uses: Mapping[int, int], by_batch: set[int]) -> str | None:
     norm, linear = step.layer, step.before
     if type(norm) not in _KINDS:
         return f"{type(norm).__name__} is a class of its own, which may do something else"
     if getattr(norm, "use_batch_statistics", None):
         return "use_batch_statistics=True: it normalizes by the batch in inference, too"
-    if step.training:
-        return "its call has training=True: it normalizes by the batch unless told otherwise"
+    if id(norm) in by_batch:
+        call = "its call" if step.training else "a call of its model"
+        return f"{call} has training=True: it normalizes by the batch unless told otherwise"
     if linear is None:
         return "it is the first layer of its model"
     if type(linear) not in _LINEAR:

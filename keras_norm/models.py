@@ -11,13 +11,14 @@ layers ("conv1", "conv1_norm", "conv1_activation", ...) that end in logits.
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_norm import functional
 from keras_norm._arrays import is_real
 from keras_norm._blocks import (
     NORMALIZATIONS,
@@ -47,8 +48,11 @@ from keras_norm._surgery import (
     clone,
     copied_whole,
     fold_batch_normalization,
+    fresh,
     inner_layers,
+    paired_variables,
     rebuild,
+    same,
 )
 from keras_norm.layers import (
     BatchNormalization,
@@ -491,20 +495,16 @@ def WideMLP(  # noqa: N802
 
 # Another normalization in a model that exists -------------------------------------------------
 
-_SWAPPED = (
-    BatchNormalization,
-    DecorrelatedBatchNormalization,
-    FilterResponseNormalization,
-    GroupNormalization,
-    InstanceNormalization,
-    LayerNormalization,
-    QuantileNormalization,
-    RMSNormalization,
-    keras.layers.BatchNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.LayerNormalization,
-    keras.layers.RMSNormalization,
+_FAMILIES: tuple[tuple[Any, ...], ...] = (
+    (BatchNormalization, keras.layers.BatchNormalization),
+    (GroupNormalization, InstanceNormalization, keras.layers.GroupNormalization),
+    (LayerNormalization, keras.layers.LayerNormalization),
+    (RMSNormalization, keras.layers.RMSNormalization),
+    (DecorrelatedBatchNormalization,),
+    (FilterResponseNormalization,),
+    (QuantileNormalization,),
 )
+_SWAPPED = tuple(kind for family in _FAMILIES for kind in family)
 _OF_SEVERAL_AXES = (
     BatchNormalization,
     LayerNormalization,
@@ -523,19 +523,29 @@ def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
     take over what fits by name and shape: gamma (called scale in RMS normalization), beta, and
     between batch normalizations the moving statistics.
 
+    Between two layers of one family (batch and spatial; group and instance; layer; RMS; each of
+    the others; ours or Keras's) the new one is also made with the arguments of the old one that
+    it knows, such as epsilon, momentum, center, scale, regularizers and groups, and gives the
+    same numbers in inference. Between families it has its own defaults.
+
     Args:
         model: functional or Sequential, built, such as the models of this module; models within
             it are rebuilt likewise.
         to: as `normalization` in `make_normalization`: a name of `NORMALIZATIONS`, a layer
-            class, a factory, or None to leave the normalization out.
+            class, a factory, or None to leave the normalization out. What a functools.partial
+            gives comes before the arguments of the old layer; a function makes the layer alone.
 
     Returns:
         A new model of the same class and name; compiled like the original, with a fresh
-        optimizer, if that was compiled. The original is left as it is, to the last bit.
+        optimizer, if that was compiled (of a class with a `compile` of its own, only if it has
+        `get_compile_config` and `compile_from_config`). The original is left as it is, to the
+        last bit.
 
     Raises:
         ValueError: for a subclassed or unbuilt model, one without normalization, a normalization
-            that is inside of another layer, an axis that the new kind cannot have, and what
+            that is inside of another layer, an axis that the new kind cannot have, a model class
+            whose get_config() lacks arguments of its constructor, a `Lambda` in a layer that
+            cannot be made again, an optimizer or metric that cannot, and what
             `make_normalization` refuses.
 
     Example:
@@ -585,13 +595,11 @@ def _instead_of(
 
 
 def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments by which a layer of this kind normalizes along the axis of the old one."""
-    kind, given = factory, {}
-    if isinstance(factory, functools.partial):
-        kind, given = factory.func, factory.keywords
+    """The arguments by which a layer of this kind normalizes like the old one, and on its axis."""
+    kind = factory.func if isinstance(factory, functools.partial) else factory
     if not inspect.isclass(kind):
         return {}
-    options: dict[str, Any] = {}
+    options = _of_the_family(old, kind)
     if takes("dtype", kind, or_any=True):
         options["dtype"] = old.dtype_policy
     several = isinstance(old.axis, tuple | list) and len(old.axis) != 1
@@ -606,7 +614,49 @@ def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[
         options["data_format"] = _data_format(old, axis)
     elif takes("axis", kind, or_any=False):
         options["axis"] = axis
+    given = _given(factory)
     return {name: value for name, value in options.items() if name not in given}
+
+
+def _given(factory: Callable[..., Any]) -> set[str]:
+    """The arguments that a partial of the user's gives."""
+    if not isinstance(factory, functools.partial) or factory in NORMALIZATIONS.values():
+        return set()
+    by_position = list(inspect.signature(factory.func).parameters)[: len(factory.args)]
+    return {*by_position, *factory.keywords}
+
+
+def _of_the_family(old: keras.layers.Layer, kind: type) -> dict[str, Any]:
+    """What the old layer was made with, as far as a layer of its family takes it."""
+    family = next(family for family in _FAMILIES if isinstance(old, family))
+    if not issubclass(kind, family):
+        return {}
+    config, names = old.get_config(), _arguments(kind)
+    if config.get("rms_scaling") and takes("rms_scaling", kind, or_any=True):
+        names.add("rms_scaling")  # Keras's layer does not name it
+    # The attributes, for an object of the user's may not come back from the configuration.
+    options = {name: getattr(old, name, config[name]) for name in names & config.keys()}
+    if issubclass(kind, keras.layers.BatchNormalization):
+        if options.get("momentum", 0) is None:
+            del options["momentum"]  # the average of all batches, which Keras has not
+        if keras.backend.backend() != "tensorflow":
+            options.pop("synchronized", None)  # Keras refuses it
+    if issubclass(kind, keras.layers.GroupNormalization) and options.get("groups", 1) is None:
+        ((_, channels),) = old.input_spec.axes.items()
+        options["groups"] = functional.number_of_groups(None, channels)
+    return options
+
+
+def _arguments(kind: type) -> set[str]:
+    """What its constructor names, those that ours hand on among them, beside those of any layer."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            names |= inspect.signature(base.__init__).parameters.keys()  # type: ignore[misc]
+            if not base.__module__.startswith("keras_norm."):
+                break
+    of_any_layer = inspect.signature(keras.layers.Layer.__init__).parameters.keys()
+    return names - of_any_layer - {"axis", "data_format"}
 
 
 def _data_format(old: keras.layers.Layer, axis: int) -> str:
@@ -651,10 +701,10 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
         None.
 
     Raises:
-        ValueError: for a model without an optimizer, a subclassed one, and a rate that is no
-            number >= 0.
-        TypeError: from Keras, for a new rate where a schedule sets the rate. Nothing has changed
-            then.
+        ValueError: for a model without an optimizer, a subclassed one, a rate that is no number
+            >= 0, and layers or an optimizer that cannot be made again from their configuration.
+        TypeError: for a new rate where a schedule or a function sets the rate.
+        Nothing of the model has changed then.
 
     Example:
         >>> import numpy as np
@@ -685,20 +735,25 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
                 "`learning_rate` must be a number >= 0, or None for the rate that the optimizer "
                 f"has. Received: learning_rate={learning_rate!r}."
             )
-        optimizer.learning_rate = learning_rate
+        rate = getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
+        if callable(rate):
+            raise TypeError(
+                "A new rate is for optimizers that have a number, not a LearningRateSchedule or "
+                f"a function. Received: learning_rate={learning_rate!r}, where {rate!r} sets it. "
+                "Compile with a number, or pass None."
+            )
     keras.utils.set_random_seed(seed)
-    twin = clone(model)
+    twin, new = clone(model, clone_function=same), fresh(optimizer)
+    pairs = list(_paired_layers(model, twin))
     build_optimizer(model)
-    fresh = type(optimizer).from_config(optimizer.get_config())
-    fresh.build(model.trainable_variables)
-    pairs = [
-        *zip(_layer_variables(model), _layer_variables(twin), strict=True),
-        *zip(optimizer.variables, fresh.variables, strict=True),
-    ]
+    new.build(model.trainable_variables)
+    pairs += zip(optimizer.variables, new.variables, strict=True)
     measured = _measured(model)
     for variable, initial in pairs:
         if id(variable) not in measured:
             variable.assign(initial)
+    if learning_rate is not None:
+        optimizer.learning_rate = learning_rate
 
 
 def make_variables(model: keras.Model, x: Any, y: Any) -> None:
@@ -758,9 +813,14 @@ def _optimizer_of(model: keras.Model, function: str) -> Any:
     return optimizer
 
 
-def _layer_variables(model: keras.Model) -> list[Any]:
-    """All variables of the layers, also those of seed generators; none of metrics."""
-    return [variable for layer in model.layers for variable in layer.variables]
+def _paired_layers(model: Any, twin: Any) -> Iterator[tuple[Any, Any]]:
+    """The variables of all layers, also those of seed generators; none of metrics."""
+    for old, new in zip(model.layers, twin.layers, strict=True):
+        inside = {id(v) for y in getattr(old, "layers", []) for v in y.variables}
+        if isinstance(old, keras.Model) and inside == {id(v) for v in old.variables}:
+            yield from _paired_layers(old, new)
+        else:
+            yield from paired_variables(old, new)
 
 
 def _measured(model: keras.Model) -> set[int]:

@@ -248,6 +248,94 @@ def test_swap_of_keras_layers(builtin):
     np.testing.assert_array_equal(array(back(images())), array(model(images())))
 
 
+FAMILIES = {
+    "batch": (
+        [ours.BatchNormalization, keras.layers.BatchNormalization, "batch", "spatial"],
+        {
+            "momentum": 0.9,
+            "moving_variance_initializer": keras.initializers.Constant(2.0),
+            "renorm": True,
+            "renorm_clipping": {"rmax": 3.0},
+        },
+    ),
+    "group": (
+        [ours.GroupNormalization, keras.layers.GroupNormalization, "group"],
+        {"groups": 2},
+    ),
+    "instance": ([ours.InstanceNormalization, "instance"], {}),
+    "layer": ([ours.LayerNormalization, keras.layers.LayerNormalization, "layer"], {}),
+    "rms": ([ours.RMSNormalization, keras.layers.RMSNormalization, "rms"], None),
+    "decorrelated": ([research.DecorrelatedBatchNormalization, "decorrelated"], {"group_size": 2}),
+    "quantile": ([research.QuantileNormalization, "quantile"], {"quantiles": 8}),
+    "filter_response": ([research.FilterResponseNormalization, "filter_response"], None),
+}
+
+
+def squared(w):
+    """A regularizer that Keras could not make from a configuration."""
+    return ops.sum(w**2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swap_within_a_family_keeps_the_arguments(family):
+    """Without its epsilon a layer would not give the numbers that its statistics are for."""
+    kinds, options = FAMILIES[family]
+    if options is not None:
+        options = {"beta_constraint": "non_neg", "gamma_regularizer": squared, **options}
+    for kind in (k for k in kinds if not isinstance(k, str)):
+        model = randomized(convolutional(functools.partial(kind, epsilon=0.01, **options or {})))
+        old = model.get_layer("norm")
+        for to in kinds:
+            new = swap(model, to).get_layer("norm")
+            assert new.epsilon == 0.01
+            for name in options or {}:
+                assert getattr(new, name) == getattr(old, name)
+            y = array(swap(model, to)(images()))
+            np.testing.assert_allclose(y, array(model(images())), rtol=1e-4, atol=1e-5)
+
+
+def test_swap_between_families_does_not():
+    model = convolutional(functools.partial(ours.BatchNormalization, epsilon=0.01, center=False))
+    new = swap(model, "layer").get_layer("norm")
+    assert (new.epsilon, new.center) == (1e-3, True)
+
+
+@pytest.mark.parametrize("kind", [ours.BatchNormalization, keras.layers.BatchNormalization])
+def test_swap_without_gamma_and_beta(kind):
+    model = randomized(convolutional(functools.partial(kind, scale=False, center=False)))
+    new = swap(model, "batch")
+    assert len(new.weights) == len(model.weights)
+    np.testing.assert_allclose(array(new(images())), array(model(images())), rtol=1e-4)
+
+
+def test_swap_keeps_what_ours_alone_know():
+    options = {"unbiased": True, "virtual_batch_size": 2, "use_batch_statistics": True}
+    model = convolutional(functools.partial(ours.BatchNormalization, **options))
+    new = swap(model, "spatial").get_layer("norm")
+    assert {name: getattr(new, name) for name in options} == options
+    model = convolutional(functools.partial(ours.BatchNormalization, momentum=None))
+    assert swap(model, keras.layers.BatchNormalization).get_layer("norm").momentum == 0.99
+    model = convolutional(functools.partial(ours.GroupNormalization, groups=None))
+    new = swap(model, keras.layers.GroupNormalization).get_layer("norm")
+    assert new.groups == model.get_layer("norm").gamma.shape[0]
+
+
+def test_swap_keeps_what_a_factory_gives():
+    class Own(ours.BatchNormalization):
+        def __init__(self, **options):
+            super().__init__(epsilon=0.5, **options)
+
+    model = convolutional(functools.partial(ours.BatchNormalization, epsilon=0.01, momentum=0.9))
+    for to, expected in (
+        (functools.partial(ours.BatchNormalization, epsilon=0.1), (0.1, 0.9)),
+        (functools.partial(ours.BatchNormalization, -1, 0.8), (0.01, 0.8)),
+        (lambda name: ours.BatchNormalization(name=name), (1e-3, 0.99)),
+        (Own, (0.5, 0.99)),
+    ):
+        new = swap(model, to).get_layer("norm")
+        assert (new.epsilon, new.momentum) == expected
+
+
 def test_swap_lenet_and_mlp():
     model = randomized(LeNet("batch"))
     new = swap(model, functools.partial(ours.GroupNormalization, groups=2))
@@ -433,6 +521,61 @@ def test_restart_of_a_net_with_a_loss_of_its_own():
     net.fit(np.ones((2, 4)), np.ones((2, 10)), verbose=0)
 
 
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """Not registered, and without a configuration."""
+
+    def __call__(self, step):
+        return 0.5 ** ops.cast(step, "float32")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_restart_where_functions_are_the_users(nested):
+    inputs = keras.Input((4,))
+    twice = keras.layers.Lambda(lambda t: 2 * t, output_shape=(5,))
+    net = keras.Model(inputs, twice(ours.BatchNormalization()(keras.layers.Dense(5)(inputs))))
+    if nested:
+        net = keras.Sequential([inputs, keras.layers.Dropout(0.5), net])
+    net.compile(optimizers.SGD(Halving()), "mse", run_eagerly=True)
+    x, y = np.random.default_rng(0).normal(size=(8, 4)), np.ones((8, 5))
+    losses = []
+    for _ in range(3):
+        restart(net, seed=0)
+        losses.append(net.fit(x, y, batch_size=4, verbose=0).history["loss"])
+    assert losses[1] == losses[2]
+
+
+def test_restart_of_a_quantized_net():
+    """Its layers have their variables in another order than layers that begin so."""
+    net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), keras.layers.Dense(2)])
+    net.layers[0].quantize("float8")
+    whole = keras.Sequential([keras.Input((4,)), net])
+    for each in (net, whole):
+        each.compile(optimizers.SGD(0.1), "mse")
+        before = [tuple(v.shape) for v in each.weights]
+        for v in each.trainable_variables:
+            v.assign(ops.ones(v.shape))
+        restart(each, seed=0, learning_rate=0.5)
+        assert [tuple(v.shape) for v in each.weights] == before
+        assert np.abs(array(net.layers[0].kernel) - 1).min() > 0
+        np.testing.assert_array_equal(array(net.layers[0].bias), 0)
+        assert float(each.optimizer.learning_rate) == 0.5
+
+
+def test_a_restart_that_fails_changes_nothing():
+    class Once(keras.layers.Dense):
+        def get_config(self):
+            return {**super().get_config(), "units": 7}
+
+    net = keras.Sequential([keras.Input((4,)), Once(3, name="once")])
+    net.compile(optimizers.SGD(0.1), "mse")
+    before = [array(v).copy() for v in net.variables]
+    with pytest.raises(ValueError, match=r"Received: layer 'once'.*\(4, 3\).*\(4, 7\)"):
+        restart(net, seed=0, learning_rate=0.5)
+    for v, value in zip(net.variables, before, strict=True):
+        np.testing.assert_array_equal(array(v), value)
+    assert float(net.optimizer.learning_rate) == pytest.approx(0.1)
+
+
 def test_restart_refuses():
     class Own(keras.Model):
         def __init__(self):
@@ -469,6 +612,11 @@ def test_restart_refuses_a_new_rate_where_a_schedule_sets_it():
     net.compile(optimizers.SGD(optimizers.CyclicalLearningRate(0.1, 0.2, 3)), "mse")
     before = [array(w) for w in net.weights]
     with pytest.raises(TypeError, match="LearningRateSchedule"):
+        restart(net, seed=0, learning_rate=0.1)
+    for a, b in zip(net.weights, before, strict=True):
+        np.testing.assert_array_equal(array(a), b)
+    net.compile(optimizers.SGD(lambda: 0.25), "mse")
+    with pytest.raises(TypeError, match=r"Received: learning_rate=0\.1, where <function"):
         restart(net, seed=0, learning_rate=0.1)
     for a, b in zip(net.weights, before, strict=True):
         np.testing.assert_array_equal(array(a), b)

@@ -253,6 +253,61 @@ def test_a_mode_that_the_call_fixes(kind):
     np.testing.assert_allclose(array(folded(x)), array(model(x)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "folds"),
+    [(True, None, False), (None, True, False), (True, False, False), (False, True, True)],
+)
+def test_a_mode_that_the_call_of_a_model_fixes(outer, inner, folds):
+    """It overrules those of the calls within, at every depth."""
+    z = keras.Input((8,))
+    norm = ours.BatchNormalization(name="norm", momentum=1.0)
+    base = keras.Model(z, norm(keras.layers.Dense(5)(z), training=inner))
+    inputs = keras.Input((8,))
+    deep = keras.Model(inputs, keras.Sequential([inputs, base])(inputs))
+    model = randomized(keras.Model(inputs, keras.layers.Dense(2)(deep(inputs, training=outer))))
+    x = np.random.default_rng(1).normal(3, 2, (6, 8)).astype("float32")
+    folded, report = fold(model, x)
+    assert [a for a, _ in report.folded] == ["norm"] * folds
+    np.testing.assert_allclose(array(folded(x)), array(model(x)), rtol=1e-3, atol=1e-4)
+    if not folds:
+        assert "has training=True: it normalizes by the batch unless told" in report.skipped[0][1]
+
+
+def test_a_model_that_one_of_its_calls_trains():
+    base = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(4), ours.BatchNormalization(name="norm")]
+    )
+    inputs = keras.Input((4,))
+    model = randomized(keras.Model(inputs, base(base(inputs), training=True)))
+    _, report = fold(model)
+    assert report.folded == ()
+    assert "a call of its model has training=True" in report.skipped[0][1]
+
+
+def test_sparse_inputs_stay_sparse():
+    if BACKEND == "torch":
+        pytest.skip("Keras has no sparse tensors on PyTorch")
+    inputs = keras.Input((4,), sparse=True, name="x")
+    outputs = ours.BatchNormalization()(keras.layers.Dense(3)(inputs))
+    functional = keras.Model(inputs, outputs)
+    sequential = keras.Sequential(
+        [keras.Input((4,), sparse=True), keras.layers.Dense(3), ours.BatchNormalization()]
+    )
+    for model in (functional, sequential):
+        new, report = fold_batch_normalization(model)
+        assert len(report.folded) == 1
+        assert new.inputs[0].sparse
+        assert swap_normalization(model, "layer").inputs[0].sparse
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras has ragged tensors on TensorFlow alone")
+def test_ragged_inputs_stay_ragged():
+    inputs = keras.Input((None,), ragged=True, dtype="int32")
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(5, 4)(inputs))
+    model = keras.Model(inputs, ours.BatchNormalization()(keras.layers.Dense(3)(x)))
+    assert swap_normalization(model, "layer").inputs[0].ragged
+
+
 def test_lambdas_keep_their_functions():
     """Rebuilt from the configuration they would be code from outside, which Keras refuses."""
     factor = 3.0
@@ -267,6 +322,40 @@ def test_lambdas_keep_their_functions():
     assert_same_outputs(model, folded, x, report)
     assert folded.get_layer("scaled").get_config() == scaled.get_config()
     assert swap_normalization(model, "layer").get_layer("scaled").function is scaled.function
+
+
+def test_functions_within_a_wrapper_and_of_an_operation():
+    factor = 3.0
+    inputs = keras.Input((6, 4))
+    x = ours.BatchNormalization(name="norm")(keras.layers.Dense(5)(inputs))
+    scaled, again = (keras.layers.Lambda(lambda v: factor * v, output_shape=(5,)) for _ in range(2))
+    block = keras.Sequential([keras.Input((5,)), again, keras.layers.Dense(5)])
+    x = keras.layers.TimeDistributed(scaled, name="a")(x)
+    x = keras.layers.TimeDistributed(block, name="b", trainable=False)(x)
+    model = keras.Model(inputs, keras.ops.vectorized_map(lambda v: factor * v, x))
+    randomized(model)
+    x = np.random.default_rng(1).normal(size=(5, 6, 4)).astype("float32")
+    calls = [len(y._inbound_nodes) for y in model.operations]
+    folded, report = fold_batch_normalization(model, x)
+    assert len(report.folded) == 1
+    assert_same_outputs(model, folded, x, report)
+    assert folded.get_layer("a").layer.function is scaled.function
+    assert every_flag(swap_normalization(model, ours.BatchNormalization)) == every_flag(model)
+    assert [len(y._inbound_nodes) for y in model.operations] == calls
+
+
+class Around(keras.layers.Wrapper):
+    def call(self, x):
+        return self.layer(x)
+
+
+def test_a_lambda_in_another_wrapper_is_refused():
+    around = Around(keras.layers.Lambda(lambda v: 2 * v, output_shape=(4,)), name="around")
+    model = keras.Sequential(
+        [keras.Input((4,)), around, keras.layers.Dense(3), ours.BatchNormalization()]
+    )
+    with pytest.raises(ValueError, match=r"Received: Around 'around'\. Put the function in a"):
+        fold_batch_normalization(model)
 
 
 def nested(shared):
@@ -299,6 +388,19 @@ def test_fold_in_nested_models(shared):
     ]
     assert_same_outputs(model, folded, x, report)
     assert len(folded.weights) == len(model.weights) - 8
+
+
+def test_layers_of_one_name_are_told_apart():
+    def block(name):
+        norms = [ours.BatchNormalization(name="n"), ours.BatchNormalization(name="again")]
+        return keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(4, name="d"), *norms], name=name
+        )
+
+    whole = keras.Sequential([keras.Input((4,)), block("one"), block("two")])
+    _, report = fold_batch_normalization(randomized(whole))
+    assert report.folded == (("one/n", "one/d"), ("two/n", "two/d"))
+    assert [name for name, _ in report.skipped] == ["one/again", "two/again"]
 
 
 def test_inside_of_another_layer():
@@ -462,6 +564,67 @@ def test_compiled_like_the_original():
         assert int(model.optimizer.iterations) == 3
 
 
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """Not registered, and without a configuration."""
+
+    def __call__(self, step):
+        return 0.5 ** keras.ops.cast(step, "float32")
+
+
+class Doubling(Halving):
+    def get_config(self):
+        return {}
+
+
+def small():
+    layers = [keras.Input((4,)), keras.layers.Dense(3), ours.BatchNormalization()]
+    return keras.Sequential([*layers, keras.layers.Dense(2)])
+
+
+@pytest.mark.parametrize("schedule", [Halving(), Doubling()])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_compiled_with_a_schedule_that_is_not_registered(schedule, scaled):
+    model = small()
+    optimizer = keras.optimizers.Adam(schedule, beta_1=0.5)
+    whole = keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
+    model.compile(whole, "mse", run_eagerly=True)
+    for new in (swap_normalization(model, "layer"), fold_batch_normalization(model)[0]):
+        made = new.optimizer.inner_optimizer if scaled else new.optimizer
+        assert made is not optimizer
+        assert made._learning_rate is optimizer._learning_rate is schedule
+        assert made.beta_1 == 0.5
+        new.fit(np.ones((5, 4)), np.ones((5, 2)), verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def named_error(y, z):
+    return keras.ops.mean(keras.ops.abs(y - z), axis=-1)
+
+
+def test_compiled_with_metrics_of_a_function():
+    functions = {"named": named_error, "lambda": lambda y, z: named_error(y, z)}
+    metrics = [keras.metrics.MeanMetricWrapper(f, name) for name, f in functions.items()]
+    model = small()
+    model.compile("sgd", "mse", metrics=[*metrics, "mae"], run_eagerly=True)
+    new = swap_normalization(model, ours.BatchNormalization)
+    x, y = np.ones((5, 4), "float32"), np.ones((5, 2), "float32")
+    scores = new.evaluate(x, y, verbose=0, return_dict=True)
+    assert scores["named"] == scores["lambda"] == pytest.approx(scores["mae"])
+    assert all(float(m.count) == 0 for m in metrics)
+
+
+class OwnMetric(keras.metrics.MeanMetricWrapper):
+    def __init__(self):
+        super().__init__(named_error, "own")
+
+
+def test_a_metric_that_cannot_be_made_anew_is_refused():
+    model = small()
+    model.compile("sgd", "mse", metrics=[OwnMetric()])
+    with pytest.raises(ValueError, match="Received: OwnMetric 'own', with which that failed"):
+        swap_normalization(model, "layer")
+
+
 # Layers that measure their data ----------------------------------------------------------------
 
 
@@ -595,6 +758,59 @@ class OwnStep(keras.Model):
         return 42
 
 
+class Scaled(keras.Model):
+    def __init__(self, *args, alpha=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.alpha = alpha
+
+
+class Known(Scaled):
+    """It says what it was made with, and is made by the names of its graph."""
+
+    def __init__(self, inputs, outputs, *args, beta, **kwargs):
+        super().__init__(inputs, outputs, *args, **kwargs)
+        self.beta = beta
+
+    def get_config(self):
+        return {**super().get_config(), "alpha": self.alpha, "beta": self.beta}
+
+
+class OwnCompile(keras.Model):
+    def compile(self, factor, **kwargs):
+        super().compile(**kwargs)
+        self.factor = factor
+
+
+class KnownCompile(OwnCompile):
+    def get_compile_config(self):
+        return {"factor": self.factor}
+
+    def compile_from_config(self, config):
+        self.compile(optimizer="sgd", loss="mse", **config)
+
+
+def dense_and_norm(kind, **options):
+    inputs = keras.Input((4,))
+    return kind(inputs, ours.BatchNormalization()(keras.layers.Dense(3)(inputs)), **options)
+
+
+def test_arguments_of_a_model_class_are_kept():
+    model = dense_and_norm(Known, alpha=7, beta=8)
+    for new in (fold(model)[0], swap_normalization(model, "layer")):
+        assert (new.alpha, new.beta) == (7, 8)
+
+
+def test_a_compile_of_its_own():
+    """Called if the class says how; else the copy is not compiled."""
+    for kind in (OwnCompile, KnownCompile):
+        model = dense_and_norm(kind)
+        model.compile(factor=3, optimizer="sgd", loss="mse")
+        new = swap_normalization(model, "layer")
+        assert new.compiled == (kind is KnownCompile)
+        if new.compiled:
+            assert new.factor == 3
+
+
 @pytest.mark.parametrize(
     "operation",
     [fold_batch_normalization, functools.partial(swap_normalization, to="layer")],
@@ -609,6 +825,10 @@ class TestRefused:
     def test_own_constructor(self, operation):
         with pytest.raises(ValueError, match="of the class OwnConstructor"):
             operation(OwnConstructor(3))
+
+    def test_arguments_that_would_be_lost(self, operation):
+        with pytest.raises(ValueError, match=r"Received: Scaled '.*lacks \['alpha'\]"):
+            operation(dense_and_norm(Scaled, alpha=7))
 
     def test_unbuilt(self, operation):
         model = keras.Sequential([keras.layers.Dense(3), ours.BatchNormalization()], name="m")
