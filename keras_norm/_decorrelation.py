@@ -24,10 +24,6 @@ Array = Any
 METHODS = ("zca", "cholesky", "newton")
 
 
-def _finite(x: Array) -> Array:
-    return ops.where(ops.isfinite(x), x, ops.zeros_like(x))
-
-
 def _symmetric(a: Array) -> Array:
     return (a + _transposed(a)) / 2
 
@@ -364,7 +360,7 @@ def decorrelated_batch_normalization(
         dy, dmean, dcovariance = upstream
         groups = _Groups.of(x, axis, size)
         v, dy = groups.split(x), groups.split(dy)
-        centered = v - mean if weights is None else _finite(v - mean)
+        centered = v - mean if weights is None else functional.zero_where_not_finite(v - mean)
         dx, dgamma, dbeta, du, dcenter = groups.affine_backward(dy, centered, u, gamma)
         b = whitening.regularized_backward(whitening.backward(du, a, u, *rest))
         b = b + dcovariance  # (W10)

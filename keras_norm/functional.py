@@ -225,7 +225,7 @@ def _one_where_zero(x: Array) -> Array:
     return ops.where(x > 0, x, ops.ones_like(x))
 
 
-def _zero_where_not_finite(x: Array) -> Array:
+def zero_where_not_finite(x: Array) -> Array:
     return ops.where(ops.isfinite(x), x, ops.zeros_like(x))
 
 
@@ -303,7 +303,7 @@ def moments(x: Array, *, axis: Axis = -1, weights: Array | None = None) -> tuple
 def _centered(x: Array, mean: Array, weights: Array | None, layout: _Layout) -> Array:
     """x - mean in the dtype of the mean, for the backward passes."""
     centered = in_dtype(x, mean.dtype) - layout.expand(mean)
-    return centered if weights is None else _zero_where_not_finite(centered)
+    return centered if weights is None else zero_where_not_finite(centered)
 
 
 def _moments_backward(
@@ -498,7 +498,7 @@ def batch_normalization_forward(
     else:
         used_mean = ops.where(use_given, in_dtype(given_mean, x_.dtype), mean)
         used_variance = ops.where(use_given, in_dtype(given_variance, x_.dtype), variance)
-        gap = _zero_where_not_finite(used_mean - mean)
+        gap = zero_where_not_finite(used_mean - mean)
         y, inv_std = _normalize(x_, used_mean, used_variance, gamma, beta, layout, epsilon)
     residuals = x, used_mean, inv_std, gamma, weights, gap, use_given
     return (in_dtype(y, x.dtype), mean, variance), residuals
@@ -682,7 +682,7 @@ def ghost_batch_normalization(
     mean, variance = given or (None, None)
     check_shapes(x, layout.channels, gamma=gamma, beta=beta, mean=mean, variance=variance)
     _check_weights(x, weights)
-    cut, valid = _ghost_batches(layout.shape[0], int(virtual_batch_size), x.dtype)
+    cut, valid = _ghost_batches(layout.shape[0], int(virtual_batch_size))
     if weights is not None:
         weights = in_dtype(weights, compute_dtype(x))
         missing = len(layout.shape) - len(weights.shape)
@@ -725,7 +725,7 @@ def check_virtual_batch_size(size: Any) -> None:
 
 
 def _ghost_batches(
-    n: Any, virtual_batch_size: int, dtype: Any
+    n: Any, virtual_batch_size: int
 ) -> tuple[Callable[[Array], Array], Array | None]:
     """How to cut n examples, (n, ...) -> (G, S, ...), and which of (G, S) are not padding.
 

@@ -315,13 +315,14 @@ def muon_step(
     *,
     learning_rate: float | Array,
     momentum: float = 0.6,
+    nesterov: bool = True,
     ns_steps: int = 3,
     normalize: bool = True,
 ) -> tuple[Array, MomentumState]:
     """One step of Muon: along the gradient with momentum, made orthogonal.
 
         (U1)  velocity <- momentum velocity + dw
-        (U2)  g = dw + momentum velocity
+        (U2)  g = dw + momentum velocity          with nesterov, else g = velocity
         (U3)  w <- w sqrt(C) / ||w||              with normalize
         (U4)  w <- w - learning_rate orthogonal(g)
 
@@ -333,6 +334,7 @@ def muon_step(
         state: `MomentumState`, or None before the first step: velocity 0.
         learning_rate: float or scalar array of w's dtype.
         momentum: float in [0, 1], weight of the old velocity. Default: 0.6.
+        nesterov: bool, whether to use Nesterov's momentum. Default: True.
         ns_steps: int >= 1, of `orthogonal`. Default: 3.
         normalize: whether the weights keep the norm of an orthogonal matrix: for layers whose
             scale does not matter, because a normalization follows. It stands in for decay.
@@ -355,7 +357,7 @@ def muon_step(
     w, dw = _tensors(w, dw)
     (velocity,) = MomentumState(ops.zeros_like(w)) if state is None else _tensors(*state)
     velocity = momentum * velocity + dw  # (U1)
-    g = dw + momentum * velocity  # (U2)
+    g = dw + momentum * velocity if nesterov else velocity  # (U2)
     if normalize:
         norm = ops.sqrt(ops.sum(ops.square(w)))
         w = w * (w.shape[-1] ** 0.5 / (norm + 1e-12))  # (U3)
@@ -994,7 +996,7 @@ class Muon(SGD):
     """Muon for the kernels of convolutions, gradient descent with Nesterov's momentum elsewhere.
 
     The steps are those of `muon_step` for the variables that `matrices` fits, and of
-    `nesterov_step` for all others.
+    `nesterov_step`, or with `nesterov=False` of `momentum_step`, for all others.
 
     Args:
         learning_rate: as in `SGD`; of the matrices, in units of their singular values. Give the
@@ -1003,6 +1005,8 @@ class Muon(SGD):
         other_momentum: number in [0, 1], of all other variables. Default: 0.85.
         matrices: pattern (as in `SGD`) of the variables that are matrices, of rank 2 or more.
             Default: None, all of rank 3 or more.
+        nesterov: bool, whether to use Nesterov's momentum, of the matrices and of all others.
+            Default: True.
         ns_steps, normalize: of `muon_step`.
         l2_decay: as in `SGD`, for all other variables. Default: None.
         learning_rate_multipliers, **kwargs: as in `SGD`. A factor of 0 keeps no matrix as it is
@@ -1033,6 +1037,7 @@ class Muon(SGD):
         *,
         other_momentum: float = 0.85,
         matrices: Pattern | None = None,
+        nesterov: bool = True,
         ns_steps: int = 3,
         normalize: bool = True,
         l2_decay: float | Rates | None = None,
@@ -1042,7 +1047,7 @@ class Muon(SGD):
         super().__init__(
             learning_rate,
             momentum,
-            kwargs.pop("nesterov", True),
+            nesterov,
             l2_decay=l2_decay,
             learning_rate_multipliers=learning_rate_multipliers,
             **kwargs,
@@ -1087,23 +1092,23 @@ class Muon(SGD):
                 state,
                 learning_rate=learning_rate,
                 momentum=self.momentum,
+                nesterov=self.nesterov,
                 ns_steps=self.ns_steps,
                 normalize=self.normalize,
             )
         decay = self._l2_rates[index] if self._use_weight_decay(variable) else 0.0
         momentum = self.other_momentum
         rates = {"learning_rate": learning_rate, "l2_decay": decay, "momentum": momentum}
-        return nesterov_step(w, dw, state, **rates)
+        step = nesterov_step if self.nesterov else momentum_step
+        return step(w, dw, state, **rates)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments, serializable."""
         matrices = self.matrices
         if callable(matrices):
             matrices = keras.saving.serialize_keras_object(matrices)
-        config = super().get_config()
-        del config["nesterov"]
         return {
-            **config,
+            **super().get_config(),
             "other_momentum": self.other_momentum,
             "matrices": matrices,
             "ns_steps": self.ns_steps,

@@ -83,6 +83,21 @@ def test_noise_has_the_variance_that_its_equation_says():
         assert ((y == 0) | (y == 1) | (y == np.float32(0.4))).all()
 
 
+def test_kinds_and_strengths_draw_different_numbers():
+    x = grey(0.5, 8)
+    fields = np.stack(
+        [
+            corrupt(x, kind, strength, seed=2).ravel() - 0.5
+            for kind, strength in (
+                ("gaussian_noise", 1),
+                ("gaussian_noise", 2),
+                ("speckle_noise", 1),
+            )
+        ]
+    )
+    assert np.abs(np.corrcoef(fields) - np.eye(3)).max() < 0.03
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if "blur" in k] + ["elastic", "shift"])
 def test_a_plain_grey_stays_what_it_is(kind):
     np.testing.assert_allclose(corrupt(grey(0.6, 3), kind, 4), 0.6, rtol=1e-5)
@@ -127,6 +142,10 @@ def test_motion_spreads_a_point_along_a_line_in_a_direction_that_is_drawn():
     x[:, 16, 16] = 1
     heights = corrupt(x, "motion_blur", 5)[..., 0].sum(axis=2) > 1e-3
     assert len(set(heights.sum(axis=1))) >= 5
+    i = np.arange(33) - 16.0
+    slants = np.einsum("nij,i,j->n", corrupt(x, "motion_blur", 5)[..., 0], i, i)
+    assert slants.min() < -3  # half a circle: along both diagonals
+    assert slants.max() > 3
 
 
 def test_zoom_blur_leaves_the_middle_and_averages_enlarged_images():
@@ -168,6 +187,9 @@ def test_fog_lies_between_the_image_and_a_bright_veil():
 def test_snow_only_lightens():
     x = photographs()
     assert (corrupt(x, "snow", 3) >= x).all()
+    flakes = corrupt(grey(0.0), "snow", 3) == np.float32(0.9)
+    apart = (1 - PARAMETERS["snow"][2] / 4) ** 3  # a pixel with none on it, nor on two before it
+    assert flakes.mean() == pytest.approx(1 - apart, rel=0.05)
 
 
 def test_pixels_are_the_means_of_blocks():
@@ -190,6 +212,15 @@ def test_jpeg_rounds_the_cosine_transform_of_blocks():
         )
         steps = step * (1 + (u[:, None] + u) / 2)
         np.testing.assert_allclose(after, np.round(before / steps) * steps, atol=1e-4)
+    rgb = 0.3 + np.random.default_rng(1).uniform(0, 0.4, (1, 8, 8, 3))
+    luma = rgb @ [0.299, 0.587, 0.114]
+    ycc = np.stack([luma, (rgb[..., 2] - luma) / 1.772, (rgb[..., 0] - luma) / 1.402], axis=-1)
+    steps = step * (1 + (u[:, None, None] + u[:, None]) * [0.5, 1, 1])  # colour with twice as much
+    kept = np.round(fft.dctn(ycc, axes=(1, 2), norm="ortho") / steps) * steps
+    luma, blue, red = np.moveaxis(fft.idctn(kept, axes=(1, 2), norm="ortho"), -1, 0)
+    rgb_ = np.stack([luma + 1.402 * red, luma, luma + 1.772 * blue], axis=-1)
+    rgb_[..., 1] -= (0.299 * 1.402 * red + 0.114 * 1.772 * blue) / 0.587
+    np.testing.assert_allclose(corrupt(rgb, "jpeg", 2), rgb_, atol=1e-3)
     plain = np.array([0.2, 0.5, 0.7], "float32")  # a colour alone: three constants, rounded
     y = corrupt(np.broadcast_to(plain, (1, 16, 16, 3)), "jpeg", 1)
     np.testing.assert_allclose(y, np.broadcast_to(y[0, 0, 0], y.shape), atol=1e-6)
@@ -225,17 +256,40 @@ def test_elastic_takes_each_pixel_from_nearby():
     assert moved.max() > 0.7 * PARAMETERS["elastic"][4]
 
 
+def displacements(kind, strength):
+    """How far each pixel comes from, in rows and in columns: of ramps along both."""
+    at = np.arange(32) / 62
+    x = np.zeros((20, 32, 32, 3))
+    x[..., 0], x[..., 1] = 0.25 + at[:, None], 0.25 + at
+    moved = 62 * (corrupt(x, kind, strength) - x)
+    return moved[:, 6:-6, 6:-6, 0], moved[:, 6:-6, 6:-6, 1]
+
+
+def test_rows_and_columns_are_displaced_apart():
+    for kind in ("elastic", "glass_blur"):
+        rows, columns = displacements(kind, 4)
+        assert abs(np.corrcoef(rows.ravel(), columns.ravel())[0, 1]) < 0.3, kind
+    # Of the glass: evenly up to its reach, and then blurred, line by line and column by column.
+    kernel = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 0.4**2))
+    blurred = (kernel**2).sum() / kernel.sum() ** 2
+    deviation = PARAMETERS["glass_blur"][3] / np.sqrt(3) * blurred
+    np.testing.assert_allclose([rows.std(), columns.std()], deviation, rtol=0.03)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"kind": "rain"}, "kind='rain'"),
         ({"strength": 0}, "strength=0"),
         ({"strength": True}, "strength=True"),
+        ({"strength": 2.0}, r"strength=2\.0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": True}, "seed=True"),
         ({"images": np.zeros((32, 32, 3))}, r"\(32, 32, 3\)"),
         ({"images": np.zeros((1, 32, 7, 3))}, r"\(1, 32, 7, 3\)"),
         ({"images": np.zeros((1, 32, 32, 2))}, r"\(1, 32, 32, 2\)"),
         ({"images": np.full((1, 8, 8, 3), 255)}, "from 255 to 255"),
+        ({"images": np.full((1, 8, 8, 3), -0.5)}, r"from -0\.5 to"),
         ({"images": np.full((1, 8, 8, 3), np.nan)}, "nan"),
     ],
 )

@@ -522,6 +522,23 @@ def test_config_round_trip(arguments):
     assert LayerNormalization.from_config(theirs.get_config()).epsilon == layer.epsilon
 
 
+def test_parameters_are_made_as_they_were_asked_for():
+    options = {
+        "gamma_initializer": keras.initializers.Constant(2.0),
+        "beta_initializer": "ones",
+        "gamma_regularizer": keras.regularizers.L2(0.5),
+        "beta_regularizer": keras.regularizers.L1(0.25),
+        "gamma_constraint": keras.constraints.MaxNorm(3.0),
+        "beta_constraint": keras.constraints.NonNeg(),
+    }
+    layer = LayerNormalization(**options)
+    layer.build((2, 4))
+    np.testing.assert_array_equal(layer.get_weights(), [[2.0] * 4, [1.0] * 4])
+    assert layer.gamma.constraint is options["gamma_constraint"]
+    assert layer.beta.constraint is options["beta_constraint"]
+    assert [float(array(loss)) for loss in layer.losses] == [8.0, 1.0]
+
+
 @pytest.mark.parametrize("cls", [LayerNormalization, RMSNormalization])
 def test_saved_model(cls, tmp_path):
     model = keras.Sequential([keras.Input((3, 4)), cls(axis=(1, 2)), keras.layers.Dense(2)])

@@ -528,6 +528,7 @@ class Halving(keras.optimizers.schedules.LearningRateSchedule):
         return 0.5 ** ops.cast(step, "float32")
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("nested", [False, True])
 def test_restart_where_functions_are_the_users(nested):
     inputs = keras.Input((4,))

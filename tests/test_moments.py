@@ -187,6 +187,13 @@ def test_standard_errors_are_the_spread_of_the_estimates():
     assert error_of_mean > 2 * naive
 
 
+def test_factors_that_scale_nothing():
+    m = Moments().update(np.ones((2, 3)))
+    for factor in (0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"must be > 0. Received: factor={factor}"):
+            m.scaled(factor)
+
+
 def test_one_example_says_nothing_of_the_spread():
     m = Moments().update(np.ones((1, 5, 2)))
     assert np.isinf(m.standard_error_of_mean()).all()
@@ -234,6 +241,15 @@ def test_example_sums_in_float32():
     exact = x.astype("float64")
     np.testing.assert_allclose(m.mean, exact.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(m.variance(), exact.var(axis=(0, 1, 2)), rtol=1e-6)
+
+
+def test_example_sums_beside_an_outlier():
+    """The shift is the mean of an eighth, and so within sqrt(7) sigma of the batch's."""
+    x = np.random.default_rng(17).normal(size=(80, 4, 2)).astype("float32")
+    x[0] += 1e4
+    shift = ops.convert_to_numpy(example_sums(ops.convert_to_tensor(x))[0])
+    distance = np.abs(shift - x.mean(axis=(0, 1)))
+    assert (distance < np.sqrt(7) * x.std(axis=(0, 1))).all()
 
 
 def test_example_sums_of_half_precision_and_infinite_values_without_weight():
@@ -429,6 +445,19 @@ def test_merged_quantiles():
     assert q._held[1].sum() == 16_000
 
 
+def test_bounds_of_copies_and_of_what_is_merged():
+    """Six elements with a capacity of four: one compaction, whose partner is still to come."""
+    x = np.arange(12.0)[:, None]
+    a, b = Quantiles(capacity=4).update(x[:6]), Quantiles(capacity=4).update(x[6:])
+    assert a.rank_error == b.rank_error == 1 / 6
+    assert (a + b).rank_error == 2 / 12  # none of the two has met its partner
+    half = a.scaled(0.5)
+    assert half.rank_error == half.scaled(0.5).rank_error == 1 / 6
+    before = a.to_dict()
+    a.copy().update(x)
+    assert a.to_dict() == before
+
+
 def test_quantiles_under_a_mask():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(30, 6, 3))
@@ -445,6 +474,8 @@ def test_float32_is_held_as_it_is():
     q = Quantiles().update(x).update(ops.cast(x, "bfloat16"))
     assert q._held[0].dtype == np.float32
     assert Quantiles().update(x.astype("float64"))._held[0].dtype == np.float64
+    whole = np.array([[2**25 + 1], [2**25 + 3]], "int32")  # float32 holds every fourth there
+    np.testing.assert_array_equal(Quantiles().update(whole).quantile([0.0, 1.0]), whole)
 
 
 def test_quantiles_refuse():

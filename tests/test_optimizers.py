@@ -326,6 +326,21 @@ def test_centered_rmsprop_divides_by_the_standard_deviation(float64):
     )
 
 
+@pytest.mark.slow_on_jax
+def test_centered_variance_is_never_negative():
+    """Of a constant gradient rounding makes mean_square - mean^2 negative, far beyond epsilon."""
+    w, dw, state = np.zeros(50, "float32"), np.linspace(1, 2, 50, dtype="float32"), None
+    lowest = 0.0
+    for _ in range(40):
+        w, state = optimizers.rmsprop_step(
+            w, dw, state, learning_rate=0.01, rho=0.5, centered=True, epsilon=1e-12
+        )
+        variance = array(state.mean_square) - array(state.mean) ** 2
+        lowest = min(lowest, float(variance.min()))
+    assert lowest < -1e-8
+    assert np.isfinite(array(w)).all()
+
+
 def test_bias_correction_without_cancellation():
     """In float32 the first step of Adam is the learning rate to 1e-6, Keras's to 1e-5 only."""
     w, _ = optimizers.adam_step(
@@ -863,6 +878,7 @@ def test_errors_name_the_value():
         ("Adagrad", {"epsilon": -1e-7}, "epsilon=-1e-07"),
         ("RMSprop", {"rho": 1.0}, r"rho=1\.0"),
         ("RMSprop", {"momentum": -0.1}, r"momentum=-0\.1"),
+        ("RMSprop", {"epsilon": -1e-7}, "epsilon=-1e-07"),
         ("Adam", {"beta_1": 1.0}, r"beta_1=1\.0"),
         ("Adam", {"beta_2": -0.5}, r"beta_2=-0\.5"),
         ("Adam", {"epsilon": None}, "epsilon=None"),
@@ -1059,6 +1075,53 @@ def test_muon_takes_the_published_steps(float64):
         b = b + 0.8 * other - 0.1 * g
     np.testing.assert_allclose(array(kernel), w, rtol=1e-6)
     np.testing.assert_allclose(array(bias), b, rtol=1e-6)
+
+
+@pytest.mark.slow_on_jax
+def test_muon_without_nesterov(float64):
+    """Plain momentum for the matrices and for all others, before and after its config."""
+    start = {"kernel": np.linspace(-1, 1, 12).reshape(2, 2, 3), "bias": np.arange(3.0)}
+    rule = optimizers.Muon(0.2, 0.6, other_momentum=0.8, nesterov=False, normalize=False)
+    again = optimizers.Muon.from_config(json.loads(json.dumps(rule.get_config())))
+    old = {k: v for k, v in rule.get_config().items() if k != "nesterov"}
+    assert (rule.nesterov, again.nesterov) == (False, False)
+    assert optimizers.Muon.from_config(old).nesterov is True
+    for muon in (rule, again):
+        variables = [keras.Variable(w, name=n, dtype="float64") for n, w in start.items()]
+        rng = np.random.default_rng(1)
+        w, b = start.values()
+        velocity, other = np.zeros_like(w), np.zeros_like(b)
+        for _ in range(3):
+            dw, db = rng.normal(size=w.shape), rng.normal(size=3)
+            muon.apply([ops.convert_to_tensor(dw), ops.convert_to_tensor(db)], variables)
+            velocity = 0.6 * velocity + dw
+            w = w - 0.2 * array(optimizers.orthogonal(ops.convert_to_tensor(velocity)))
+            other = 0.8 * other - 0.2 * db
+            b = b + other
+        np.testing.assert_allclose(array(variables[0]), w, rtol=1e-6)
+        np.testing.assert_allclose(array(variables[1]), b, rtol=1e-6)
+
+
+@pytest.mark.slow_on_jax
+def test_muon_takes_kernels_of_convolutions_and_spares_excluded_variables():
+    shapes = {"conv": (3, 3, 2, 4), "dense": (5, 4), "bias": (4,)}
+    variables = [keras.Variable(np.ones(s), name=n) for n, s in shapes.items()]
+    rule = optimizers.Muon(0.1, l2_decay=0.5)
+    rule.exclude_from_weight_decay(var_names=["bias"])
+    rule.build(variables)
+    assert rule._is_matrix == (True, False, False)
+    rule.apply([ops.zeros(s) for s in shapes.values()], variables)
+    assert (array(variables[1]) < 1).all()
+    assert (array(variables[2]) == 1).all()
+
+
+@pytest.mark.slow_on_jax
+def test_muon_of_weights_that_are_zero():
+    zeros = np.zeros((3, 2), "float32")
+    w, state = optimizers.muon_step(zeros, zeros, learning_rate=0.1)
+    assert not array(w).any()
+    w, _ = optimizers.muon_step(w, np.eye(3, 2, dtype="float32"), state, learning_rate=0.1)
+    assert np.isfinite(array(w)).all()
 
 
 def test_muon_chooses_matrices_by_pattern_and_survives_its_config():

@@ -581,6 +581,7 @@ def small():
     return keras.Sequential([*layers, keras.layers.Dense(2)])
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("schedule", [Halving(), Doubling()])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_compiled_with_a_schedule_that_is_not_registered(schedule, scaled):
