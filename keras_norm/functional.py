@@ -226,6 +226,7 @@ def _one_where_zero(x: Array) -> Array:
 
 
 def zero_where_not_finite(x: Array) -> Array:
+    """x, and 0 where it is NaN or infinite: of a masked element, whose weight is 0."""
     return ops.where(ops.isfinite(x), x, ops.zeros_like(x))
 
 
