@@ -116,6 +116,7 @@ class Diagnosis:
         batch_size: examples per batch.
         inference_loss, training_loss: on the same examples; NaN or infinite if they are.
         causes: the largest first, the insignificant last; before all, those without a change.
+            What changes the loss of no batch is left out.
     """
 
     data: str
@@ -587,6 +588,8 @@ def _as_causes(parts: Mapping[str, _Parts], trials: _Trials, loss: float) -> tup
     causes = []
     tolerance = max(1e-6, _ROUNDING * abs(loss)) if math.isfinite(loss) else 1e-6
     for name, part in parts.items():
+        if not any(np.any(d) for _, d in part.layers):
+            continue  # no effect, to the last bit
         total = np.sum([d for _, d in part.layers], axis=0)
         layers = tuple((layer, trials.mean(d)) for layer, d in part.layers)
         evidence = "; ".join(part.evidence[:3]) + ("; ..." if len(part.evidence) > 3 else "")

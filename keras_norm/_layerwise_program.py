@@ -110,14 +110,15 @@ def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str
 def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterator[None]:
     """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer.
 
-    Meanwhile none of them is rematerialized: on JAX, nothing that the handler keeps would be a
-    value then.
+    That of a quantized layer is its `quantized_call`. Meanwhile none of them is rematerialized: on
+    JAX, nothing that the handler keeps would be a value then.
     """
     patched: list[tuple[Layer, str, Any]] = []
     try:
         for layer in layers:
-            call = functools.partial(handler, layer, layer.call)
-            for name, value in (("call", call), ("rematerialized_call", _as_it_is)):
+            called = "call" if layer.quantization_mode is None else "quantized_call"
+            call = functools.partial(handler, layer, getattr(layer, called))
+            for name, value in ((called, call), ("rematerialized_call", _as_it_is)):
                 patched.append((layer, name, vars(layer).get(name)))
                 object.__setattr__(layer, name, value)
         yield

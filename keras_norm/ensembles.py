@@ -68,11 +68,11 @@ def train_together(
         models: S >= 1 built functional or Sequential models, which are a chain of `Flatten`,
             `Dense`, `Activation`, `ReLU` and `keras_norm.layers.BatchNormalization` and
             `LayerNormalization` with axis -1, and end in logits; such as `models.MLP` without
-            dropout. They have no constraints, activity regularizers, virtual batches or frozen
-            layers, and no penalties but L1 and L2. Their weights are where training begins; at its
-            end they hold the trained ones.
+            dropout. They share no weights, have no constraints, activity regularizers, virtual
+            batches or frozen layers, and no penalties but L1 and L2. Their weights are where
+            training begins; at its end they hold the trained ones.
         x: (M, ...), the inputs of all examples.
-        y: (M,), their classes, integers.
+        y: (M,), their classes, integers from 0 to the number of logits less 1.
         rows: for each model an array of as many different row numbers of x and y, integers from 0;
             of a mask, `np.flatnonzero(mask)`.
         seeds: for each model the seed of its order.
@@ -88,9 +88,11 @@ def train_together(
         The loss (E2) of each epoch divided by S: the mean over its steps and over the nets.
 
     Raises:
-        ValueError: for such an optimizer, models without weights or of different structures, other
-            layers than these, layers with what is excluded above, a model that is no chain, numbers
-            of rows and seeds that do not fit. Nothing has changed then.
+        ValueError: for such an optimizer or one that was used, models without weights, with shared
+            ones or of different structures, other layers than these, layers with what is excluded
+            above, a model that is no chain, inputs of another shape than the models', classes
+            beyond the logits, numbers out of their range, numbers of rows and seeds that do not
+            fit. Nothing has changed then.
 
     Example:
         >>> from keras_norm import datasets, models, optimizers
@@ -106,25 +108,17 @@ def train_together(
     Numerics: a net's weights are those of a training alone up to the rounding of float32, which
         training multiplies from step to step as it does any other difference.
     """
-    if isinstance(optimizer, _OF_WHOLE_KERNELS):
-        raise ValueError(
-            "The nets share an optimizer, so its rule must treat each weight on its own. Received: "
-            f"{type(optimizer).__name__}, whose steps depend on whole kernels. Take Adam or SGD, "
-            "or train the nets one by one."
-        )
-    for clip in ("clipnorm", "global_clipnorm"):
-        if getattr(optimizer, clip, None) is not None:
-            raise ValueError(
-                "The nets share an optimizer, so its rule must treat each weight on its own, and "
-                f"clipping by norm does not. Received: {type(optimizer).__name__} with "
-                f"{clip}={getattr(optimizer, clip)}. Take `clipvalue`, or train the nets one by "
-                "one."
-            )
-    rows = [np.asarray(r) for r in rows]
+    optimizer = keras.optimizers.get(optimizer)
+    _check_optimizer(optimizer)
+    for name, number in (("epochs", epochs), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={number!r}.")
+    x, y, rows = np.asarray(x), np.asarray(y), [np.asarray(r) for r in rows]
     _check(models, x, y, rows, seeds)
-    stacked = _Stacked(models, np.asarray(x))
-    order = _Orders(np.asarray(y), rows, seeds, batch_size)
+    stacked = _Stacked(models, x)
+    order = _Orders(y, rows, seeds, batch_size)
     stacked.require_same(models, order[0][0])
+    _check_classes(y, rows, stacked.net.output_shape[-1])
     losses = _LossOfEach(len(models))
     stacked.net.compile(optimizer, _SumOfMeans(), metrics=[losses], jit_compile="auto")
     build_optimizer(stacked.net)  # see `models.make_variables`
@@ -201,6 +195,28 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
                 self.history.setdefault(f"{name}_{key}", []).append(values)
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, _OF_WHOLE_KERNELS):
+        raise ValueError(
+            "The nets share an optimizer, so its rule must treat each weight on its own. Received: "
+            f"{type(optimizer).__name__}, whose steps depend on whole kernels. Take Adam or SGD, "
+            "or train the nets one by one."
+        )
+    for clip in ("clipnorm", "global_clipnorm"):
+        if getattr(optimizer, clip, None) is not None:
+            raise ValueError(
+                "The nets share an optimizer, so its rule must treat each weight on its own, and "
+                f"clipping by norm does not. Received: {type(optimizer).__name__} with "
+                f"{clip}={getattr(optimizer, clip)}. Take `clipvalue`, or train the nets one by "
+                "one."
+            )
+    if optimizer.built:
+        raise ValueError(
+            "`optimizer` must be new: what one has kept from use belongs to other weights. "
+            f"Received: {type(optimizer).__name__}, used before. Make another."
+        )
+
+
 def _check(
     models: Sequence[Any], x: Array, y: Array, rows: Sequence[Array], seeds: Sequence[int]
 ) -> None:
@@ -208,6 +224,13 @@ def _check(
         raise ValueError(
             "There must be at least one model, and an array of rows and a seed for each. Received: "
             f"{len(models)} models, {len(rows)} arrays of rows, {len(seeds)} seeds."
+        )
+    if wrong := [s for s in seeds if not isinstance(s, int | np.integer) or s < 0]:
+        raise ValueError(f"Seeds must be integers >= 0. Received: seeds with {wrong[0]!r}.")
+    if wrong := [s for s, some in enumerate(rows) if some.ndim != 1]:
+        raise ValueError(
+            "The rows of a model must be an array of one axis. Received: "
+            f"rows[{wrong[0]}] of shape {rows[wrong[0]].shape}."
         )
     if len(x) != len(y) or len({len(r) for r in rows}) != 1:
         raise ValueError(
@@ -223,6 +246,45 @@ def _check(
             "Models that are trained together must be built and of the same structure. Received: "
             f"{len(structures)} different structures among {len(models)} models. Make them by one "
             "function, with seeds as the only difference."
+        )
+    _check_own_weights(models)
+    shape = getattr(models[0], "input_shape", None)
+    if isinstance(shape, tuple) and None not in shape[1:] and not _fits(x.shape[1:], shape[1:]):
+        raise ValueError(
+            "`x` must hold inputs of the shape that the models take. Received: x of shape "
+            f"{x.shape} for inputs of shape {shape}."
+        )
+
+
+def _check_own_weights(models: Sequence[Any]) -> None:
+    owner: dict[int, int] = {}
+    for s, model in enumerate(models):
+        for weight in [w for layer in model.layers for w in layer.weights]:
+            if id(weight) in owner:
+                raise ValueError(
+                    "Models that are trained together must have weights of their own, each of one "
+                    f"layer. Received: {weight.path!r} in models[{owner[id(weight)]}] and again in "
+                    f"models[{s}]. Call the function that makes a model once for each."
+                )
+            owner[id(weight)] = s
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether Keras takes the one for the other: a last axis of length 1 may be there or not."""
+    return shape == wanted or (*shape, 1) == wanted or shape == (*wanted, 1)
+
+
+def _check_classes(y: Array, rows: Sequence[Array], classes: int) -> None:
+    if y.ndim > 1 and y.shape[1:] != (1,):
+        raise ValueError(
+            "`y` must hold a class for each example, an integer. Received: y of shape "
+            f"{y.shape}. Of one-hot rows take np.argmax(y, axis=1)."
+        )
+    found = set(np.unique(y[np.concatenate(rows)]).tolist())
+    if unknown := sorted(found - set(range(classes))):
+        raise ValueError(
+            "`y` must hold classes from 0 to the number of logits less 1. Received: y with "
+            f"{unknown[:5]} for {classes} logits."
         )
 
 

@@ -275,8 +275,9 @@ def check(
             and dictionaries of them. Leaves of other types, such as integers, booleans and
             `None`, are passed on and not differentiated.
         loss: function of the output that returns a float64 scalar. Of a layer or model,
-            `target.losses` (regularizers, `add_loss`) are added to it. A loss of Keras needs
-            `dtype="float64"`. Default: none, Σ output · upstream, without `target.losses`.
+            `target.losses` (regularizers, `add_loss`) are added to it. A loss of Keras, made with
+            `dtype="float64"`, gets its targets by a function: `lambda y: loss(targets, y)`.
+            Default: none, Σ output · upstream, without `target.losses`.
         upstream: the array, of the shape of the output, in place of the random one (of a nested
             structure: a list with one array per floating-point output).
         variables: `keras.Variable`s to differentiate. Default: `target.trainable_variables`;
@@ -299,9 +300,9 @@ def check(
         A `GradientReport`, one entry per floating-point input and variable.
 
     Raises:
-        ValueError: something is not float64 or not finite, nothing is differentiable, `step`,
-            `order`, `samples`, `names` or `upstream` is invalid, or two evaluations at the same
-            point differ (random operations without a seed).
+        ValueError: something is not float64 or not finite, nothing is differentiable, `loss`,
+            `variables`, `step`, `order`, `samples`, `names` or `upstream` is invalid, or two
+            evaluations at the same point differ (random operations without a seed).
 
     State: the target stays as it was to the last bit, also when an exception is raised. Moving
     statistics, seed generators, the global seed generator of Keras and metrics start every
@@ -352,6 +353,11 @@ def check(
         raise ValueError(
             "Either loss or upstream defines the scalar, not both. "
             f"Received: loss={loss}, upstream of shape={np.shape(upstream)}."
+        )
+    if loss is not None and not _takes_one(loss):
+        raise ValueError(
+            "loss must be a function of the output alone. Received: "
+            f"loss={loss!r}. Of a loss of Keras pass lambda y: loss(targets, y)."
         )
     if isinstance(target, keras.layers.Layer):
         call_arguments = {"training": training, **call_arguments}
@@ -433,6 +439,13 @@ class _Scalar:
                 _require_float64_layer(layer)
         if variables is None:
             variables = [] if self._layer is None else self._layer.trainable_variables
+        if isinstance(variables, keras.Variable) or not all(
+            isinstance(variable, keras.Variable) for variable in variables
+        ):
+            raise ValueError(
+                "variables must be a list of `keras.Variable`s. Received: variables="
+                f"{variables!r}. Pass one as [variable], and arrays as inputs."
+            )
         for variable in variables:
             _require_float64(f"variable {variable.path}", variable.dtype)
         return list(variables)
@@ -462,6 +475,8 @@ class _Scalar:
         if self._loss is None:
             return [leaf for leaf in keras.tree.flatten(output) if _is_float(leaf)]
         value = self._loss(output)
+        if not hasattr(value, "dtype"):
+            raise ValueError(f"loss must return a float64 scalar. Received: {value!r}")
         _require_float64("the loss", value.dtype)
         return [sum(self._layer.losses, value) if self._layer is not None else value]
 
@@ -722,6 +737,19 @@ def _replace_names(found: list[str], names: Sequence[str] | None) -> list[str]:
             f"Received: names={list(names)}"
         )
     return list(names)
+
+
+def _takes_one(function: Any) -> bool:
+    """Whether a function can be called with one argument alone."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature, as of some built-in functions
+        pass
+    return True
 
 
 def _is_integer(value: Any) -> bool:

@@ -99,7 +99,7 @@ def along_gradient(model: Any, x: Any, y: Any, lengths: Sequence[float]) -> Alon
     Args:
         model: a built, compiled `keras.Model`; its loss counts, with penalties.
         x: inputs of some examples, in one batch.
-        y: their targets.
+        y: their targets; None where the loss takes none, as of `add_loss` alone.
         lengths: step lengths t > 0, such as multiples of the learning rate.
 
     Returns:
@@ -145,6 +145,19 @@ def _norm(arrays: Sequence[Array]) -> float:
     return float(np.sqrt(sum(np.sum(a**2) for a in arrays)))
 
 
+def _tensor(value: Any) -> Tensor | None:
+    return None if value is None else ops.convert_to_tensor(value)
+
+
+def _refuse_string(argument: str, names: Sequence[str] | None) -> None:
+    """It would be read letter by letter."""
+    if isinstance(names, str):
+        raise ValueError(
+            f"`{argument}` must be a list of names. Received: {argument}={names!r}. Pass "
+            f"[{names!r}]."
+        )
+
+
 class _Surface:
     """The loss of a model on given examples as a function of its weights."""
 
@@ -155,7 +168,7 @@ class _Surface:
                 f"model={getattr(model, 'name', model)!r}. Call model.compile(optimizer, loss)."
             )
         self._model = model
-        self._x, self._y = (tree.map_structure(ops.convert_to_tensor, v) for v in (x, y))
+        self._x, self._y = (tree.map_structure(_tensor, v) for v in (x, y))
         self.variables = list(model.trainable_variables)
 
     def loss(self) -> Tensor:
@@ -209,7 +222,7 @@ def covariate_shift(
         model: a built, compiled `keras.Model` with its layers in the order of their calls, such as
             a chain.
         x: inputs of some examples, in one batch.
-        y: their targets.
+        y: their targets; None where the loss takes none, as of `add_loss` alone.
         length: step length t > 0.
         layers: names of the layers to look at, with trainable weights each. Each takes one
             gradient of the loss. Default: all that have some.
@@ -218,8 +231,8 @@ def covariate_shift(
         Name -> `CovariateShift`, in the order of the model.
 
     Raises:
-        ValueError: for a model that is not compiled, a length that is not > 0, names of layers
-            that are not there or have no trainable weights.
+        ValueError: for a model that is not compiled, a length that is not > 0, a string in place
+            of the names, names of layers that are not there or have no trainable weights.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -232,6 +245,7 @@ def covariate_shift(
     """
     if not (np.isfinite(length) and length > 0):
         raise ValueError(f"`length` must be a step length > 0. Received: length={length!r}.")
+    _refuse_string("layers", layers)
     surface = _Surface(model, x, y)
     with_weights = {y.name: y for y in model.layers if y.trainable_variables}
     chosen = list(with_weights) if layers is None else list(layers)
@@ -325,7 +339,7 @@ def distributions(
     Args:
         model: a built, compiled `keras.Model`.
         x: inputs of some examples, in one batch.
-        y: their targets.
+        y: their targets; None where the loss takes none, as of `add_loss` alone.
         layers: names of layers, each called once, whose output is one array of a floating dtype.
             Default: all such but the inputs.
 
@@ -333,8 +347,9 @@ def distributions(
         Name -> `Distribution`.
 
     Raises:
-        ValueError: for a model that is not compiled, layers that are not there, that are called
-            more than once or not at all, or that are named and have other outputs.
+        ValueError: for a model that is not compiled, a string in place of the names, layers that
+            are not there, that are called more than once or not at all, or that are named and have
+            other outputs.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -345,6 +360,7 @@ def distributions(
         >>> bool(abs(found["dense1_norm"].mean).max() < 1e-6)
         True
     """
+    _refuse_string("layers", layers)
     surface = _Surface(model, x, y)
     known = {y.name: y for y in model.layers if not isinstance(y, keras.layers.InputLayer)}
     names = list(known) if layers is None else list(layers)
@@ -358,8 +374,9 @@ def distributions(
         outputs[id(layer)] = call(*args, **kwargs)
         return outputs[id(layer)]
 
-    with intercepted(chosen, note), restored_randomness(), keras.StatelessScope():
-        surface.loss()  # nothing that it assigns stays
+    scope = keras.StatelessScope(collect_losses=True)  # nothing that is assigned stays
+    with intercepted(chosen, note), restored_randomness(), scope:
+        surface.loss()
     if missing := [y.name for y in chosen if id(y) not in outputs]:
         raise ValueError(f"`layers` must be called by the model. Received: {missing}.")
     others = [name for name in names if not _one_floating(outputs[id(known[name])])]
@@ -417,7 +434,7 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
     Args:
         x: inputs of some examples, in one batch: as many as in a step of training, to look at
             what batch normalization makes of a batch.
-        y: their targets.
+        y: their targets; None where the loss takes none, as of `add_loss` alone.
         every: int >= 1, steps between two looks. Default: 50.
         lengths: step lengths, in units of the learning rate at the time. Default: from half of it
             to four times.
@@ -435,7 +452,8 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
             "cosine".
 
     Raises:
-        ValueError: for `every` or `lengths` out of their range; from `fit`, as the functions.
+        ValueError: for `every` or `lengths` out of their range, a string in place of names; from
+            `fit`, as the functions.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -468,6 +486,8 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
                 "`lengths` must be multiples of the learning rate > 0, at least one. Received: "
                 f"lengths={lengths!r}."
             )
+        _refuse_string("layers", layers)
+        _refuse_string("shifts", shifts)
         self.x, self.y, self.every, self.lengths = x, y, every, tuple(lengths)
         self.layers, self.shifts = layers, shifts
         self.records: list[dict[str, Any]] = []

@@ -121,6 +121,7 @@ def frozen_net():
 
 def together(nets, **changes):
     x, y = problem()
+    x, y = changes.pop("x", x), changes.pop("y", y)
     rows = [rows_of(seed) for seed in range(len(nets))]
     options = {"rows": rows, "seeds": range(len(nets)), "epochs": 1, "batch_size": BATCH_SIZE}
     options |= {"optimizer": optimizers.SGD(0.1), **changes}
@@ -134,6 +135,18 @@ def together(nets, **changes):
 def test_rules_of_whole_kernels_are_refused(optimizer):
     with pytest.raises(ValueError, match=f"Received: {optimizer.__name__}, whose steps"):
         together([make(0)], optimizer=optimizer())
+
+
+def test_a_rule_by_name_is_judged_as_any_other():
+    with pytest.raises(ValueError, match="Received: Muon, whose steps"):
+        together([make(0)], optimizer="muon")
+
+
+def test_an_optimizer_that_was_used_is_refused():
+    optimizer = optimizers.SGD(0.1)
+    optimizer.build([keras.Variable(np.zeros(2))])
+    with pytest.raises(ValueError, match=r"must be new.*Received: SGD, used before"):
+        together([make(0)], optimizer=optimizer)
 
 
 @pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
@@ -181,7 +194,18 @@ def virtual():
         (lambda: [], {}, "0 models"),
         (lambda: [make(0)], {"seeds": [1, 2]}, "2 seeds"),
         (lambda: [make(0), make(1)], {"rows": [range(40), range(50)]}, r"\[40, 50\] rows"),
+        (lambda: [make(0)], {"seeds": [0.5]}, r"integers >= 0.*with 0\.5"),
+        (lambda: [make(0)], {"seeds": [-1]}, "integers >= 0.*with -1"),
+        (lambda: [make(0)], {"rows": [np.zeros((9, 2), int)]}, r"rows\[0\] of shape \(9, 2\)"),
         (lambda: [make(0)], {"batch_size": 91}, "batch_size=91"),
+        (lambda: [make(0)], {"batch_size": 2.5}, r"`batch_size` must be.*batch_size=2\.5"),
+        (lambda: [make(0)], {"epochs": 0}, "`epochs` must be an integer >= 1.*epochs=0"),
+        (lambda: [make(0)], {"epochs": 2.5}, r"`epochs` must be.*epochs=2\.5"),
+        (lambda: [make(0)], {"epochs": True}, "`epochs` must be.*epochs=True"),
+        (lambda: [make(0)], {"x": np.zeros((150, 5))}, r"x of shape \(150, 5\).*\(None, 4, 2\)"),
+        (lambda: [make(0)], {"y": np.eye(3)[problem()[1]]}, r"shape \(150, 3\).*argmax"),
+        (lambda: [make(0)], {"y": problem()[1] + 1}, r"y with \[3\] for 3 logits"),
+        (lambda: [make(0)], {"y": problem()[1] - 1}, r"y with \[-1\] for 3 logits"),
         (lambda: [make(0), make(1, hidden=(12, 8))], {}, "2 different structures"),
         (lambda: [make(0, normalization="rms")], {}, "type RMSNormalization"),
         (lambda: [dense(frozen=True)], {}, "with trainable=False"),
@@ -204,6 +228,44 @@ def virtual():
 def test_what_cannot_be_trained_together_is_refused(nets, changes, message):
     with pytest.raises(ValueError, match=message):
         together(nets(), **changes)
+
+
+def shared():
+    """Two nets over one layer."""
+    layer = keras.layers.Dense(3)
+    return [keras.Sequential([keras.Input((8,)), layer]) for _ in range(2)]
+
+
+def tied():
+    """One net, two of whose layers have one kernel."""
+    first, second = keras.layers.Dense(8, use_bias=False), keras.layers.Dense(8, use_bias=False)
+    net = keras.Sequential([keras.Input((8,)), first, second])
+    second._tracker.unlock()
+    del second._trainable_variables[0]
+    second._kernel = first._kernel
+    return [net]
+
+
+@pytest.mark.parametrize(
+    ("nets", "message"),
+    [
+        (lambda: [make(0)] * 2, r"models\[0\] and again in models\[1\]"),
+        (shared, r"kernel' in models\[0\] and again in models\[1\]"),
+        (tied, r"kernel' in models\[0\] and again in models\[0\]"),
+    ],
+)
+def test_nets_that_share_weights_are_refused(nets, message):
+    """Each would be trained on its own, and the last that hands back its weights win."""
+    with pytest.raises(ValueError, match="weights of their own.*Received: .*" + message):
+        together(nets(), x=np.zeros((150, 8), "float32"))
+
+
+def test_classes_of_other_examples_do_not_matter():
+    """Such as -1 for those without one, which no net sees."""
+    y = problem()[1]
+    rows = np.flatnonzero(y < 2)
+    y[y == 2] = -1
+    assert len(together([dense()], y=y, rows=[rows])) == 1
 
 
 def test_a_net_that_is_no_chain_is_refused_and_left_alone():

@@ -539,6 +539,13 @@ def test_bounds_that_mean_nothing_are_refused(arguments, message):
         ({"upstream": np.ones(3)}, r"shapes=.*\(3,\)"),
         ({"upstream": np.ones(2), "loss": ops.sum}, "not both"),
         ({"loss": ops.square}, r"scalar. Received: shape=\(2,\)"),
+        ({"loss": "mse"}, r"of the output alone.*loss='mse'.*lambda y: loss\(targets, y\)"),
+        ({"loss": keras.losses.MeanSquaredError(dtype="float64")}, "alone.*mean_squared_error"),
+        ({"loss": keras.losses.mean_squared_error}, "alone.*mean_squared_error"),
+        ({"loss": lambda y: None}, "loss must return a float64 scalar. Received: None"),
+        ({"variables": keras.Variable(np.ones(2))}, r"list of `keras\.Variable`s.*\[variable\]"),
+        ({"variables": [np.ones(2)]}, r"list of .*Received: variables=\[array.*arrays as inputs"),
+        ({"variables": np.ones(2)}, r"list of .*Received: variables=array"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

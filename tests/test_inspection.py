@@ -222,6 +222,49 @@ def test_inputs_by_name():
     assert found.losses[0] < found.loss
 
 
+class Squares(keras.layers.Layer):
+    """Adds the mean square of its inputs to the loss."""
+
+    def call(self, x):
+        self.add_loss(keras.ops.mean(x**2))
+        return x
+
+
+def test_a_loss_without_targets(float64):
+    inputs = keras.Input((3,), dtype="float64")
+    model = keras.Sequential([inputs, *linear(2).layers, Squares(name="squares", dtype="float64")])
+    model.compile("sgd")
+    w = np.array(model.get_weights()[0])
+    found = along_gradient(model, X, None, [0.1])
+    assert found.loss == pytest.approx(np.mean((X @ w) ** 2), rel=1e-12)
+    g = X.T @ X @ w / 12
+    assert found.losses[0] == pytest.approx(np.mean((X @ (w - 0.1 * g)) ** 2), rel=1e-12)
+    inside = distributions(model, X, None)
+    assert inside["d2"].gradient_rms == pytest.approx(np.sqrt(np.mean((X @ w) ** 2)), rel=1e-12)
+    assert inside["squares"].gradient_rms == 0  # the loss is taken of its inputs
+    assert covariate_shift(model, X, None, 0.1)["d2"].shift == 0
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+def test_quantized_layers(mode):
+    """Keras calls these by another method."""
+    keras.utils.set_random_seed(0)
+    model = models.MLP((6,), None, input_shape=(3,), classes=3)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = INPUTS
+    layer = model.get_layer("logits")
+    layer.quantize(mode)
+    # On TensorFlow, Keras leads no gradient through a float8 layer that is not compiled.
+    found = distributions(model, x, y, ["logits"] if mode == "float8" else None)
+    outputs = keras.ops.convert_to_numpy(model(x, training=False))
+    np.testing.assert_allclose(found["logits"].mean, outputs.mean(axis=0), rtol=1e-4, atol=1e-6)
+    p = np.exp(outputs) / np.exp(outputs).sum(axis=1, keepdims=True)
+    gradient = p - np.eye(3)[y]  # of the loss of an example
+    assert found["logits"].gradient_rms == pytest.approx(np.sqrt(np.mean(gradient**2)), rel=1e-4)
+    assert {"call", "quantized_call", "rematerialized_call"}.isdisjoint(vars(layer))
+
+
 @pytest.mark.slow_on_jax
 def test_layers_without_one_floating_output_are_left_out():
     """The states of a recurrent layer, and whole numbers, have no distribution of their own."""
@@ -254,6 +297,12 @@ def test_errors():
         distributions(model, x, y, ["nothing"])
     with pytest.raises(ValueError, match=r"must be compiled.*Received: model='mlp'"):
         along_gradient(models.MLP(input_shape=(3,)), x, y, [1.0])
+    for name in ("layers", "shifts"):  # it was read letter by letter
+        with pytest.raises(ValueError, match=rf"list of names.*{name}='dense1'.*\['dense1'\]"):
+            InsideMonitor(x, y, **{name: "dense1"})
+    for look in (distributions, lambda *given: covariate_shift(*given[:3], 0.1, given[3])):
+        with pytest.raises(ValueError, match=r"list of names.*layers='dense1'"):
+            look(model, x, y, "dense1")
     with pytest.raises(ValueError, match="every=0"):
         InsideMonitor(x, y, every=0)
     with pytest.raises(ValueError, match=r"lengths=\(-1,\)"):
