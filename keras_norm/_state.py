@@ -5,7 +5,7 @@ numbers, for everyone who asks, and in a variable, which compiled functions read
 The variable is state but no weight, as that of a seed generator: it stands in `layer.variables`
 (JAX passes it through its training step), but not in `layer.weights`, and is not saved; the
 numbers are in the layer's configuration. PyTorch runs eagerly, and `torch.compile` watches
-Python numbers by itself: there is no variable there.
+Python numbers by itself: they have no variable there. The counter is such a variable everywhere.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ class LiveNumbers:
         self._count: Any = None
 
     def build(self, dtype: str) -> None:
-        """Creates the variables, where the backend needs them."""
+        """Creates the counter, and the variable of the numbers where the backend needs it."""
         traced = keras.backend.backend() != "torch"
         options = {"dtype": dtype, "trainable": False, "autocast": False}
         options["aggregation"] = "only_first_replica"  # all replicas hold the same
@@ -60,8 +60,8 @@ class LiveNumbers:
 
     @property
     def variables(self) -> list[Any]:
-        """What a stateless step must pass through: nothing on PyTorch, which has none."""
-        return [] if self._vector is None else [self._vector, self._count]
+        """What a stateless step must pass through: on PyTorch the counter alone."""
+        return [v for v in (self._vector, self._count) if v is not None]
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]

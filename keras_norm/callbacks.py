@@ -599,7 +599,7 @@ class _Exchange(keras.callbacks.Callback):
         self._fitting = False
         self._epoch = 0
         self._watch: tuple[Any, Any] | None = None
-        self._model: Any = None  # whose values were exchanged
+        self._exchanged_model: Any = None  # `model` is another in the next `fit`
 
     def _variables(self) -> list[Any]:
         """What is exchanged."""
@@ -631,7 +631,7 @@ class _Exchange(keras.callbacks.Callback):
         if not (self._fitting and self._due(self._epoch)) or self.exchanged:
             return
         self._bring_in()
-        if any(other._watch is not None for other in _EXCHANGED[self._model]):
+        if any(other._watch is not None for other in _EXCHANGED[self._exchanged_model]):
             return  # the first of them puts back those on top of it, too
         function = self.model.test_function
         wrapper = _watched(function, self.restore)
@@ -676,8 +676,8 @@ class _Exchange(keras.callbacks.Callback):
     def _bring_in(self) -> None:
         _synchronized(self.model)
         self._own = [(v, np.array(v.numpy())) for v in self._variables()]
-        self._model = self.model
-        _EXCHANGED.setdefault(self._model, []).append(self)
+        self._exchanged_model = self.model
+        _EXCHANGED.setdefault(self._exchanged_model, []).append(self)
         try:
             self._come_in()
         except BaseException:
@@ -686,26 +686,30 @@ class _Exchange(keras.callbacks.Callback):
 
     def _bring_in_for_good(self) -> None:
         self._bring_in()
-        _EXCHANGED[self._model].remove(self)
+        _EXCHANGED[self._exchanged_model].remove(self)
         self._own = None
 
     def _put_back(self) -> None:
         self._unwatch()
         if self._own is None:
             return
-        exchanges = _EXCHANGED[self._model]
+        exchanges = _EXCHANGED[self._exchanged_model]
         while exchanges[-1] is not self:  # came in on top of these values
             exchanges[-1]._put_back()
         exchanges.pop()
         own, self._own = self._own, None
-        if getattr(self._model, "_jax_state", None):
-            self._model._jax_state_synced = True  # the state is that of the variables from now on
+        model = self._exchanged_model
+        if getattr(model, "_jax_state", None):
+            model._jax_state_synced = True  # the state is that of the variables from now on
         statistics._assign_all(own)
 
     def _unwatch(self) -> None:
         watch, self._watch = self._watch, None
-        if watch is not None and self.model.test_function is watch[1]:
-            self.model.test_function = watch[0]
+        if watch is None:
+            return
+        _synchronized(self._exchanged_model)  # interrupted, its step may still have the values
+        if self._exchanged_model.test_function is watch[1]:
+            self._exchanged_model.test_function = watch[0]
 
 
 # model -> the callbacks whose values it has, in the order in which they came in

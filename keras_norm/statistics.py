@@ -151,6 +151,20 @@ def _transaction(model: Any, keep: Sequence[Layer]) -> Iterator[None]:
     _assign_all([(v, value) for v, value in before if id(v) not in statistics])
 
 
+@contextlib.contextmanager
+def _traced_as_before(layers: Iterable[Layer]) -> Iterator[None]:
+    """What is compiled meanwhile does not bind the layers to their `use_batch_statistics`.
+
+    Programs that measure their inputs are compiled anew where it has changed.
+    """
+    before = [(layer, layer._traced) for layer in layers if hasattr(layer, "_traced")]
+    try:
+        yield
+    finally:
+        for layer, traced in before:
+            layer._traced = traced
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The statistics of every layer with moving statistics at one moment.
@@ -860,6 +874,7 @@ def _replace_statistics(
         store = stack.enter_context(Store(o.memory, o.disk, o.folder))
         bar = stack.enter_context(_progress_bar(o.method)) if o.progress else None
         stack.enter_context(_transaction(model, list(chosen.values())))
+        stack.enter_context(_traced_as_before(everything.values()))
         held = store if o.method == "layerwise" else None
         shuffled = o.tolerance is not None  # an early end is to find a random part
         sample = Sample(data, o.samples, o.batch_size, o.seed, held, model, shuffled)

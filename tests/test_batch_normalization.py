@@ -507,6 +507,24 @@ def test_what_is_left_out_of_the_moving_statistics(bad, arguments):
     assert all(np.isfinite(w).all() for w in layer.get_weights())
 
 
+def test_the_count_of_skipped_batches_is_state_but_no_weight():
+    """On every backend: it goes back with a model's state, and comes out of a stateless call."""
+    layer, bad = built((4, 3)), np.full((4, 3), np.nan)
+    assert len(layer.weights) == 4
+    before = [np.array(array(v)) for v in layer.variables]
+    layer(bad, training=True)
+    assert layer.skipped_batches == 1
+    for variable, value in zip(layer.variables, before, strict=True):
+        variable.assign(value)
+    assert layer.skipped_batches == 0
+    moving = layer.non_trainable_variables
+    state = [[v.value for v in some] for some in (layer.trainable_variables, moving)]
+    _, after = layer.stateless_call(*state, bad, training=True)
+    counts = [array(a) for v, a in zip(moving, after, strict=True) if v.name == "skipped_batches"]
+    assert counts == [1]
+    assert layer.skipped_batches == 0
+
+
 def test_a_channel_without_weight_keeps_its_statistics():
     x = normal(4, 3)
     layer = built(x.shape, momentum=None)

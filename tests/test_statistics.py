@@ -1327,6 +1327,22 @@ def test_what_was_compiled_is_not_kept_when_a_function_or_an_array_has_changed()
     assert_exact(model, x, 2)
 
 
+def test_what_is_compiled_to_measure_binds_no_switch():
+    """`use_batch_statistics` waits for a function of the model's own, also after a failure."""
+    x, norms = example_data((4,), 64), [KINDS["ours"](name=name) for name in "abc"]
+    steps = [norms[0], layers.Dense(3), norms[1], layers.Dense(3), norms[2]]
+    model = keras.Sequential([keras.Input((4,)), *steps])
+    with pytest.raises(ValueError, match="finite values only"):
+        reestimate(model, x * np.nan, batch_size=64, layers="c")
+    norms[0].use_batch_statistics = True
+    reestimate(model, x, batch_size=64, layers="c")
+    norms[1].use_batch_statistics = True
+    reestimate(model, x, batch_size=64, layers="c")  # by a function with both choices
+    rows = inputs_of_layers(model, x)[norms[2]]
+    expected = rows.mean(0), rows.var(0)
+    np.testing.assert_allclose(statistics_of(norms[2]), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_lists():
     """Of batches (x, y) a stream; of arrays several inputs, which a model may not have."""
     model, x = small_model(), example_data((4,), 64)

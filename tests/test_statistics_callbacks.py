@@ -357,6 +357,34 @@ def test_interrupted_in_validation():
     assert same(state(model), plain(1).epochs[-1])
 
 
+def test_interrupted_and_then_used_on_another_model():
+    """It puts back the model whose values it has exchanged, not the one of the next `fit`."""
+    other = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), layers.Dense(1)])
+    other.compile("sgd", "mse", jit_compile=keras.backend.backend() == "jax")
+    models = [network(), other]
+    exchanges = [ReestimateStatistics(X, batch_size=64), AverageWeights()]
+    own, functions = [], []
+    for model, exchange in zip(models, exchanges, strict=True):
+        spy = Spy()
+        noting = keras.callbacks.LambdaCallback(
+            on_test_begin=lambda logs, model=model: functions.append(model.test_function)
+        )
+        callbacks = [spy, noting, exchange, Interrupt("validation")]
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, callbacks, epochs=2, initial_epoch=1)
+        own.append(spy.steps[-1])
+    before = state(other)
+    fit(other, exchanges[:1], epochs=1)
+    assert same(state(models[0]), own[0])
+    assert models[0].test_function is functions[0]
+    assert list(exchanges[0].reports) == [0, "end"]
+    # The average in the second model is for the other callback to take out.
+    assert [exchange.exchanged for exchange in exchanges] == [False, True]
+    assert not same(state(other)[:2], before[:2])  # gamma and beta
+    exchanges[1].restore()
+    assert same(state(other), own[1])
+
+
 @pytest.mark.parametrize(("options", "updates"), [({"kind": "swa"}, 4), ({"steps": 6}, 2)])
 def test_a_fit_that_is_resumed(tmp_path, options, updates):
     """Interrupted in epoch 2 and resumed from the backup: the same as without, average included."""
