@@ -257,7 +257,12 @@ def test_interrupted_elsewhere():
     assert test.status == "interrupted"
     assert same(state(model), before)
     assert model.train_function is step
-    # And without: by hand, any time later.
+    # And without: at the next `fit`, or by hand, any time later.
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, [test, FailingCallback()])
+    test.restore()
+    assert same(state(model), before)
     with pytest.raises(KeyboardInterrupt):
         fit(model, [test, FailingCallback()])
     assert not same(state(model), before)

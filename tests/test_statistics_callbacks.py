@@ -164,6 +164,28 @@ def test_average_of_the_weights(kind):
     assert statistics.reestimate(model_after, X, batch_size=64).largest_shift < 1e-5
 
 
+def test_an_average_that_begins_later():
+    """With the second epoch; and anew in the next `fit`."""
+    model, average = network(), AverageWeights("swa", start=1, keep=False)
+    spy = Spy()
+    fit(model, [spy, average])
+    assert average.updates == 2
+    for seen, *ended in zip(spy.epochs[-1], spy.steps[7], spy.steps[11], strict=True):
+        np.testing.assert_allclose(seen, np.mean(ended, axis=0), rtol=1e-5, atol=1e-6)
+    fit(model, [average], epochs=2)
+    assert average.updates == 1
+    often = AverageWeights("ema", start=1, steps=1)
+    fit(model, [often])
+    assert often.updates == 8  # of 12 batches
+
+
+def test_statistics_that_cannot_be_had_leave_the_weights():
+    model, spy = network(), Spy()
+    with pytest.raises(ValueError, match="finite"):
+        fit(model, [spy, AverageWeights("swa", data=X * np.nan)], epochs=1)
+    assert same(state(model), spy.steps[-1])
+
+
 def test_checkpoints_see_the_average(tmp_path):
     model, path = network(), tmp_path / "best.weights.h5"
     average = AverageWeights("swa", data=X, keep=False, batch_size=64)
@@ -428,11 +450,22 @@ def test_monitor(tmp_path):
     drift = (mean - expected.epochs[0][4]) / np.sqrt(variance + 1e-3)
     assert record["drift"] == pytest.approx(np.sqrt(np.mean(drift**2)), rel=1e-3)
     assert record["gamma_max"] == pytest.approx(gamma.max())
+    assert record["gamma_min"] == pytest.approx(gamma.min())
+    assert gamma.min() < gamma.max()
     assert record["beta_rms"] == pytest.approx(np.sqrt(np.mean(beta**2)))
     with (tmp_path / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(r["shift"]) for r in rows] == [r["shift"] for r in monitor.records]
     assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_monitor_of_every_other_epoch():
+    monitor = StatisticsMonitor(X, every=2)
+    model = network()
+    fit(model, [monitor], epochs=4, validation=False)
+    assert [r["epoch"] for r in monitor.records if r["layer"] == "a"] == [1, 3]
+    fit(model, [monitor], epochs=2, validation=False)  # records are of one `fit`
+    assert [r["epoch"] for r in monitor.records if r["layer"] == "a"] == [1]
 
 
 def test_monitor_of_a_layer_without_parameters():
@@ -482,7 +515,7 @@ def test_arguments_out_of_range():
 
 
 def test_lookahead_is_what_its_equations_say():
-    w, steps, total, rate = np.array([[1.0], [-2.0]]), 2, 8, 0.1
+    w, steps, total, rate = np.array([[1.0], [-2.0]]), 2, 6, 0.1
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False)])
     model.compile(keras.optimizers.SGD(rate), "mse")
     model.layers[-1].set_weights([w])
@@ -492,11 +525,11 @@ def test_lookahead_is_what_its_equations_say():
     lookahead = Lookahead(total, steps=steps, decay=0.8, power=2)
     model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0, callbacks=[lookahead])
     slow = w
-    for t in range(1, total + 1):
+    for t in range(1, total + 3):  # two steps more than were announced
         at = slice((t - 1) % 4 * 2, (t - 1) % 4 * 2 + 2)
         w = w - rate * x[at].T @ (x[at] @ w - y[at])  # the gradient of the mean of two squares
         if t % steps == 0:
-            d = 0.8**steps * (t / total) ** 2
+            d = 0.8**steps * min(1, t / total) ** 2
             slow = d * slow + (1 - d) * w
             w = slow
     np.testing.assert_allclose(model.layers[-1].get_weights()[0], w, rtol=1e-5)
