@@ -163,6 +163,12 @@ class MovingStatistics(keras.layers.Layer):
         """The weights, and the state that compiled functions read the switches from."""
         return [*super().variables, *self._live.variables]
 
+    def _track_variables(self) -> None:
+        """PyTorch's: the parameters of a layer are its weights, and the live numbers are none."""
+        super()._track_variables()
+        for variable in self._live.variables:
+            self._torch_params.pop(variable.path)
+
     def _build_switches(self) -> None:
         self._live.build(self._statistics_dtype)
         self._let_tensorflow_save(self._live.variables)

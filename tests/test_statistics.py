@@ -1327,6 +1327,7 @@ def test_what_was_compiled_is_not_kept_when_a_function_or_an_array_has_changed()
     assert_exact(model, x, 2)
 
 
+@pytest.mark.slow_on_jax
 def test_what_is_compiled_to_measure_binds_no_switch():
     """`use_batch_statistics` waits for a function of the model's own, also after a failure."""
     x, norms = example_data((4,), 64), [KINDS["ours"](name=name) for name in "abc"]

@@ -379,6 +379,7 @@ def test_interrupted_in_validation():
     assert same(state(model), plain(1).epochs[-1])
 
 
+@pytest.mark.slow_on_jax
 def test_interrupted_and_then_used_on_another_model():
     """It puts back the model whose values it has exchanged, not the one of the next `fit`."""
     other = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), layers.Dense(1)])
