@@ -27,8 +27,8 @@ LONGEST_NORM = 2**14
 # And the kernel of layer normalization's gradient adds up the rows, for gamma: of 262,144 it is off
 # by 2e-5, of parts of so many by 6e-7.
 ROWS_OF_A_SUM = 2**10
-# Of fewer elements, without and with gradients, PyTorch's RMS normalization is as quick as ours.
-FEWEST_ELEMENTS_OF_RMS = 2**17, 2**15
+# Of fewer elements PyTorch's RMS normalization is as quick as ours.
+FEWEST_ELEMENTS_OF_RMS = 2**17
 
 
 class _Pieces:
@@ -320,7 +320,7 @@ def rows(
     if centers:
         y, mean, inv_std = torch.native_layer_norm(x, sizes, gamma, beta, epsilon)
         return y if _is_near(mean, inv_std) else None
-    small = x.numel() < FEWEST_ELEMENTS_OF_RMS[torch.is_grad_enabled()]
+    small = x.numel() < FEWEST_ELEMENTS_OF_RMS
     forward_mode = getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
     if small or forward_mode:  # which `custom_vjp` does not know
         return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
@@ -360,16 +360,18 @@ def _rms(x: Array, gamma: Array | None, axes: int, epsilon: float) -> Array:
         x_, dy_ = (v.reshape(-1, *sizes) for v in (x, dy))
         inv_rms = inv_rms.view(-1, *[1] * axes)
         dx, dgammas = torch.empty_like(x_), []
+        share = (torch.ones(sizes, dtype=x.dtype) if gamma is None else gamma).flatten() / elements
         each = (v.split(ROWS_OF_A_SUM) for v in (dy_, x_, inv_rms, dx))
-        for dy, x_of_part, inv_std, target in zip(*each, strict=True):
-            zero = torch.zeros_like(inv_std)
-            part, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
-                dy, x_of_part, sizes, zero, inv_std, gamma, None, [True, gamma is not None, False]
-            )
-            # Of layer normalization dx is less by inv_std mean(gamma dy), (L9).
-            g = dy if gamma is None else dy * gamma
-            torch.add(part, inv_std * g.mean(over, keepdim=True), out=target)
-            dgammas.append(dgamma)
+        with torch.autocast("cpu", enabled=False):  # which would round the product of matrices
+            for dy, x_of_part, inv_std, target in zip(*each, strict=True):
+                zero, asked = torch.zeros_like(inv_std), [True, gamma is not None, False]
+                part, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+                    dy, x_of_part, sizes, zero, inv_std, gamma, None, asked
+                )
+                # Of layer normalization dx is less by inv_std mean(gamma dy), (L9).
+                of_g = torch.mv(dy.flatten(1), share).view(inv_std.shape)
+                torch.add(part, inv_std * of_g, out=target)
+                dgammas.append(dgamma)
         return dx.view(x.shape), None if gamma is None else torch.stack(dgammas).sum(0)
 
     (y,) = custom_vjp(forward, backward, x, gamma)
