@@ -358,7 +358,7 @@ def _rms(x: Array, gamma: Array | None, axes: int, epsilon: float) -> Array:
             along = (g * x_hat).mean(dim=over, keepdim=True)
             return (g - x_hat * along) * inv_rms, (dy * x_hat).sum_to_size(sizes)  # (R6) (R5)
         x_, dy_ = (v.reshape(-1, *sizes) for v in (x, dy))
-        inv_rms = inv_rms.view(-1, *[1] * axes)
+        inv_rms = inv_rms.reshape(-1, *[1] * axes)
         dx, dgammas = torch.empty_like(x_), []
         share = (torch.ones(sizes, dtype=x.dtype) if gamma is None else gamma).flatten() / elements
         each = (v.split(ROWS_OF_A_SUM) for v in (dy_, x_, inv_rms, dx))

@@ -1213,7 +1213,9 @@ def test_rms_normalization_by_the_kernel_of_layer_normalization(axes, affine, lo
     monkeypatch.setattr(_kernels_torch, "LONGEST_NORM", longest)
     axis = -1 if axes == 1 else (-2, -1)
     arrays = arrays_for("rms_normalization", {"axis": axis}, (4, 3, 5, 6), "float64", affine)
-    tensors = [torch.tensor(v, requires_grad=True) for v in arrays]
+    tensors = [torch.tensor(v) for v in arrays]
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors = [v.requires_grad_() for v in tensors]
     options = {"axis": axis, "epsilon": 1e-3}
     ours = functools.partial(kernels.rms_normalization, **options, implementation="native")
     expected = functional.rms_normalization(*tensors, **options)
