@@ -270,6 +270,7 @@ def test_killed_worker_chief_and_search(folder, imported, undisturbed, notes, mo
     assert search.wait(30) == -signal.SIGKILL
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in own.values()), 10)
 
+    monkeypatch.setenv("PAUSE", "1")  # so that trials are left when the signal comes
     search = imported.start(*tune(out, 2))
     wait_for(lambda: len(finished(out)) > len(before))
     os.kill(search.pid, signal.SIGINT)
@@ -279,6 +280,7 @@ def test_killed_worker_chief_and_search(folder, imported, undisturbed, notes, mo
     assert f"keras-norm tune --out {out} --resume" in search.said()
     assert before < finished(out) < set(range(TRIALS))
 
+    monkeypatch.setenv("PAUSE", "0")
     search = imported.start(*tune(out, 2))
     assert search.wait() == 0, search.said()
     assert table(tuning.load(out)) == table(undisturbed)
