@@ -36,6 +36,24 @@ def rounded(x, dtype):
     return np.asarray(x).astype(numpy_dtype(dtype)).astype("float64")
 
 
+def check_parameters(cls, shape, **arguments):
+    """That a layer makes gamma and beta by the initializers, regularizers and constraints given."""
+    options = {
+        "gamma_initializer": keras.initializers.Constant(2.0),
+        "beta_initializer": "ones",
+        "gamma_regularizer": keras.regularizers.L2(0.5),
+        "beta_regularizer": keras.regularizers.L1(0.25),
+        "gamma_constraint": keras.constraints.MaxNorm(3.0),
+        "beta_constraint": keras.constraints.NonNeg(),
+    }
+    layer, size = cls(**arguments, **options), shape[-1]
+    layer.build(shape)
+    np.testing.assert_array_equal(layer.get_weights(), [[2.0] * size, [1.0] * size])
+    assert layer.gamma.constraint is options["gamma_constraint"]
+    assert layer.beta.constraint is options["beta_constraint"]
+    assert [float(array(loss)) for loss in layer.losses] == [2.0 * size, 0.25 * size]
+
+
 def data(shape, axis, seed=0):
     """x of mean 3 and standard deviation 2, gamma and beta along the axes, weights of a loss."""
     rng = np.random.default_rng(seed)

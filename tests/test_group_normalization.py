@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference_layer as reference
-from arrays import array, data, dtype_of, rounded, tensor, wide
+from arrays import array, check_parameters, data, dtype_of, rounded, tensor, wide
 from differentiation import (
     BACKEND,
     compiled,
@@ -413,21 +413,8 @@ def test_config_round_trip(cls, arguments):
 
 @pytest.mark.parametrize("cls", LAYERS)
 def test_parameters_are_made_as_they_were_asked_for(cls):
-    options = {
-        "gamma_initializer": keras.initializers.Constant(2.0),
-        "beta_initializer": "ones",
-        "gamma_regularizer": keras.regularizers.L2(0.5),
-        "beta_regularizer": keras.regularizers.L1(0.25),
-        "gamma_constraint": keras.constraints.MaxNorm(3.0),
-        "beta_constraint": keras.constraints.NonNeg(),
-    }
-    layer = cls(axis=[-1], **options)
-    assert layer.axis == -1
-    layer.build((2, 3, 32))
-    np.testing.assert_array_equal(layer.get_weights(), [[2.0] * 32, [1.0] * 32])
-    assert layer.gamma.constraint is options["gamma_constraint"]
-    assert layer.beta.constraint is options["beta_constraint"]
-    assert [float(array(loss)) for loss in layer.losses] == [64.0, 8.0]
+    assert cls(axis=[-1]).axis == -1
+    check_parameters(cls, (2, 3, 32), axis=[-1])
 
 
 def test_saved_model(tmp_path):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference_layer as reference
-from arrays import array, data, dtype_of, rounded, tensor, wide
+from arrays import array, check_parameters, data, dtype_of, rounded, tensor, wide
 from differentiation import (
     BACKEND,
     compiled,
@@ -523,20 +523,7 @@ def test_config_round_trip(arguments):
 
 
 def test_parameters_are_made_as_they_were_asked_for():
-    options = {
-        "gamma_initializer": keras.initializers.Constant(2.0),
-        "beta_initializer": "ones",
-        "gamma_regularizer": keras.regularizers.L2(0.5),
-        "beta_regularizer": keras.regularizers.L1(0.25),
-        "gamma_constraint": keras.constraints.MaxNorm(3.0),
-        "beta_constraint": keras.constraints.NonNeg(),
-    }
-    layer = LayerNormalization(**options)
-    layer.build((2, 4))
-    np.testing.assert_array_equal(layer.get_weights(), [[2.0] * 4, [1.0] * 4])
-    assert layer.gamma.constraint is options["gamma_constraint"]
-    assert layer.beta.constraint is options["beta_constraint"]
-    assert [float(array(loss)) for loss in layer.losses] == [8.0, 1.0]
+    check_parameters(LayerNormalization, (2, 4))
 
 
 @pytest.mark.parametrize("cls", [LayerNormalization, RMSNormalization])
