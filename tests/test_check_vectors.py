@@ -162,7 +162,7 @@ def test_gradients_of_a_whole_network(rng, l2):
             input_shape=(15,),
         )
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        report = check(model, X, loss=lambda logits: loss(y, logits), order=4, samples=30)
+        report = check(model, X, loss=lambda logits: loss(y, logits), order=4, samples=10)
     finally:
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy("float32")
@@ -191,7 +191,7 @@ def test_gradients_of_a_network_that_normalizes_after_the_nonlinearity(rng):
     kinds = [type(layer).__name__ for layer in model.layers]
     assert kinds.index("BatchNormalization") > kinds.index("Activation")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    report = check(model, X, loss=lambda logits: loss(y, logits), order=4, samples=20)
+    report = check(model, X, loss=lambda logits: loss(y, logits), order=4, samples=8)
     assert len(report.entries) == 1 + 2 * 3 + 2 * 2
     for entry in report.entries:
         assert entry.max_absolute <= 7.3e-6, str(report)

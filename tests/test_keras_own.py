@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import keras
 import keras_own_tests
 import pytest
@@ -15,11 +16,14 @@ SCRIPT = Path(keras_own_tests.__file__)
 
 def run(*arguments):
     """The script in a process of its own, in the way that Keras's tests expect: float32."""
-    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
-    environment.pop("JAX_ENABLE_X64", None)
-    result = subprocess.run(
-        [sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True
-    )
+    backend = keras.backend.backend()
+    if backend == "jax":  # a fork would have its 64 bits
+        environment = {**os.environ, "KERAS_BACKEND": backend}
+        environment.pop("JAX_ENABLE_X64", None)
+        command = [sys.executable, SCRIPT, *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    else:
+        result = forked.run(SCRIPT, *arguments, KERAS_BACKEND=backend)
     if result.returncode == keras_own_tests.NO_TESTS:
         pytest.skip(result.stdout.strip())
     return result

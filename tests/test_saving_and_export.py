@@ -44,7 +44,9 @@ def network(rate=0.0):
             keras.layers.Dense(2),
         ]
     )
-    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+    sgd = keras.optimizers.SGD(0.05, momentum=0.9)
+    eagerly = BACKEND == "tensorflow"  # quicker than to trace all that four times
+    model.compile(sgd, "mse", run_eagerly=eagerly)
     return model
 
 
