@@ -25,6 +25,22 @@ def is_real(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
+def is_integer(x: Any) -> bool:
+    """Whether this is a whole number by its type, of Python or NumPy; no bool.
+
+    Args:
+        x: anything.
+
+    Returns:
+        bool.
+
+    Example:
+        >>> [is_integer(x) for x in (1, np.int64(1), 1.0, "1", None, True)]
+        [True, True, False, False, False, False]
+    """
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
 def check_dense(x: Any) -> None:
     """Refuses TensorFlow's ragged and sparse tensors, which only some operations take.
 
