@@ -25,13 +25,13 @@ _COMMANDS = {
     "train": "train a net by a recipe",
     "tune": "search for hyperparameters",
     "report": "plots, tables and a page of a search",
-    "retrain": "train the best of a search again, and test them once",
+    "retrain": "retrain the best of a search, and test them once",
 }
 
 _EXAMPLES = {
     "tune": """examples:
   keras-norm tune --out first --tuner bayesian --prune --trials 40 --epochs 8 --workers 2
-  keras-norm tune --out first --resume --trials 60      go on, and further than planned
+  keras-norm tune --out first --resume --trials 60      continue, for more trials than planned
   keras-norm tune --out second --refine first           narrow the space around its best
   keras-norm tune --out small --families cnn --fix cnn_stages=2 --max-parameters 50_000
 """,
@@ -130,49 +130,51 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, "the search")
     add("--out", type=Path, metavar="DIR", required=True, help="folder of the search")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with the search in --out")
-    how.add_argument("--overwrite", action="store_true", help="throw it away and begin anew")
+    how.add_argument("--resume", action="store_true", help="continue the search in --out")
+    how.add_argument("--overwrite", action="store_true", help="delete it and begin anew")
     add("--tuner", choices=TUNERS, help="default: random")
     add("--objective", choices=list(OBJECTIVES), help="default: val_accuracy")
-    add("--trials", type=_count, metavar="N", help="default: 20; Hyperband's follow from --epochs")
+    add("--trials", type=_count, metavar="N",
+        help="default: 20; for Hyperband --epochs decides")  # fmt: skip
     add("--epochs", type=_count, metavar="N", help="per trial, default: 10")
-    add("--factor", type=_count, metavar="N", help="of Hyperband, default: 3")
+    add("--factor", type=_count, metavar="N", help="Hyperband's reduction factor, default: 3")
     add("--seed", type=_whole, metavar="N", help="default: 0")
     add("--prune", action="store_true", default=argparse.SUPPRESS,
         help="stop trials below the median of the others at the same epoch")  # fmt: skip
-    add("--prune-after", type=_count, metavar="EPOCH", help="not before, default: 1")
-    add("--prune-least", type=_count, metavar="N", help="others to compare with, default: 5")
+    add("--prune-after", type=_count, metavar="EPOCH",
+        help="prune no earlier than this epoch, default: 1")  # fmt: skip
+    add("--prune-least", type=_count, metavar="N", help="fewest others to compare with, default: 5")
 
     add = _adder(parser, "data and space")
     add("--data", choices=DATA, help="default: cifar10")
     add("--data-dir", metavar="DIR", help="folder of the data sets")
     add("--subset", type=_count, metavar="N", help="images to train on, default: all")
-    add("--validation", type=float, metavar="F", help="fraction held out, default: 0.1")
-    add("--families", nargs="+", choices=FAMILIES, help="of nets, default: mlp cnn")
-    add("--space", metavar="FILE.py:FUNCTION", help="a hypermodel of one's own")
+    add("--validation", type=float, metavar="F", help="fraction of images held out, default: 0.1")
+    add("--families", nargs="+", choices=FAMILIES, help="families of nets, default: mlp cnn")
+    add("--space", metavar="FILE.py:FUNCTION", help="your own space")
     add("--fix", nargs="+", type=_pair, action="extend", metavar="NAME=VALUE", dest="fixed",
-        help="do not search")  # fmt: skip
-    add("--refine", metavar="DIR", help="narrow the space around the best of that search")
-    add("--refine-top", type=_count, metavar="N", help="how many of them, default: 5")
-    add("--max-parameters", type=_count, metavar="N", help="budget of a net")
-    add("--max-flops", type=float, metavar="N", help="budget: operations for one image")
+        help="fix these instead of searching them")  # fmt: skip
+    add("--refine", metavar="DIR", help="narrow the space around the best trials of that search")
+    add("--refine-top", type=_count, metavar="N", help="number of these trials, default: 5")
+    add("--max-parameters", type=_count, metavar="N", help="most parameters of a net")
+    add("--max-flops", type=float, metavar="N", help="most operations for one image")
 
     add = _adder(parser, "running")
-    add("--workers", type=_whole, metavar="N", help="trials at a time, default: 1")
+    add("--workers", type=_whole, metavar="N", help="trials at the same time, default: 1")
     add("--threads", type=_whole, metavar="N",
         help="cores for each worker, default: an equal share")  # fmt: skip
     add("--chief", metavar="HOST:PORT", help="let workers of other machines join")
-    add("--join", metavar="HOST:PORT", help="work for the chief there")
-    add("--time-limit", type=float, metavar="MINUTES", help="begin no trial after that")
+    add("--join", metavar="HOST:PORT", help="work for the chief at this address")
+    add("--time-limit", type=float, metavar="MINUTES", help="begin no trial after this time")
     add("--trial-timeout", type=_limit, metavar="SECONDS",
-        help="a trial that hangs has failed; none takes it off")  # fmt: skip
+        help="fail a trial that takes longer; none: no limit")  # fmt: skip
     add("--trial-memory", type=_limit, metavar="GIB",
-        help="a trial that takes more has failed; none takes it off")  # fmt: skip
+        help="fail a trial that takes more memory; none: no limit")  # fmt: skip
     add("--worker-timeout", type=float, metavar="SECONDS",
-        help="silence after which another gets a worker's trial, from 10, default: 60")  # fmt: skip
+        help="a worker silent for longer loses its trial; at least 10, default: 60")  # fmt: skip
     add("--tensorboard", action="store_true", default=argparse.SUPPRESS,
         help="write logs for its HParams plugin")  # fmt: skip
-    add("--quiet", action="store_false", dest="progress", help="no table")
+    add("--quiet", action="store_false", dest="progress", help="show no table")
 
 
 def _adder(parser: argparse.ArgumentParser, title: str) -> Any:
@@ -271,13 +273,13 @@ def _retrain(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_retrain)
     add = parser.add_argument
     add("dir", type=Path, metavar="DIR", help="folder of the search")
-    add("--top", type=_count, default=1, metavar="K", help="how many trials, default: 1")
-    add("--seeds", type=_count, default=1, metavar="N", help="of each, default: 1")
+    add("--top", type=_count, default=1, metavar="K", help="number of trials, default: 1")
+    add("--seeds", type=_count, default=1, metavar="N", help="number for each, default: 1")
     add("--epochs", type=_count, metavar="N", help="default: those of the search")
     add("--subset", type=_count, metavar="N", help="images to train on, default: all")
     add("--space", metavar="FILE.py:FUNCTION", help="where the search's own space is now")
     add("--out", type=Path, metavar="DIR", help="default: DIR/retrained")
-    add("--overwrite", action="store_true", help="use the test set again")
+    add("--overwrite", action="store_true", help="replace what is there, and test again")
 
 
 def _run_retrain(arguments: argparse.Namespace) -> int:

@@ -30,8 +30,8 @@ nor folder: the digits that come with scikit-learn.
 machine on different days), `--full` two and three quarters of an hour (five seeds, a finer sweep,
 each net also at its best learning rate, every subset of layers, eight other transforms).
 
-**Expect** of LeNet, learning rate 1.0, 10 epochs: see the results table of the README, which
-`--full` reproduces.
+**Expect** of LeNet, learning rate 1.0, 10 epochs: see the results table of the README, whose
+rows `--full` recomputes.
 """
 
 # %%
@@ -100,8 +100,8 @@ sum dy (x - mean) = dgamma / inv_std:
     (B8)  dmean     = -gamma inv_std dbeta
     (B9)  dvariance = -gamma inv_std^2 dgamma / 2
 
-(The variance depends on the mean, too, but by (B2) its derivative is -2 / N sum (x - mean) = 0.) An
-x has the share 1 / N in the mean and 2 (x - mean) / N in the variance, so that
+(The variance depends on the mean, too, but by (B2) its derivative is -2 / N sum (x - mean) = 0.)
+Each x changes the mean at the rate 1 / N and the variance at the rate 2 (x - mean) / N, so that
 
     dx = gamma inv_std dy + dmean / N + 2 dvariance (x - mean) / N
 
@@ -617,8 +617,8 @@ for normalization, rate in BEST.items():
 
 # %% [markdown]
 """
-With `--full`, each net is now trained at the best rate of its own, on all training images: a net
-that is only ever shown at a rate which suits the other is not being compared, it is being accused.
+With `--full`, each net is now trained at the best rate of its own, on all training images: it is no
+fair comparison to show a net only at a rate that suits the other.
 """
 
 # %%

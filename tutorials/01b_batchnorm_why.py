@@ -27,8 +27,8 @@ that can be written to. With neither network nor folder: the digits that come wi
 **Needs** on two CPU cores: `--fast` a minute, the default some minutes, `--full` about half an hour
 (five seeds of everything, ten of the deep nets).
 
-**Expect** of the net 784-128-64-10, batches of 64: see the results table of the README, which
-`--full` reproduces.
+**Expect** of the net 784-128-64-10, batches of 64: see the results table of the README, whose
+rows `--full` recomputes.
 """
 
 # %%
@@ -67,12 +67,12 @@ print(f"Tutorial 1b, mode {arguments.mode}; results go to {out}")
 """
 ## A net on MNIST, with and without
 
-The setting of a page of questions and answers: dense layers 784-128-64-10 with ReLU, pixels less .5
-over .5, gradient descent with learning rate .01 and momentum .9, 5 epochs, batches of 64 or 32;
-batch normalization stands before each ReLU, or nowhere. Published are the mean training losses of
-the first and the fifth epoch. The net without normalization had been trained for some epochs before
-that, and the one on batches of 32 goes on where the one on 64 has ended; both are repeated here
-from a first phase of five epochs.
+The setting of a page of questions and answers: dense layers 784-128-64-10 with ReLU, pixels p as
+(p - .5) / .5, gradient descent with learning rate .01 and momentum .9, 5 epochs, batches of 64 or
+32; batch normalization stands before each ReLU, or nowhere. The published figures are the mean
+training losses of the first and the fifth epoch. The net without normalization had been trained for
+some epochs before that, and the one on batches of 32 continues from the end of the one on 64; both
+are repeated here from a first phase of five epochs.
 
 Nets this small are trained several at once, in one stacked net (`ensembles.train_together`), which
 gives each the weights that it would have if it was trained alone. A seed stands for the initial
@@ -338,10 +338,11 @@ def difference(results, a, b, metric, unit=100, digits=2):
 """
 ## Batch sizes
 
-From here on 6,000 images, drawn by the seed, judged on 5,000 others out of the training set. The
-smaller a batch, the noisier its mean and variance: with two images, normalized values are -1 and 1
-whatever the images are (as long as they differ). And the moving averages of such batches are noisy
-too, so that the accuracy is also taken with statistics that are re-estimated after training.
+Here and for the learning rates, nets see 6,000 images, drawn by the seed, and are judged on 5,000
+others out of the training set. The smaller a batch, the noisier its mean and variance: with two
+images, normalized values are -1 and 1 whatever the images are (as long as they differ). And the
+moving averages of such batches are noisy too, so that the accuracy is also taken with statistics
+that are re-estimated after training.
 """
 
 # %%
@@ -661,7 +662,8 @@ shift does not matter; batch normalization makes the loss smoother, so that a gr
 trusted for a longer step.
 
 Both can be measured. `inspection.InsideMonitor` looks into a net every few steps, always with the
-same 100 training images. With w the weights, g the gradient of the loss L, t the length of a step:
+same 100 training images. With w the weights, g the gradient of the loss L, t the length of a step
+(the numbers are those of `keras_norm.inspection`):
 
     (X3)  smoothness = largest || grad L(w - t g) - g || / (t ||g||), t = 1/2 to 4 learning rates
     (X5)  shift of layer i = || g_i' - g_i || / ||g_i||, where for g_i' all layers below i, and no

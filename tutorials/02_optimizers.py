@@ -30,7 +30,7 @@ default about 10, `--full` three hours (five seeds, all rates; it can be interru
 on where it was).
 
 **Expect** of the net of five times 100 on 4,000 images, and of the three-layer net with Adam and
-decaying cycles: see the results table of the README, which `--full` reproduces.
+decaying cycles: see parts C and E of RESULTS.md, whose rows `--full` recomputes.
 """
 
 # %%
@@ -73,7 +73,7 @@ print(f"Tutorial 2, mode {arguments.mode}; results go to {out}")
 ## The equations
 
 w are the weights, dw the gradient of the loss. All rules go down; they differ in what they remember
-of the gradients before:
+of the gradients before. The numbers are those of `keras_norm.optimizers`:
 
     gradient descent   (S2)  w <- w - learning_rate dw
     momentum           (M1)  velocity <- momentum velocity - learning_rate dw
@@ -280,11 +280,12 @@ others, printed above):
   which fills both accumulators, and these never forget. Along the ravine it crawls.
 - RMSProp, 2.1e-19 before, ends at 1.2e-5. It loses most, but it forgets, and is still ahead of
   gradient descent (7.6e-5) and of both momentums.
-- Adam, 1.1e-3, is behind gradient descent even unturned, and so is momentum: 2.5e-3, thirty times
-  its loss. Both average over the last ten gradients or so (.9), overshoot, and swing. Momentum's
-  swings shrink by sqrt(.9) = .95 in a step, at whatever rate; gradient descent shrinks by .92 along
-  this ravine, which is mild. With .5 in place of .9 momentum ends at 1.8e-17, and Adam at 4.7e-18,
-  turned at 4.7e-16. Nesterov's momentum, 3.3e-5, looks ahead, which damps the swing across.
+- Adam, 1.1e-3, and momentum, 2.5e-3, are behind gradient descent even unturned; momentum's loss is
+  thirty times as large. Both average over the last ten gradients or so (.9), overshoot, and swing.
+  Momentum's swings shrink by sqrt(.9) = .95 in a step, at whatever rate; gradient descent shrinks
+  by .92 along this ravine, which is mild. With .5 in place of .9 momentum ends at 1.8e-17, and Adam
+  at 4.7e-18, turned at 4.7e-16. Nesterov's momentum, 3.3e-5, looks ahead, which damps the swing
+  across.
 - AdamW seems to gain by turning, 3.2e-6 to 1.5e-6. It does not: it still swings, between 5e-7 and
   8e-5 in the last ten steps, turned between 9e-7 and 6e-5, and the end is wherever it is just then.
   It is ahead of Adam because its decay pulls to zero, which here is the minimum: that flatters it.
@@ -450,10 +451,10 @@ plotting.learning_curves(
 """
 ## Each rule at its best rate
 
-A rule shown at a rate that suits another one is not being compared, it is being accused. So the
-same net is trained at rates from 1e-4 to 3, each about three times the one before; the best is
-chosen by validation accuracy. The same with batch normalization before each ReLU, for later, at
-every second rate.
+It is no fair comparison to show a rule only at a rate that suits another. So the same net is
+trained at rates from 1e-4 to 3, each about three times the one before; the best is chosen by
+validation accuracy. The same with batch normalization before each ReLU, for later, at every second
+rate.
 
 Read the accuracies with batch normalization, in the plot as in the table further down, with care:
 they are those of moving statistics with the default momentum of .99, which are not re-estimated.

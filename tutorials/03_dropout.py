@@ -29,7 +29,7 @@ hour and a quarter beside other work (ten seeds of the first experiment, five of
 keep probabilities, widths and training-set sizes).
 
 **Expect** of one hidden layer of 500 units on 500 images, 25 epochs: see the results table of the
-README, which `--full` reproduces.
+README, whose row `--full` recomputes.
 """
 
 # %%
@@ -553,8 +553,8 @@ a few were tried: it is the slope of
     (R1) keep = min(1, c / width), rounded to the nearest logarithm of a keep that was tried
 
 which depends on c, the units that remain. The slope's interval is from a bootstrap: seeds are drawn
-anew with replacement, 2,000 times, and the best keeps found again. With which c does (R1) have its
-slope in there?
+anew with replacement, 2,000 times, and the best keeps found again. For which c does the slope of
+(R1) lie in that interval?
 """
 
 # %%
@@ -688,7 +688,7 @@ normalization alone; both in the usual order (dense, norm, ReLU, dropout); both 
 before the norm (dense, dropout, norm, ReLU); and both, but dropout only once, above the last norm.
 
 Batch normalization uses moving averages of variances that it saw in training, with dropout on. In
-inference dropout is off, and the variance is another one. By how much, can be worked out from (D3).
+inference dropout is off, and the variance differs; (D3) says by how much.
 With mean m and variance v of a unit in inference, right above a dropout:
 
     (V1) variance in training = (v + m^2) / keep - m^2

@@ -28,7 +28,7 @@ nor folder: the digits that come with scikit-learn.
 quarters of an hour (five seeds of everything; the last net on all images).
 
 **Expect** of five layers of 100 in batches of 5 to 50, and of the best perceptron: see part E of
-RESULTS.md, whose rows `--full` reproduces.
+RESULTS.md, whose rows `--full` recomputes.
 """
 
 # %%
@@ -454,7 +454,7 @@ standardized pixels, He's initialization, 2,000 images, 10 epochs of Adam at 1e-
 the penalty the sum of all squared weights times a factor.
 
 What (L1) to (L4) leave of D features has D - 2 dimensions: the mean is gone, and so is the length.
-Of two features remains which is the larger one. So the first suspect is the width.
+Of two features, only which is larger remains. So the first suspect is the width.
 """
 
 

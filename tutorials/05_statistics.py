@@ -77,8 +77,9 @@ weights. For the inputs a_n of a layer, n = 1 ... N over images (and positions):
     (J1)  mean     = sum of a_n / N
     (J2)  variance = sum of (a_n - mean)^2 / N
 
-The inputs of a layer depend on the statistics of all layers below. So: from below, each layer on
-inputs that come through layers with their new statistics. `statistics.reestimate` does that.
+The inputs of a layer depend on the statistics of all layers below. So work upwards: each layer's
+statistics come from inputs that have passed through layers with new statistics.
+`statistics.reestimate` does that.
 
 For another domain, other cameras or weather, the same can be done with its images; labels are not
 needed. With few of them, the old statistics count for N pseudo-images (`statistics.adapt`,

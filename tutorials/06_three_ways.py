@@ -30,7 +30,7 @@ about half an hour (five seeds of each net and way, each trained for one epoch o
 runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's. It draws with
 Matplotlib, which an environment without TensorFlow may lack (`pip install matplotlib`).
 
-**Expect** after one epoch: see part E of RESULTS.md, whose rows `--full` reproduces.
+**Expect** after one epoch: see part E of RESULTS.md, whose rows `--full` recomputes.
 """
 
 # %%

@@ -27,10 +27,11 @@ may be a packed `.npz` as well. With neither network nor folder: the digits that
 scikit-learn.
 
 **Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16); by the time of single nets,
-the default a quarter of an hour; `--full` an hour and three quarters on one core (nearly forty nets
-over three seeds, 6,400 images, six epochs; the best of them once more on all images). It can be
-interrupted and goes on where it was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`), and
-draws with Matplotlib, which an environment without TensorFlow may lack (`pip install matplotlib`).
+the default a quarter of an hour; `--full` three hours beside other work, half of them for 18 of its
+120 trainings, which ran beside most of it (nearly forty nets over three seeds, 6,400 images,
+six epochs; the best of them once more on all images). It can be interrupted and goes on where it
+was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`), and draws with Matplotlib, which an
+environment without TensorFlow may lack (`pip install matplotlib`).
 
 **Expect** no record: these nets are small, and see few images for a short time, so that forty of
 them can be paid for. Two of the ideas, batch normalization and Muon, are worth more than all others
