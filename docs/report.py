@@ -331,6 +331,10 @@ def commands(studies: Mapping[str, Mapping[str, Any]], saved: Saved) -> str:
 
 # ---------------------------------------------------------------------------- the page
 
+COMMANDS = """\
+Where these runs are saved, as in a checkout, a command finds them and makes none. With another
+folder as `--out` it makes them all anew."""
+
 HEAD = """# Results: ours beside the published figures
 
 Written by `make results` from the runs saved in `docs/results`; a test holds it to them. The
@@ -411,7 +415,7 @@ def report(rows: Mapping[str, Any], folder: Path) -> str:
     overview = Table(("part", "figures", "claims", "exercises"), tuple(summary)).markdown
     texts = [HEAD.format(fewest=FEWEST, wide=short(WIDE)), overview]
     texts += [CHECKS, checks(rows["checks"], folder), *sections]
-    texts += ["## Commands", commands(rows["studies"], saved)]
+    texts += ["## Commands", COMMANDS, commands(rows["studies"], saved)]
     return "\n\n".join(texts) + "\n"
 
 
