@@ -38,14 +38,18 @@ define environment
 @$(1)/bin/python -m pip install $(PIP_FLAGS) --upgrade "pip>=25.1"
 endef
 
+# TensorFlow's releases come later than Python's.
+TOO_NEW = { echo "Where tensorflow is not found, it may have no release for $$($(PYTHON) --version) yet. \
+Choose another with: make PYTHON=python3.13 ..." >&2; exit 1; }
+
 .venv/installed: pyproject.toml
 	$(call environment,.venv)
-	@.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	@.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]' || $(TOO_NEW)
 	@touch $@
 
 .venv-docs/installed: pyproject.toml
 	$(call environment,.venv-docs)
-	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) --editable '.[docs,notebooks]'
+	@.venv-docs/bin/python -m pip install $(PIP_FLAGS) --editable '.[docs,notebooks]' || $(TOO_NEW)
 	@touch $@
 
 # --no-deps: the core group stands in for the dependencies, without TensorFlow.
