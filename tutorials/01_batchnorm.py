@@ -12,26 +12,26 @@
 # 1. Batch normalization
 
 **You will learn** what batch normalization computes, forward and backward; how to write it in
-twenty lines of NumPy and see that the library's layer gives the same numbers; what it does to
+twenty lines of NumPy and check that the library's layer gives the same numbers; what it does to
 LeNet on Fashion-MNIST; whether a bias before it is of any use; which learning rates it allows;
-which layers need it; whether it replaces dropout, and in which order the two go; what gamma and
-beta are for; what the layer can do beyond; which other transforms could stand in its place; and why
-a net that has learned well can still be tested badly, with the cure. Lesson 1b goes on from there,
-with small dense nets and the question why it works.
+which layers need it; whether it replaces dropout, and in which order the two should go; what gamma
+and beta are for; what else the layer can do; which other transforms could take its place; and why a
+net that has learned well can still do badly in the test, and how to cure that. Lesson 1b continues
+with small dense nets and the question of why batch normalization works.
 
 **You need** Python with NumPy, the chain rule, and what a convolution and a dense layer are.
 
-**Data**: Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28 pixels (31 MB), in
-`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
-tensorflow-datasets; downloaded to the first of these that can be written to. With neither network
-nor folder: the digits that come with scikit-learn.
+**Data**: Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28 pixels (31 MB), read from
+`--data-dir` alone if it is given, else from `TFDS_DATA_DIR`, then from the default folder of
+tensorflow-datasets; if missing, downloaded to the first of these that can be written to. With
+neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` 1 minute (3,000 images), the default 4 to 11 minutes (the same
-machine on different days), `--full` two and three quarters of an hour (five seeds, a finer sweep,
-each net also at its best learning rate, every subset of layers, eight other transforms).
+machine on different days), `--full` two and three-quarter hours (five seeds, a finer sweep, each
+net also at its best learning rate, every subset of layers, eight other transforms).
 
-**Expect** of LeNet, learning rate 1.0, 10 epochs: see the results table of the README, whose
-rows `--full` recomputes.
+**Expect** from LeNet, at learning rate 1.0 after 10 epochs: see the results table of the README,
+whose rows `--full` recomputes.
 """
 
 # %%
@@ -80,40 +80,41 @@ print(f"Tutorial 1, mode {arguments.mode}; results go to {out}")
 """
 ## The equations
 
-For every channel c, over the N values that the channel has in a batch (all images, and for a
-convolution all positions):
+For every channel c, with sums over the N values that the channel has in a batch (from all images
+and, for a convolution, from all positions):
 
     (B1)  mean     = sum x / N                     (B4)  x_hat = (x - mean) inv_std
     (B2)  variance = sum (x - mean)^2 / N          (B5)  y     = gamma x_hat + beta
     (B3)  inv_std  = 1 / sqrt(variance + epsilon)
 
-gamma and beta are learned, one number each per channel. Backward, with dy the gradient that
-arrives from above:
+gamma and beta are learned; each is one number per channel. In the backward pass, dy is the gradient
+of the loss with respect to y, which arrives from above:
 
     (B6)  dbeta = sum dy                           (B7)  dgamma = sum dy x_hat
 
 The loss depends on x in three ways: through x itself in (B4), through the mean, and through the
-variance. The last two first. In y = gamma (x - mean) inv_std + beta the mean stands with the factor
--gamma inv_std, and the derivative of inv_std with respect to the variance is -inv_std^3 / 2; with
-sum dy (x - mean) = dgamma / inv_std:
+variance. Take the last two first. In y = gamma (x - mean) inv_std + beta, the mean has the factor
+-gamma inv_std, and the derivative of inv_std with respect to the variance is -inv_std^3 / 2. With
+sum dy (x - mean) = dgamma / inv_std, this gives
 
     (B8)  dmean     = -gamma inv_std dbeta
     (B9)  dvariance = -gamma inv_std^2 dgamma / 2
 
-(The variance depends on the mean, too, but by (B2) its derivative is -2 / N sum (x - mean) = 0.)
+(The variance depends on the mean too, but by (B2) that derivative is -2 / N sum (x - mean) = 0.)
 Each x changes the mean at the rate 1 / N and the variance at the rate 2 (x - mean) / N, so that
 
     dx = gamma inv_std dy + dmean / N + 2 dvariance (x - mean) / N
 
-With x - mean = x_hat / inv_std the last term is -gamma inv_std dgamma x_hat / N, and all three are
+Since x - mean = x_hat / inv_std, the last term is -gamma inv_std dgamma x_hat / N, and the three
+terms together are
 
     (B10) dx    = gamma inv_std / N (N dy - dbeta - x_hat dgamma)
 
-(B10) says what the layer does to learning: of the gradient it lets through only what neither
-shifts the channel as a whole (dbeta is taken out) nor scales it (dgamma is taken out).
+(B10) says what the layer does to learning: it takes out of the gradient whatever would shift the
+channel as a whole (dbeta) or scale it (dgamma), and lets only the rest through.
 
-While the net trains, two moving averages follow the batches; they take the place of mean and
-variance once training is over, so that a prediction depends on nothing but its own image:
+While the net trains, two moving averages follow the mean and variance of the batches. Once training
+is over, they are used in place of those, so that a prediction depends on nothing but its own image:
 
     (B11) moving_mean     <- momentum moving_mean     + (1 - momentum) mean
     (B12) moving_variance <- momentum moving_variance + (1 - momentum) variance
@@ -183,9 +184,9 @@ print(f"largest difference between the two: {np.abs(y - y_layer).max():.1e}")
 
 # %% [markdown]
 """
-And the gradient? Four ways: the formula above in NumPy; the layer's own, on whichever backend Keras
-runs; the chain rule node by node, from y back to x, without (B10); and difference quotients, which
-know nothing of formulas.
+And the gradient? It is computed in four ways: by the formula above in NumPy; by the layer itself,
+on whichever backend Keras runs; by the chain rule node by node, from y back to x, without (B10);
+and by difference quotients, which know nothing of formulas.
 """
 
 # %%
@@ -219,12 +220,13 @@ for name, ours, *others in zip(
 """
 ## LeNet on Fashion-MNIST, with and without
 
-The setting of the book: pixels from 0 to 1, SGD without momentum, batches of 256, 10 epochs, and
-a learning rate of 1.0, which is a lot. Normalization stands between each of the first four layers
-and its sigmoid. Nothing else differs between the two nets. The last 96 of 60,000 shuffled images,
-which do not fill a batch, sit out the epoch: at this rate a step on so few leaves a mark.
+The setting is that of the book Dive into Deep Learning: pixels from 0 to 1, SGD without momentum,
+batches of 256, 10 epochs, and a learning rate of 1.0, which is large. Normalization comes between
+each of the first four layers and its sigmoid. Nothing else differs between the two nets. The last
+96 of the 60,000 shuffled images do not fill a batch and are left out of the epoch, because at this
+rate a step on so few images leaves a mark.
 
-The test set is looked at after every epoch, for the curves; nothing is chosen by it.
+The nets are tested after every epoch, to draw the curves; nothing is chosen by the test set.
 """
 
 # %%
@@ -281,9 +283,10 @@ def make_model(settings, seed):
 
 # %% [markdown]
 """
-Two things are measured at the end of every epoch beside Keras's own logs: how many examples per
-second the training steps took, and, for the last section of this tutorial, the test accuracy once
-more with statistics that are re-estimated from 10,000 training images instead of moving averages.
+Besides Keras's own logs, two things are measured at the end of every epoch: how many examples per
+second the training steps processed, and, for the last section of this tutorial, the test accuracy a
+second time, with statistics that are re-estimated from 10,000 training images instead of moving
+averages.
 """
 
 
@@ -363,10 +366,11 @@ results = run(train, {WITH: setting("batch"), WITHOUT: setting("none")}, seeds, 
 
 # %% [markdown]
 """
-Published figures, each from a single run of others in the same setting (Dive into Deep Learning,
-the chapter on batch normalization, and its forum): a reader, who posted a run on a CPU, ended at a
-training accuracy of .909 and a test accuracy of .878, at 3,314 examples per second; the book's own
-TensorFlow run at .887. They are drawn as dashed lines, unless there are fewer images.
+Figures published by others, each from a single run in the same setting (Dive into Deep Learning,
+the chapter on batch normalization, and its forum): a reader's run on a CPU ended at a training
+accuracy of .909 and a test accuracy of .878, at 3,314 examples per second; the book's own
+TensorFlow run ended at a test accuracy of .887. The reader's figures are drawn as dashed lines,
+unless there are fewer images.
 """
 
 # %%
@@ -404,11 +408,11 @@ plotting.learning_curves(
 
 # %% [markdown]
 """
-Two more runs of the book's TensorFlow chapters have a published test accuracy: the classic LeNet
-without batch normalization, whose first convolution is padded by 2, at a learning rate of .9
-(.824); and the net above with the layer that is built into Keras, as it comes (.761). Its momentum
-is .99, ours .9 here. With either the test accuracy swings from epoch to epoch, and the book's last
-one may have been unlucky. `--full` runs both.
+Two more runs in the book's TensorFlow chapters have a published test accuracy. One is the classic
+LeNet without batch normalization, whose first convolution is padded by 2, at a learning rate of .9
+(.824). The other is the net above with Keras's built-in layer in its default settings (.761), whose
+momentum is .99, where ours is .9. With either layer the test accuracy swings from epoch to epoch,
+and the book's last value may have been unlucky. `--full` runs both nets.
 """
 
 # %%
@@ -431,8 +435,9 @@ if arguments.mode == "full":
 """
 ## Exercise 1: is the bias before batch normalization redundant?
 
-(B1) and (B4) subtract whatever a bias adds. So: give a trained-looking net large random biases, and
-compare its outputs in training mode; then train with and without them.
+(B1) and (B4) subtract whatever a bias adds. To check this, give a net large random biases and
+compare its outputs, in training mode, with those of the same net without biases; then train with
+and without them.
 """
 
 # %%
@@ -458,10 +463,10 @@ print(f"Without them the net has {without_bias.count_params():,} parameters, {RE
 
 # %% [markdown]
 """
-Exercises are trained on a part of the training images and judged on others of them (validation);
-the test images stay out of it. Where there are moving statistics they are re-estimated before that,
-so that the setting is judged and not the lag of the averages. Of nets with ReLU it is also noted
-which share of the activations is zero, layer by layer, and which share of channels always is.
+The nets of the exercises are trained on some of the training images and judged on others
+(validation); the test images take no part. Moving statistics are first re-estimated, so that the
+setting is judged and not the lag of the averages. For nets with ReLU, two shares are also recorded,
+layer by layer: of activations that are zero, and of channels that always are.
 """
 
 # %%
@@ -617,8 +622,8 @@ for normalization, rate in BEST.items():
 
 # %% [markdown]
 """
-With `--full`, each net is now trained at the best rate of its own, on all training images: it is no
-fair comparison to show a net only at a rate that suits the other.
+With `--full`, each net is now trained at its own best rate on all training images, because it is
+not a fair comparison to show a net only at a rate that suits the other.
 """
 
 # %%
@@ -643,9 +648,9 @@ if arguments.mode == "full":
 """
 ## Exercise 3: which layers need it?
 
-Each of the four layers can have its normalization or not: sixteen nets. All are trained at a
-learning rate of 1.0, on 12,000 images, for three epochs: it is the beginning of learning that is
-compared (`--full`; the shorter modes train some of the nets).
+Each of the four layers can have its normalization or not, which makes sixteen nets. With `--full`,
+all of them are trained at a learning rate of 1.0, on 12,000 images, for three epochs, so that the
+beginning of learning is compared; the shorter modes train only some of the nets.
 """
 
 # %%
@@ -729,9 +734,9 @@ for position, values in GAINS.items():
 """
 ## Exercise 4: does it replace dropout, and in which order do they go?
 
-Dropout is there against overfitting; so take what overfits: the same net with ReLU, on 2,000
-images, batches of 50, learning rate .1. Dropout takes out a quarter of the activations. The order
-in question is that within a block, after its convolution or dense layer.
+Dropout is meant to prevent overfitting, so take a net that overfits: the same net with ReLU, on
+2,000 images, with batches of 50 and a learning rate of .1. Dropout takes out a quarter of the
+activations. The order in question is the one within a block, after its convolution or dense layer.
 """
 
 # %%
@@ -784,8 +789,8 @@ plotting.bars(
 ## Exercise 5: gamma and beta fixed
 
 gamma and beta give back to the net what (B4) has taken from it: the choice of scale and shift. With
-`scale=False` gamma stays at 1, with `center=False` beta at 0. (`train_parameters=False` fixes both,
-at whatever they are, and can be switched at any time.)
+`scale=False` gamma stays at 1, and with `center=False` beta stays at 0. (`train_parameters=False`
+fixes both at their current values, and can be switched at any time.)
 """
 
 # %%
@@ -822,10 +827,10 @@ else:
 
 # %% [markdown]
 """
-## Exercise 6: what the layer can do beyond
+## Exercise 6: what else the layer can do
 
-First the arguments that Keras's own layer takes, and what ours takes in addition; then each of
-them at work on numbers small enough to be checked by hand.
+First come the arguments that Keras's own layer takes, and those that ours takes in addition; then
+what the layer can do is shown on numbers small enough to be checked by hand.
 """
 
 # %%
@@ -878,13 +883,13 @@ for what, values in BEYOND.items():
 """
 ## Exercise 7: other transforms
 
-What could stand in the place of mean and variance? The whole covariance, so that channels become
-uncorrelated (whitening, by three ways to the inverse of its root); the whole distribution of each
-channel (quantile normalization, the probability integral transform); nothing but the mean square of
-an image's channel (filter response normalization); the statistics of the single image (layer and
-group normalization). All stand where batch normalization stood, at the same learning rate, which is
-batch normalization's; at rates of their own they were not compared. What they cost is measured
-apart: the time of a training step, in turns.
+What could take the place of the mean and variance? The whole covariance, so that channels become
+uncorrelated (whitening, with three ways to compute the inverse of its root); the whole distribution
+of each channel (quantile normalization, the probability integral transform); nothing but the mean
+square of a channel in one image (filter response normalization); the statistics of a single image
+(layer and group normalization). All are put where batch normalization was, and trained at its
+learning rate; they were not compared at rates of their own. Their cost is measured separately, as
+the time of a training step, in turns.
 """
 
 # %%
@@ -953,9 +958,9 @@ print(speeds.table("milliseconds", digits=1))
 
 # %% [markdown]
 """
-And sparsification? A ReLU makes zeros. Batch normalization before it sees to it that about half of
-the values of a channel lie below zero as long as beta is near 0, in every channel alike. Of the
-nets of exercise 4, after each ReLU, on validation images:
+And sparsity? A ReLU makes zeros. With batch normalization before it, about half of the values of
+every channel lie below zero, as long as beta is near 0. For the nets of exercise 4, the shares of
+zeros and of channels that are always zero, after each ReLU, on validation images:
 """
 
 # %%
@@ -968,12 +973,13 @@ print(dropouts.table(DEAD, ["neither", "norm alone"], digits=3))
 """
 ## A failure and its cure: the moving statistics are not those of this net
 
-Look at the test accuracy with batch normalization above: below the training accuracy, in some
-epochs far below, and jumping from one to the next. Overfitting? Then the same net, with the same
-weights, would be no better when its means and variances are computed anew. At a learning rate of
-1.0 each step moves the activations of every layer a long way, while (B11) and (B12) average over
-the nets of the last steps: no net ever had these statistics. `statistics.reestimate` computes them
-for the net as it is, layer by layer, from training images alone.
+Look at the test accuracy with batch normalization above. It is below the training accuracy, in some
+epochs far below, and it jumps from one epoch to the next. If this were overfitting, the same net,
+with the same weights, would be no better when its means and variances are computed anew. But at a
+learning rate of 1.0 each step moves the activations of every layer a long way, while (B11) and
+(B12) average over the nets of the last steps: no net ever had these statistics.
+`statistics.reestimate` computes them for the net as it is, layer by layer, from training images
+alone.
 """
 
 # %%
@@ -999,9 +1005,9 @@ print(
 """
 ## What this does not show
 
-One small net, one data set, plain SGD. Sigmoids make the net without normalization hard to train;
-with ReLU the gap is smaller. The sweep has few epochs, and its best rate need not be the best for
-ten. Examples per second are those of this machine, with whatever else ran on it.
+This is one small net, on one data set, with plain SGD. Sigmoids make the net without normalization
+hard to train; with ReLU the gap is smaller. The sweep has few epochs, and its best rate need not be
+the best for ten. Examples per second are those of this machine, with whatever else ran on it.
 
 ## Exercises
 
@@ -1009,10 +1015,10 @@ ten. Examples per second are those of this machine, with whatever else ran on it
 2. What is the largest usable learning rate with and without it, and how do the training and the
    test accuracy grow?
 3. Which layers need it?
-4. Can it replace dropout? In which order do they go?
+4. Can it replace dropout? In which order should they go?
 5. What if gamma and beta are fixed?
-6. What does the layer of a library offer beyond?
-7. Which other transforms could stand in its place? How sparse do they make a net?
+6. What else can a library's layer do?
+7. Which other transforms could take its place? How sparse do they make a net?
 
 ## References
 
@@ -1025,17 +1031,18 @@ Normalization Layer. Huang, Yang, Lang and Deng, 2018, Decorrelated Batch Normal
 
 ## Next
 
-Lesson 1b, `tutorials/01b_batchnorm_why.py`: small dense nets, with what they cost and whom they
-serve; and whether it is the shift of the activations that batch normalization mends, or the loss
-that it makes smoother.
+Lesson 1b, `tutorials/01b_batchnorm_why.py`: small dense nets, when batch normalization helps them
+and what it costs; and whether it works by reducing the shift of the activations or by making the
+loss smoother.
 
 ## How to read the tests below
 
-A paired t-test asks whether the mean difference of two settings, seed by seed, may be chance; p is
-how often chance alone would make one so large. A Wilcoxon test asks the same, but looks only at
-signs and ranks of the differences. Cohen's d_z is the mean difference over the standard deviation
-of the differences. Of several tests made together one may come out at p < .05 by luck; Holm's
-method raises their p-values to make up for that.
+A paired t-test takes the differences between two settings, seed by seed, and asks whether their
+mean may be due to chance; p is how often chance alone would make a difference that large. A
+Wilcoxon test asks the same, but looks only at the signs and ranks of the differences. Cohen's d_z
+is the mean difference divided by the standard deviation of the differences. When several tests are
+made together, one may come out at p < .05 by luck; Holm's method raises their p-values to make up
+for that.
 
 ## Answers, from the runs above
 """

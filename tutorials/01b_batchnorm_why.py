@@ -12,23 +12,24 @@
 # 1b. Batch normalization: when it helps, and why
 
 **You will learn** what batch normalization does to small dense nets: how much faster they learn,
-from batches of which size, at which learning rates, at what price in time and memory, and when it
-does not help; how it makes deep nets learn from more initializations; and, looking inside while
+with batches of which size, at which learning rates, at what cost in time and memory, and when it
+does not help; how it lets deep nets learn from more initializations; and, from a look inside while
 they train, whether it does all that by keeping the distributions of activations in place, as its
 inventors thought, or by making the loss smoother.
 
-**You need** lesson 1: the equations, LeNet, and how the tests in the answers are read.
+**You need** lesson 1: the equations, LeNet, and how to read the tests in the answers.
 
 **Data**: MNIST, 60,000 training and 10,000 test images of 28 x 28 pixels, and CIFAR-10, 50,000 and
-10,000 of 32 x 32 in colour (12 and 163 MB), in `--data-dir` alone if it is given, else in
-`TFDS_DATA_DIR`, then in the default folder of tensorflow-datasets; downloaded to the first of these
-that can be written to. With neither network nor folder: the digits that come with scikit-learn.
+10,000 of 32 x 32 in colour (12 and 163 MB), read from `--data-dir` alone if it is given, else from
+`TFDS_DATA_DIR`, then from the default folder of tensorflow-datasets; if missing, downloaded to the
+first of these that can be written to. With neither network nor folder: the digits that come with
+scikit-learn.
 
-**Needs** on two CPU cores: `--fast` a minute, the default some minutes, `--full` about half an hour
-(five seeds of everything, ten of the deep nets).
+**Needs** on two CPU cores: `--fast` a minute, the default a few minutes, `--full` about half an
+hour (five seeds of everything, ten of the deep nets).
 
-**Expect** of the net 784-128-64-10, batches of 64: see the results table of the README, whose
-rows `--full` recomputes.
+**Expect** from the net 784-128-64-10, with batches of 64: see the results table of the README,
+whose rows `--full` recomputes.
 """
 
 # %%
@@ -67,15 +68,15 @@ print(f"Tutorial 1b, mode {arguments.mode}; results go to {out}")
 """
 ## A net on MNIST, with and without
 
-The setting of a page of questions and answers: dense layers 784-128-64-10 with ReLU, pixels p as
-(p - .5) / .5, gradient descent with learning rate .01 and momentum .9, 5 epochs, batches of 64 or
-32; batch normalization stands before each ReLU, or nowhere. The published figures are the mean
-training losses of the first and the fifth epoch. The net without normalization had been trained for
-some epochs before that, and the one on batches of 32 continues from the end of the one on 64; both
-are repeated here from a first phase of five epochs.
+The setting is that of a page of questions and answers: dense layers 784-128-64-10 with ReLU, pixels
+p scaled to (p - .5) / .5, gradient descent with learning rate .01 and momentum .9, 5 epochs,
+batches of 64 or 32, and batch normalization before each ReLU or nowhere. The published figures are
+the mean training losses of the first and the fifth epoch. The published net without normalization
+had already been trained for some epochs before, and the one on batches of 32 continues from the
+end of the one on batches of 64; here both are repeated after a first phase of five epochs.
 
-Nets this small are trained several at once, in one stacked net (`ensembles.train_together`), which
-gives each the weights that it would have if it was trained alone. A seed stands for the initial
+Nets this small are trained several at a time, in one stacked net (`ensembles.train_together`),
+which gives each the weights that it would have if it were trained alone. A seed fixes the initial
 weights and the order of the images.
 """
 
@@ -261,8 +262,8 @@ main = run_together(train, MAIN, seeds, context)
 
 # %% [markdown]
 """
-The loss of an epoch is the mean over its steps, as published: in training mode, with the weights of
-their time. "First" is the first epoch of the last phase of training.
+As published, the loss of an epoch is the mean over its steps, each in training mode and with the
+weights of that step. "First" is the first epoch of the last phase of training.
 """
 
 # %%
@@ -338,11 +339,11 @@ def difference(results, a, b, metric, unit=100, digits=2):
 """
 ## Batch sizes
 
-Here and for the learning rates, nets see 6,000 images, drawn by the seed, and are judged on 5,000
-others out of the training set. The smaller a batch, the noisier its mean and variance: with two
-images, normalized values are -1 and 1 whatever the images are (as long as they differ). And the
-moving averages of such batches are noisy too, so that the accuracy is also taken with statistics
-that are re-estimated after training.
+Here and in the next section, each net sees 6,000 images, drawn by its seed, and is judged on 5,000
+others from the training set. The smaller a batch, the noisier its mean and variance: with two
+images, normalized values are -1 and 1 whatever the images are (as long as they differ). The moving
+averages of such batches are noisy too, so the accuracy is also measured with statistics that are
+re-estimated after training.
 """
 
 # %%
@@ -388,8 +389,9 @@ plotting.sweep(
 """
 ## Learning rates
 
-Which rates can be used, and is the best with normalization better than the best without? Batches of
-64. A rate counts as usable if it comes within two points of the best validation accuracy.
+Which rates can be used, and is the best with normalization better than the best without? Batches
+are of 64 images. A rate counts as usable if it comes within two points of the best validation
+accuracy.
 """
 
 # %%
@@ -425,9 +427,9 @@ for n in BEST:
 
 # %% [markdown]
 """
-One rate for all sizes may be too large where batches are small: they make many noisy steps. With
-`--full` batches of 4 are trained once more, each net at the best rate of its own, taken down in
-proportion to the size of the batch.
+One rate for all batch sizes may be too large for small batches, which make many noisy steps. With
+`--full`, nets are trained once more in batches of 4, with and without normalization, each at its
+own best rate scaled down in proportion to the batch size.
 """
 
 # %%
@@ -444,11 +446,11 @@ if arguments.mode == "full":
 """
 ## Time and memory
 
-Time: an epoch of one net by itself, with and without in turns, after one that is not counted.
-Memory, counted: what the net has to keep, the optimizer's velocities, and what a batch leaves for
-the backward pass, 4 bytes each: the inputs of a dense layer, the outputs of a ReLU, and of batch
-normalization x_hat and one number per channel. (What a step takes at its peak with images is
-measured by `benchmarks/memory.py`.)
+The time is that of an epoch of one net by itself, with and without normalization in turns, after an
+epoch that is not counted. The memory is counted at 4 bytes a number: what the net has to keep, the
+optimizer's velocities, and what a batch keeps for the backward pass, which is the inputs of a dense
+layer, the outputs of a ReLU, and for batch normalization x_hat and one number per channel. (The
+peak memory of a step with images is measured by `benchmarks/memory.py`.)
 """
 
 
@@ -505,12 +507,12 @@ for n, parts in MEMORY.items():
 """
 ## Deep nets, and how they begin
 
-The setting of a course (CV7062610, assignment 3) on CIFAR-10: five hidden layers of 100, weights
-drawn with standard deviation .02, 1,000 training images, 10 epochs, batches of 50, Adam with a rate
-of .001. Inputs are pixels from 0 to 255 less the mean image. Every seed draws its own 1,000 out of
-10,000 images; 1,000 others validate. (Batches of 5, 10 and 50 with batch and with layer
-normalization are in lesson 4; nine layers, normalization after the ReLU, and a start from weights
-of standard deviation 1e-4, in lesson 5.)
+The setting is that of a course (CV7062610, assignment 3) on CIFAR-10: five hidden layers of 100,
+weights drawn with standard deviation .02, 1,000 training images, 10 epochs, batches of 50, Adam
+with a rate of .001. Inputs are pixels from 0 to 255 minus the mean image. Every seed draws its own
+1,000 out of 10,000 images; 1,000 others are for validation. (Lesson 4 has batches of 5, 10 and 50
+with batch and with layer normalization; lesson 5 has nine layers, normalization after the ReLU, and
+a start from weights of standard deviation 1e-4.)
 """
 
 # %%
@@ -578,9 +580,9 @@ plotting.learning_curves(
 
 # %% [markdown]
 """
-Now six hidden layers of 50, and weights that begin at any of twenty scales from 1e-4 to 1. All
-scales and seeds of a kind are trained in one stacked net. (`--fast`: two scales, and three and four
-hidden layers in place of five and six, here and below.)
+Now the nets have six hidden layers of 50, and initial weights at each of twenty scales (standard
+deviations) from 1e-4 to 1. All scales and seeds of a kind of net are trained in one stacked net.
+(`--fast`: two scales, and three and four hidden layers in place of five and six, here and below.)
 """
 
 # %%
@@ -643,39 +645,40 @@ for n in ("batch", "none"):
 
 # %% [markdown]
 """
-More scales, but by no means all: with weights of 1 a net learns next to nothing in either way
-(`--full`: a validation accuracy of .153 with batch normalization, .149 without). Is the scale not
-divided out? Of the output of a layer it is; the length of a step is not multiplied by it. Adam
-moves a weight by about the learning rate, .001, whether the weight is small or large: in 200 steps
-by .2 or so, which hardly turns weights of 1. What counts is the rate relative to the weights. At
-the small end epsilon, 1e-5, is larger than the variance that it is added to: with weights of 1e-4
-that is about 25 times 1e-8 from the second layer on (50 inputs of a mean square of .5). This is
-reasoning, not a measurement; answer 5 of lesson 2 has the other side of it, weights that grow and
-so brake a rate that is too large.
+With batch normalization the net learns from more scales, but by no means from all: with weights of
+1 it learns next to nothing either way (`--full`: a validation accuracy of .153 with batch
+normalization, .149 without). Is the scale not divided out? It is, from the output of a layer; but
+the length of a step does not grow with it. Adam moves a weight by about the learning rate, .001,
+whether the weight is small or large: in 200 steps by .2 or so, which hardly turns a vector of
+weights of 1. What counts is the rate relative to the weights. At the small end of the scales,
+epsilon, 1e-5, is larger than the variance that it is added to: with weights of 1e-4, that variance
+is about 25 times 1e-8 from the second layer on (50 inputs with a mean square of .5). This is
+reasoning, not a measurement. Answer 5 of lesson 2 shows the other side: weights that grow, and so
+counteract a rate that is too large.
 
 ## Looking inside: why does it work?
 
-Two explanations. The inventors': while a net trains, the distributions of the inputs of each layer
-shift, because the layers below learn; batch normalization keeps them in place, and a layer no
-longer has to run after a moving target (internal covariate shift). Santurkar and others (2018): the
-shift does not matter; batch normalization makes the loss smoother, so that a gradient can be
-trusted for a longer step.
+There are two explanations. The inventors' is that, while a net trains, the distributions of the
+inputs of each layer shift because the layers below learn (internal covariate shift); batch
+normalization keeps them in place, and a layer no longer has to chase a moving target. Santurkar and
+others (2018) say that the shift does not matter; batch normalization makes the loss smoother, so
+that a gradient can be trusted for a longer step.
 
 Both can be measured. `inspection.InsideMonitor` looks into a net every few steps, always with the
-same 100 training images. With w the weights, g the gradient of the loss L, t the length of a step
-(the numbers are those of `keras_norm.inspection`):
+same 100 training images. Let w be the weights, g the gradient of the loss L, g_i that of layer i,
+and t the length of a step. The monitor measures (equations numbered as in `keras_norm.inspection`):
 
     (X3)  smoothness = largest || grad L(w - t g) - g || / (t ||g||), t = 1/2 to 4 learning rates
     (X5)  shift of layer i = || g_i' - g_i || / ||g_i||, where for g_i' all layers below i, and no
           others, have made their step
     (X6)  drift of a layer's inputs to ReLU since the last look, in standard deviations of a channel
 
-and the range of the loss over those t. The nets: five hidden layers of 100 on standardized pixels,
-He's initialization, plain gradient descent with one rate for all. There are three of them: without
-normalization, with it, and with it but deliberately spoiled, as Santurkar and others did: after
-each batch normalization every channel is shifted and stretched at random, differently in each step.
-Its distributions jump all the time. If they had to stay in place, it would have to learn like the
-first.
+and the range of the loss over those t. The nets have five hidden layers of 100 on standardized
+pixels, He's initialization, and plain gradient descent with one rate for all. There are three of
+them: without normalization, with it, and with it but deliberately spoiled, as by Santurkar and
+others: after each batch normalization every channel is shifted and stretched at random, differently
+in each step. The distributions of this net jump all the time. If they had to stay in place, it
+would have to learn like the first.
 """
 
 
@@ -851,17 +854,17 @@ plotting.learning_curves(
 """
 ## What this does not show
 
-Small nets and small data sets; the deep nets see a thousand images, and their validation accuracy
-is not what they are compared for. One rate for three nets, in the last section, need not be the
-best for any of them. The smoothness is that of the loss of a hundred images along one line, not
-that of the loss. (X3) depends on the scale of the weights as well, which batch normalization takes
-out of what a layer computes, but not out of its gradient. CIFAR-10 as a JPEG copy, where the title
-says so, costs accuracy against the original images.
+These are small nets on small data sets. The deep nets see a thousand images, and validation
+accuracy is not what they are compared for. In the last section three nets share one rate, which
+need not be the best for any of them. The smoothness is that of the loss of a hundred images along
+one line, not that of the loss itself. (X3) also depends on the scale of the weights, which batch
+normalization takes out of what a layer computes, but not out of its gradient. A JPEG copy of
+CIFAR-10, where the title says that it is one, costs accuracy compared with the original images.
 
-At the rate of the last section the net without normalization learns better, so that what is
-measured there cannot explain why batch normalization helps elsewhere. In the section on batch sizes
-all nets have one rate, which is too large for the plain net in small batches; batches of 4 alone
-were trained at others, and one other for each net.
+At the rate of the last section the net without normalization learns better, so what is measured
+there cannot explain why batch normalization helps elsewhere. In the section on batch sizes all nets
+have one rate, which is too large for the plain net in small batches; only for batches of 4 were
+other rates tried, one for each net.
 
 ## Exercises
 
@@ -881,7 +884,7 @@ Kingma and Ba, 2015, Adam: A Method for Stochastic Optimization.
 
 ## Next
 
-Lesson 2, `tutorials/02_optimizers.py`: the update rules, and the largest rate that each can stand.
+Lesson 2, `tutorials/02_optimizers.py`: the update rules, and the largest rate that each tolerates.
 
 ## Answers, from the runs above
 """

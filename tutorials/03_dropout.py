@@ -12,24 +12,25 @@
 # 3. Dropout
 
 **You will learn** what dropout computes, forward and backward, and that the library's layer gives
-the numbers of five lines of NumPy; how much it helps a net that has only 500 images to learn from,
-at which keep probability, and whether it still does with more images; what happens if one forgets
-to divide by the keep probability; whether narrower layers need another one; and what dropout does
-to the variances that batch normalization relies on: predicted, measured, and whether it matters.
+the same numbers as five lines of NumPy; how much it helps a net that has only 500 images to learn
+from, at which keep probability, and whether it still helps with more images; what happens if you
+forget to divide by the keep probability; whether narrower layers need a different one; and what
+dropout does to the variances that batch normalization relies on, predicted and measured, and
+whether that matters.
 
-**You need** lesson 1 for the last part: moving statistics, and how the tests are read.
+**You need** lesson 1 for the last part: moving statistics, and how to read the tests.
 
-**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, found in
-`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
-tensorflow-datasets; downloaded to the first of these that can be written to (163 MB). With neither
-network nor folder: the digits that come with scikit-learn.
+**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour, read from
+`--data-dir` alone if it is given, else from `TFDS_DATA_DIR`, then from the default folder of
+tensorflow-datasets; if missing, downloaded to the first of these that can be written to (163 MB).
+With neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full` an
-hour and a quarter beside other work (ten seeds of the first experiment, five of the others; more
+hour and a quarter alongside other work (ten seeds of the first experiment, five of the others; more
 keep probabilities, widths and training-set sizes).
 
-**Expect** of one hidden layer of 500 units on 500 images, 25 epochs: see the results table of the
-README, whose row `--full` recomputes.
+**Expect** from one hidden layer of 500 units on 500 images, after 25 epochs: see the results table
+of the README, whose row `--full` recomputes.
 """
 
 # %%
@@ -72,9 +73,9 @@ set to zero otherwise; what is kept is divided by `keep`:
                                                variance over masks: x^2 (1 - keep) / keep
     (D4) dx   = dy mask / keep                 the gradient passes where the value has passed
 
-In inference y = x. Because of the division in (D3) that is right on average: the next layer
-receives what it received in training, in the mean over all masks. In the mean only: the variance
-is another one, and the section on batch normalization shows what becomes of that.
+In inference y = x. The division in (D3) makes that right on average: the next layer receives the
+mean, over all masks, of what it received in training. Only the mean agrees: the variance differs,
+and the section on batch normalization shows what follows from that.
 
 ## From scratch
 """
@@ -93,9 +94,9 @@ def backward(dy, mask, keep):
 
 # %% [markdown]
 """
-A course checks it with 250,000 numbers around 10: whatever is kept, the mean stays near 10 in
-training, and inference changes nothing. (One dropout moves the mean of so many numbers by about
-sqrt((101 / keep - 100) / 250,000): .035 for keep .25.)
+A course checks dropout with 250,000 numbers around 10: whatever the keep probability, the mean
+stays near 10 in training, and inference changes nothing. (One dropout moves the mean of so many
+numbers by about sqrt((101 / keep - 100) / 250,000): .035 for keep .25.)
 """
 
 # %%
@@ -118,8 +119,8 @@ for keep in (0.25, 0.4, 0.7):
 """
 ## The library's layer gives the same numbers
 
-The layer draws its own masks. Which elements it kept can be seen in what comes out; with that mask,
-NumPy must give the layer's output, and the layer's gradient.
+The layer draws its own masks. Its output shows which elements it kept; with that mask, NumPy must
+give the layer's output and the layer's gradient.
 """
 
 # %%
@@ -144,8 +145,8 @@ for keep in (0.25, 0.4, 0.7):
 
 # %% [markdown]
 """
-Against difference quotients, which know nothing of (D4): a fixed mask, 100 numbers around 10, keep
-.2. Published for this check: a relative error of 5.4e-11.
+The gradient is also checked against difference quotients, which know nothing of (D4): a fixed mask,
+100 numbers around 10, keep .2. The relative error published for this check is 5.4e-11.
 """
 
 # %%
@@ -164,10 +165,10 @@ print(layer_report)
 """
 ## Gradient check of a whole net, and why the mask must stand still
 
-A net of two hidden layers (15 - 20 - 30 - 10) with dropout after each, in float64. Its loss is a
-random function; a difference quotient of two evaluations with different masks measures the masks.
-`gradient_check.check` starts each evaluation from the same state of Keras's random numbers. A
-function that draws its masks elsewhere, afresh at every call, is refused.
+The net has two hidden layers (15 - 20 - 30 - 10), with dropout after each, and is in float64. Its
+loss is a random function: a difference quotient of two evaluations with different masks measures
+the change of masks. So `gradient_check.check` starts each evaluation from the same state of Keras's
+random numbers. It refuses a function that draws its masks elsewhere, afresh at every call.
 """
 
 # %%
@@ -211,15 +212,15 @@ except ValueError as error:
 """
 ## Dropout as a regularizer
 
-The published setting: one hidden layer of 500 ReLU units, 500 training images, pixels 0 to 255 less
-the mean image, weights of standard deviation .01, 25 epochs of Adam at 5e-4 in batches of 100; keep
-1 (no dropout) and .25. Accuracies are taken after each epoch in inference mode, also on the
-training images: what `fit` reports as training accuracy is measured with dropout on.
+The published setting: one hidden layer of 500 ReLU units, 500 training images, pixels 0 to 255
+minus the mean image, weights of standard deviation .01, 25 epochs of Adam at 5e-4 in batches of
+100; keep 1 (no dropout) and .25. Accuracies are taken after each epoch in inference mode, on the
+training images too, because the training accuracy that `fit` reports is measured with dropout on.
 
-One run of one net on one choice of 500 images says little: on 1,000 validation images alone the
-standard deviation of an accuracy of .3 is .014. So every seed draws its own 1,000 validation and
-500 training images, its own initial weights, order and masks, and the two nets of a seed share all
-but the masks: their difference, seed by seed, can be tested.
+One run of one net on one choice of 500 images says little: the choice of 1,000 validation images
+alone gives an accuracy of .3 a standard deviation of .014. So every seed draws its own 1,000
+validation and 500 training images, and its own initial weights, order and masks. The two nets of a
+seed share all but the masks, so their difference can be tested seed by seed.
 """
 
 # %%
@@ -256,7 +257,7 @@ def draw(seed, images):
 
 # %% [markdown]
 """
-A net is described by its settings: widths, and the layers that follow each dense one, in their
+A net is described by its settings: its widths, and the layers that follow each dense layer, in
 order. Initial weights get seeds of their own, so that nets with and without dropout start alike.
 """
 
@@ -387,8 +388,8 @@ main = run(
 
 # %% [markdown]
 """
-Published: .990 in training and .298 in validation without dropout, .894 and .337 with a keep
-probability of .25; one run each, on one choice of images.
+The published accuracies are .990 in training and .298 in validation without dropout, and .894 and
+.337 with a keep probability of .25; each is from one run, on one choice of images.
 """
 
 # %%
@@ -441,9 +442,9 @@ plotting.learning_curves(
 """
 ## Which keep probability?
 
-The same net at other keep probabilities; each is held against no dropout, seed by seed. With
-several comparisons, one of them may come out at p < .05 by luck: Holm's correction takes account
-of their number.
+The same net is trained at other keep probabilities, and each is compared with no dropout, seed by
+seed. With several comparisons, one of them may come out at p < .05 by luck; Holm's correction takes
+account of their number.
 """
 
 # %%
@@ -477,18 +478,19 @@ BEST_KEEP = max(ALL_KEEPS, key=lambda k: by_keep.values(f"keep {k:g}", "val_accu
 Leave the division of (D3) out, and the layer above receives keep times as much in training as it
 will in inference. What does that do to accuracy, loss and confidence? Confidence is the mean
 probability that the net gives its own answer; a net that is right as often as it claims to be has a
-confidence equal to its accuracy. The cure is the division, or, as in the paper that introduced
-dropout (Srivastava and others, 2014), a multiplication by keep in inference, here tried on the very
-same weights.
+confidence equal to its accuracy. The cure is the division or, as in the paper that introduced
+dropout (Srivastava and others, 2014), a multiplication by keep in inference, which is tried here on
+the very same weights.
 
-Once in the net from above, keep .25; once with three hidden layers of 100 units, keep .5 (He
-initialization, pixels divided by 64, rate 2e-3), where the factors of the layers multiply.
+This is done twice: in the net from above, with keep .25, and in a net with three hidden layers of
+100 units, with keep .5 (He initialization, pixels divided by 64, rate 2e-3), where the factors of
+the layers multiply.
 
-Two comparisons, and only the first is of the same weights: not divided, with and without the
-multiplication. Nets that are divided are other trainings: a layer above undivided dropout computes
-what one above divided dropout would with weights keep times as large, so that it begins with keep
-times as much, and under Adam, whose steps hardly depend on the size of the gradient, also moves
-keep times as far.
+Of the two comparisons, only the first is of the same weights: not divided, with and without the
+multiplication. Nets that divide are trained differently. A layer above undivided dropout computes
+what one above divided dropout would compute with weights keep times as large. So, in effect, its
+weights begin keep times as large, and under Adam, whose steps hardly depend on the size of the
+gradient, they also move keep times as far.
 """
 
 
@@ -543,18 +545,19 @@ for layers in ("1 layer", "3 layers"):
 """
 ## How should keep change with the width of the layer?
 
-Two answers circulate: none at all, because dropping a fraction adapts to the width by itself; and
-keep in inverse proportion to the width, so that keep times width, the number of units that remain,
-stays the same (a rule of thumb from Srivastava and others). So: nets of several widths, each at
-several keep probabilities, all else equal. A straight line through log(best keep) over log(width)
-has a slope: 0 by the first answer. By the second it is not -1 here, for keep is at most 1, and only
-a few were tried: it is the slope of
+Two answers circulate. One is that keep should not change, because dropping a fraction adapts to the
+width by itself. The other is that keep should be in inverse proportion to the width, so that keep
+times width, the number of units that remain, stays the same (a rule of thumb from Srivastava and
+others). So train nets of several widths, each at several keep probabilities, all else equal, and
+fit a straight line to log(best keep) over log(width). By the first answer its slope is 0. By the
+second it is not -1 here, because keep is at most 1 and only a few values were tried; it is the
+slope of
 
     (R1) keep = min(1, c / width), rounded to the nearest logarithm of a keep that was tried
 
-which depends on c, the units that remain. The slope's interval is from a bootstrap: seeds are drawn
-anew with replacement, 2,000 times, and the best keeps found again. For which c does the slope of
-(R1) lie in that interval?
+which depends on c, the units that remain. The interval of the measured slope comes from a
+bootstrap: 2,000 times, seeds are drawn anew with replacement, and the best keeps found again. For
+which c does the slope of (R1) lie in that interval?
 """
 
 # %%
@@ -646,8 +649,8 @@ for low, high, slope in RULE:
 """
 ## With fewer and more images
 
-Dropout is there against overfitting. With more images there is less of it; the number of epochs
-stays the same, so that every image is seen equally often.
+Dropout is meant to prevent overfitting, and with more images there is less of it. The number of
+epochs stays the same, so that every image is seen equally often.
 """
 
 # %%
@@ -683,25 +686,27 @@ plotting.sweep(
 """
 ## Dropout and batch normalization
 
-Two layers of 100 units, keep .5, rate 2e-3, in six variants: neither; dropout alone; batch
-normalization alone; both in the usual order (dense, norm, ReLU, dropout); both with dropout right
-before the norm (dense, dropout, norm, ReLU); and both, but dropout only once, above the last norm.
+The net has two layers of 100 units, keep .5 and rate 2e-3, in six variants: neither; dropout alone;
+batch normalization alone; both in the usual order (dense, norm, ReLU, dropout); both with dropout
+right before the norm (dense, dropout, norm, ReLU); and both, but with dropout only once, above the
+last norm.
 
-Batch normalization uses moving averages of variances that it saw in training, with dropout on. In
-inference dropout is off, and the variance differs; (D3) says by how much.
-With mean m and variance v of a unit in inference, right above a dropout:
+In inference, batch normalization uses moving averages of the variances that it saw in training,
+with dropout on. But in inference dropout is off, and the variance differs; (D3) says by how much.
+Right above a dropout, with m and v the mean and variance of a unit in inference:
 
     (V1) variance in training = (v + m^2) / keep - m^2
 
-and with a dense layer of weights w_i between the dropout of inputs h_i and the norm, since each
-input brings the variance h_i^2 (1 - keep) / keep of its own:
+With a dense layer of weights w_i between the dropout of inputs h_i and the norm, each input brings
+a variance of h_i^2 (1 - keep) / keep of its own, so that
 
     (V2) variance in training = v + (1 - keep) / keep * sum over i of w_i^2 E[h_i^2]
 
-Measured below is variance in inference / moving variance, as the geometric mean over the units of
-a layer: 1 if nothing shifts. It is taken on the training images, so that it is not about other
-images but about the mode alone. Beside it stands what (V1) and (V2) say; they take the inputs in
-inference for those in training, exactly so only where no dropout lies further below.
+The ratio measured below is variance in inference / moving variance, as the geometric mean over the
+units of a layer; it is 1 if nothing shifts. It is taken on the training images, so that it shows
+the effect of the mode alone, and not of other images. Beside it are the predictions of (V1) and
+(V2). They use the inputs in inference in place of those in training, which is exact only where no
+dropout lies further below.
 """
 
 
@@ -766,10 +771,10 @@ plotting.bars(
 
 # %% [markdown]
 """
-Dropout above the last norm keeps the variances where they were. So do statistics that are computed
-anew after training, with dropout off (`statistics.reestimate`). Whether a net answers better with
-the right variances is another question: too large ones shrink its logits, which makes a net that
-is too sure of itself less so.
+With dropout only above the last norm, the variances stay where they were. Statistics that are
+computed anew after training, with dropout off (`statistics.reestimate`), take the shift away too.
+Whether a net answers better with the right variances is another question: variances that are too
+large shrink its logits, which makes a net that is too sure of itself less so.
 """
 
 # %%
@@ -806,12 +811,12 @@ plotting.bars(
 """
 ## What this does not show
 
-Small dense nets on a few hundred images of CIFAR-10 that reach an accuracy of about .3; what
-dropout does to large or convolutional nets is another question. The number of epochs is that of the
-published run: longer training changes the accuracies, and may favour dropout, which learns more
-slowly. Seeds stand for images, initial weights, order and masks alike. The best keep
-is one of a handful that were tried, and all variants of a section share one learning rate, which
-need not be the best for each.
+These are small dense nets on a few hundred images of CIFAR-10, and they reach an accuracy of about
+.3; what dropout does to large or convolutional nets is another question. The number of epochs is
+that of the published run: longer training changes the accuracies, and may favour dropout, which
+learns more slowly. A seed stands for images, initial weights, order and masks together. The best
+keep is one of a handful that were tried, and all variants of a section share one learning rate,
+which need not be the best for each.
 
 ## Exercises
 

@@ -11,24 +11,25 @@
 """
 # 4. Layer normalization, and normalization of images
 
-**You will learn** what layer normalization computes, forward and backward, and that batch, layer,
-group and instance normalization are one function with other axes; which of them need large batches,
-and from which size on; whether layer normalization fails with few features, in deep nets and under
-strong regularization, as a course asks; which preprocessing of data each of them resembles; and
-how far a multilayer perceptron with layer normalization and dropout gets.
+**You will learn** what layer normalization computes, forward and backward; that batch, layer, group
+and instance normalization are one function over different axes; which of them need large batches,
+and how large; whether layer normalization fails with few features, in deep nets and under strong
+regularization, as a course asks; which preprocessing of data each of them resembles; and what
+accuracy a multilayer perceptron with layer normalization and dropout reaches.
 
-**You need** lesson 1, the equations of batch normalization; lesson 3, dropout, for the last net.
+**You need** lesson 1 for the equations of batch normalization, and lesson 3 for dropout, which the
+best perceptron uses.
 
-**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB), in
-`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
-tensorflow-datasets; downloaded to the first of these that can be written to. With neither network
-nor folder: the digits that come with scikit-learn.
+**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB),
+read from `--data-dir` alone if it is given, else from `TFDS_DATA_DIR`, then from the default folder
+of tensorflow-datasets; if missing, downloaded to the first of these that can be written to. With
+neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` a minute, the default about five minutes, `--full` about three
-quarters of an hour (five seeds of everything; the last net on all images).
+quarters of an hour (five seeds of everything, and the best perceptron on all images).
 
-**Expect** of five layers of 100 in batches of 5 to 50, and of the best perceptron: see part E of
-RESULTS.md, whose rows `--full` recomputes.
+**Expect** what part E of RESULTS.md says of five layers of 100 in batches of 5 to 50, and of the
+best perceptron; `--full` recomputes its rows.
 """
 
 # %%
@@ -79,8 +80,8 @@ print(f"Tutorial 4, mode {arguments.mode}; results go to {out}")
 ## The equations
 
 Batch normalization takes the statistics of a feature over the examples of the batch. Layer
-normalization takes those of an example over its features, so that no example depends on another,
-and training and inference are the same. For one example with features x_1 ... x_D:
+normalization takes the statistics of an example over its features, so that no example depends on
+another, and training and inference are the same. For one example with features x_1 ... x_D:
 
     (L1) mean     = sum x / D
     (L2) variance = sum (x - mean)^2 / D
@@ -88,28 +89,28 @@ and training and inference are the same. For one example with features x_1 ... x
     (L4) x_hat    = (x - mean) inv_std
     (L5) y        = gamma x_hat + beta            gamma and beta belong to the features, (D,)
 
-and backward, where the sums of (L6) and (L7) run over the examples and the means of (L9) over the
-features of each:
+Backward, the sums of (L6) and (L7) run over the examples, and the means of (L9) over the features
+of each example:
 
     (L6) dbeta    = sum dy
     (L7) dgamma   = sum dy x_hat
     (L8) dx_hat   = gamma dy
     (L9) dx       = inv_std (dx_hat - mean(dx_hat) - x_hat mean(dx_hat x_hat))
 
-With images (N, H, W, C) there are more axes to choose from. All of these are (L1) to (L5), taken
-over
+With images (N, H, W, C) there are more axes to choose from. All of the following are (L1) to (L5),
+with the statistics taken over:
 
     batch norm      N, H, W           for each channel (spatial batch normalization)
     layer norm      H, W, C           for each image
     instance norm   H, W              for each image and channel
     group norm      H, W, C / G       for each image and each of G groups of channels
 
-Group normalization with one group is layer normalization (but for gamma and beta, which it has one
-of per channel), with as many groups as channels it is instance normalization.
+Group normalization with one group is layer normalization (except that it has one gamma and one beta
+per channel); with as many groups as channels it is instance normalization.
 
 ## From scratch
 
-So one function does for all of them:
+So one function serves for all of them:
 """
 
 
@@ -149,9 +150,9 @@ def group_norm(x, gamma, beta, groups):
 
 # %% [markdown]
 """
-Two courses (CS231n, CV7062610) publish what comes out for numbers from a fixed seed. First layer
-normalization of four examples: afterwards each has mean 0 and standard deviation 1, or 5 and 3 with
-gamma 3 and beta 5.
+Two courses (CS231n, CV7062610) publish their results for numbers from a fixed seed. First, layer
+normalization of four examples: afterwards each has mean 0 and standard deviation 1, or mean 5 and
+standard deviation 3 with gamma 3 and beta 5.
 """
 
 # %%
@@ -169,7 +170,7 @@ for scale, offset in ((1.0, 0.0), (3.0, 5.0)):
 
 # %% [markdown]
 """
-Then spatial batch normalization, of two images with three channels (channels first, as published).
+Then spatial batch normalization of two images with three channels (channels first, as published).
 """
 
 # %%
@@ -189,9 +190,10 @@ print(f"gamma (3, 4, 5), beta (6, 7, 8): mean {y.mean(over)}, std {y.std(over)}"
 """
 ## The library's layers give the same numbers
 
-Forward, against NumPy; backward, (L6) to (L9) against the library's gradients; and the library's
-gradients against difference quotients, which know nothing of either. Published for the latter,
-x = 5 randn(4, 5) + 12: relative errors of 1.4e-9 (dx), 4.5e-12 (dgamma) and 2.3e-12 (dbeta).
+The forward pass is compared with NumPy, and the backward pass, (L6) to (L9), with the library's
+gradients. These in turn are compared with difference quotients, which use neither. For the last
+check, with x = 5 randn(4, 5) + 12, the published relative errors are 1.4e-9 (dx), 4.5e-12 (dgamma)
+and 2.3e-12 (dbeta).
 """
 
 # %%
@@ -256,16 +258,16 @@ print(gradient_report)
 """
 ## Batch size
 
-The experiment of a course (CV7062610, assignment 3): five hidden layers of 100, batches of 5, 10
-and 50, Adam at 10^-3.5, with batch normalization, layer normalization and none (which `--fast`
-leaves out). As in the course's nets of this depth: 1,000 training images, 10 epochs, weights of
-standard deviation .02, pixels from 0 to 255 less the mean image. Smaller batches make more steps of
-an epoch.
+This is the experiment of a course (CV7062610, assignment 3): five hidden layers of 100 units,
+batches of 5, 10 and 50, and Adam at a rate of 10^-3.5, with batch normalization, with layer
+normalization and with none (which `--fast` leaves out). The rest is as in the course's nets of this
+depth: 1,000 training images, 10 epochs, initial weights of standard deviation .02, and pixels from
+0 to 255 less the mean image. Smaller batches mean more steps per epoch.
 
-Every seed draws its own 1,000 validation and 1,000 training images, initial weights and order; the
-nets of a seed share them (the initial weights of the dense layers too), so that differences can be
-tested seed by seed. All seeds of a net are trained at once, in one stacked net
-(`ensembles.train_together`), which gives each of them the weights it would have alone.
+Every seed draws its own 1,000 validation images, 1,000 training images, initial weights and order
+of the images. The nets of a seed share them (including the initial weights of the dense layers), so
+that differences can be tested seed by seed. All seeds of a net are trained at once, in one stacked
+net (`ensembles.train_together`), which gives each the weights that it would have if trained alone.
 """
 
 # %%
@@ -448,13 +450,13 @@ for metric, tests in BATCH_TESTS.items():
 """
 ## When does layer normalization fail?
 
-A course asks which of three would make it work badly: very deep nets, features of very small
-dimension, a large penalty on the weights. Each is tried here with everything else equal:
-standardized pixels, He's initialization, 2,000 images, 10 epochs of Adam at 1e-3 in batches of 50,
-the penalty the sum of all squared weights times a factor.
+A course asks which of three things would make it work badly: very deep nets, features of very small
+dimension, or a large penalty on the weights. Each is tried here with everything else equal:
+standardized pixels, He's initialization, 2,000 images, and 10 epochs of Adam in batches of 50 at a
+rate of 1e-3. The penalty is the sum of all squared weights times a factor.
 
-What (L1) to (L4) leave of D features has D - 2 dimensions: the mean is gone, and so is the length.
-Of two features, only which is larger remains. So the first suspect is the width.
+Of the D dimensions of the features, (L1) to (L4) leave D - 2: the mean is gone, and so is the
+length. Of two features, all that remains is which is larger. So the first suspect is the width.
 """
 
 
@@ -513,10 +515,11 @@ by_penalty, PENALTY_TESTS = study("penalty", PENALTIES)
 """
 ## Which preprocessing does each resemble?
 
-Normalization makes a transformation of its input superfluous if it gives the same with and without
-it. So: transform 100 images (pixels in [0, 1]), normalize both, and see how far the results lie
-apart, as ||after - before|| / ||before||, in float64 and with an epsilon of 1e-15. 0 means that the
-normalization has undone, or contains, the transformation.
+Normalization makes a transformation of its input superfluous if the result is the same with and
+without it. To test this, transform 100 images (pixels in [0, 1]), normalize both the original and
+the transformed images, and measure how far the results lie apart, as ||after - before|| /
+||before||, in float64 and with an epsilon of 1e-15. 0 means that the normalization undoes, or
+contains, the transformation.
 """
 
 # %%
@@ -576,18 +579,19 @@ for name, change in CHANGE.items():
 """
 ## Images: batch, group and instance normalization
 
-Three convolutions of 16, 32 and 64 filters with stride 2, an average over the positions, a dense
-layer; 2,000 images, 3 epochs of Adam, whose rate goes with the root of the batch size (1e-3 in
-batches of 32). With images, batch normalization counts every position: two images have 512 of them
-in the first layer, but only 32 in the last (on CIFAR-10), and those of one image are alike.
+The net has three convolutions of 16, 32 and 64 filters with stride 2, an average over the
+positions, and a dense layer. It is trained on 2,000 images for 3 epochs by Adam, whose rate is
+proportional to the square root of the batch size (1e-3 in batches of 32). With images, batch
+normalization counts every position as an example: two images have 512 of them in the first layer,
+but only 32 in the last (on CIFAR-10), and those of one image are alike.
 
 Batch normalization is judged twice: with its moving averages, and with statistics re-estimated from
-the 2,000 images. What small batches cost in training shows in both, what they cost the moving
-averages only in the first.
+the 2,000 images. What small batches cost in training shows in both; the harm they do to the moving
+averages shows only in the first.
 
-Instance normalization stands under a handicap here: it gives each channel of each image the mean
-beta, and the average over the positions at the end sees of the last layer only what the ReLU in
-between has made of that.
+Instance normalization has a handicap here. It sets the mean of each channel of each image to beta,
+and the average over the positions at the end would see nothing else of the last layer, were it not
+for the ReLU in between.
 """
 
 # %%
@@ -710,12 +714,12 @@ print_tests(IMAGE_TESTS)
 """
 ## The best perceptron
 
-Published: layers of 1024, 512 and 256 with layer normalization and dropout .5, 10 epochs;
-validation accuracy .527 and test accuracy .514, one run, 49,000 training, 1,000 validation and
-1,000 test images (taken here as the first of the test set). Rule, rate and schedule are not
-published; here they are chosen by the validation accuracy of one seed that is none of those below,
-trained on 20,000 images. (`--full`; the shorter modes take Adam, and `--fast` a quarter of the
-units.)
+The published net has layers of 1024, 512 and 256 units with layer normalization and dropout .5. One
+run of 10 epochs gave validation accuracy .527 and test accuracy .514, with 49,000 training, 1,000
+validation and 1,000 test images (here the first of the test set). The update rule, its rate and the
+schedule are not published. `--full` chooses them by the validation accuracy of one seed that is not
+used below, trained on 20,000 images; the shorter modes take Adam, and `--fast` a quarter of the
+units.
 """
 
 # %%
@@ -811,11 +815,11 @@ plotting.learning_curves(
 """
 ## A failure and its cure: one example per batch
 
-The mean of one number is that number, and its variance is 0. Behind dense layers, batch
+The mean of one number is that number, and its variance is 0. After dense layers, batch
 normalization with one example per batch gives x_hat = 0 and y = beta, whatever comes in: the net
 does not see its input. No error is raised. Then, in inference, the moving variance is nearly 0, and
-what was never let through in training is divided by the root of epsilon. The cure is a
-normalization that does not look at other examples, or batches of two and more. To accumulate
+what never got through in training is divided by the square root of epsilon. The cure is a
+normalization that does not look at other examples, or batches of two or more. Accumulating
 gradients over several batches is no cure: the statistics are still those of one example.
 """
 
@@ -838,24 +842,24 @@ print(alone.table(["train_accuracy", "train_loss", "val_accuracy", "val_loss"]))
 """
 ## What this does not show
 
-Small nets on few images, and one learning rate for all the nets of a section: a rate of its own may
-change the order of two that lie close. The strengths of a penalty, widths and depths are those of
-these nets; layer normalization was made for sequences and large models, of which there are none
-here. Behind convolutions `axis` decides what layer normalization is: the default normalizes the
-channels of each position alone, which was not tried. Seeds stand for images, initial weights and
-order alike. Small batches make more steps in an epoch; over an equal number of steps they would
-look worse.
+The nets are small, the images few, and all the nets of a section share one learning rate: with
+rates of their own, two nets that lie close may change places. What is found about penalties, widths
+and depths holds for these nets. Layer normalization was made for sequences and large models, and
+there are none here. After convolutions, `axis` decides what layer normalization is: the default
+normalizes the channels of each position alone, which was not tried. A seed changes the images, the
+initial weights and the order together. Small batches make more steps in an epoch; over an equal
+number of steps they would look worse.
 
 ## Exercises
 
-1. Which normalization needs large batches, and from which size on? What happens with one example?
+1. Which normalization needs large batches, and how large? What happens with one example?
 2. A course asks when layer normalization does not work well: in very deep nets, with features of
-   very small dimension, under a strong penalty. What do the nets say?
-3. Which of these resembles batch, which layer normalization: scaling each image so that its rows
-   sum to 1; scaling each image so that all of it sums to 1; subtracting the mean image; setting all
-   pixels to 0 or 1 by a threshold?
-4. And on images: does batch normalization suffer in batches of 2, and group normalization not?
-5. How far does the best perceptron get?
+   very small dimension, or under a strong penalty. What do the nets say?
+3. Which of these resembles batch normalization, and which layer normalization: scaling each image
+   so that its rows sum to 1; scaling each image so that all of it sums to 1; subtracting the mean
+   image; setting all pixels to 0 or 1 by a threshold?
+4. On images, does batch normalization suffer in batches of 2 while group normalization does not?
+5. What accuracy does the best perceptron reach?
 
 ## References
 

@@ -12,26 +12,26 @@
 # 5. The statistics of batch normalization
 
 **You will learn** which statistics batch normalization uses in inference, and how to compute them
-anew after training, exactly, layer by layer; whether batch normalization, its place, and better
-statistics make small nets on CIFAR-10 better, tested over seeds; and what happens on images that
-are noisy, blurred, foggy or too dark: how much accuracy is lost, and how much of it comes back when
-the statistics, and nothing else, are those of such images; from how many of them, and with how much
-trust in the old ones.
+anew after training, exactly and layer by layer; whether batch normalization, its place and better
+statistics improve small nets on CIFAR-10, tested over seeds; and what happens on images that are
+noisy, blurred, foggy or too dark: how much accuracy is lost, how much of it comes back when nothing
+but the statistics is replaced by those of such images, how many images that takes, and how much
+weight the old statistics should keep.
 
-**You need** lesson 1: moving statistics, and how the tests are read.
+**You need** lesson 1, for moving statistics and for how the tests are read.
 
-**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB), in
-`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
-tensorflow-datasets; downloaded to the first of these that can be written to. With neither network
-nor folder: the digits that come with scikit-learn.
+**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB),
+read from `--data-dir` alone if it is given, else from `TFDS_DATA_DIR`, then from the default folder
+of tensorflow-datasets; if missing, downloaded to the first of these that can be written to. With
+neither network nor folder: the digits that come with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` about a minute, the default about ten minutes, `--full` two
 hours beside other work (eight nets over ten seeds, 20 epochs each; nineteen corruptions in five
-strengths over five seeds). It can be interrupted and goes on where it was.
+strengths over five seeds). An interrupted run can be resumed where it stopped.
 
-**Expect** with `--full`, of 20 epochs, in the test (CIFAR-10 whose images have been through JPEG
-compression, n = 10): three layers .529 ± .002
-without and .534 ± .004 with batch normalization, nine layers .477 ± .016 and .519 ± .004.
+**Expect** these test accuracies after the 20 epochs of `--full` (CIFAR-10 whose images have been
+through JPEG compression, n = 10): three layers .529 ± .002 without and .534 ± .004 with batch
+normalization, nine layers .477 ± .016 without and .519 ± .004 with it.
 """
 
 # %%
@@ -70,30 +70,32 @@ print(f"Tutorial 5, mode {arguments.mode}; results go to {out}")
 ## The equations
 
 In training, batch normalization normalizes by the mean and variance of the batch. In inference it
-must not depend on who else is in the batch, and uses moving averages: of batches long past, of
-weights that no longer exist. What belongs there are the statistics of the data under the final
-weights. For the inputs a_n of a layer, n = 1 ... N over images (and positions):
+must not depend on what else is in the batch, and uses moving averages. These come from batches long
+past, and from weights that no longer exist. What belongs in their place are the statistics of the
+data under the final weights. For the inputs a_n of a layer, n = 1 ... N over images (and
+positions):
 
     (J1)  mean     = sum of a_n / N
     (J2)  variance = sum of (a_n - mean)^2 / N
 
-The inputs of a layer depend on the statistics of all layers below. So work upwards: each layer's
-statistics come from inputs that have passed through layers with new statistics.
-`statistics.reestimate` does that.
+The inputs of a layer depend on the statistics of all layers below. So `statistics.reestimate` works
+upwards: each layer's statistics come from inputs that have passed through layers with new
+statistics.
 
-For another domain, other cameras or weather, the same can be done with its images; labels are not
-needed. With few of them, the old statistics count for N pseudo-images (`statistics.adapt`,
-prior=N):
+For another domain, such as other cameras or other weather, the same can be done with images from
+it; labels are not needed. If there are only few such images, n, the old statistics can be blended
+in, counted as N pseudo-images (`statistics.adapt`, prior=N):
 
     (J3)  mean     = N / (N + n) mean_source     + n / (N + n) mean_target
     (J4)  variance = N / (N + n) variance_source + n / (N + n) variance_target
 
 ## From scratch, and by the library
 
-The library's report has a row for each layer: how often a pass calls it (`uses`), over how many
-elements its statistics were taken; and in standard deviations sigma, over the channels, how far the
-means have moved (`shift/σ`), how sigma has grown (`σ/old σ`), and the standard error that is left
-in its outputs, because there are only so many examples (`error/σ`).
+The library's report has a row for each layer: how often a pass calls it (`uses`), and over how many
+elements its statistics were taken. With sigma the standard deviation, three more columns sum up the
+channels: how far the means have moved, in sigma (`shift/σ`); by what factor sigma has grown
+(`σ/old σ`); and the standard error, in sigma, that is left in the layer's outputs because there are
+only so many examples (`error/σ`).
 """
 
 
@@ -135,8 +137,9 @@ print(f"Largest difference from NumPy, batches of 7, 64 and 2,000: {DIFFERENCE:.
 
 # %% [markdown]
 """
-The mean of the variances of batches is something else: it leaves out how far the batches' means lie
-apart. With sorted data that is most of the variance; shuffled, batches of B leave (B - 1) / B.
+The mean of the batches' variances is something else: it leaves out how far the batches' means lie
+apart. In sorted data that is most of the variance; in shuffled data, batches of B keep (B - 1) / B
+of the variance.
 """
 
 # %%
@@ -152,15 +155,15 @@ for name, order in (("sorted", np.arange(2000)), ("shuffled", shuffled)):
 """
 ## Does it help at all? Eight nets, over and over
 
-The setting of a course (KTH DD2424, assignment 3): pixels standardized by their mean and standard
-deviation over the training images, He's initialization, a penalty of .005 times the sum of all
-squared kernel entries, batches of 100, plain gradient descent under a learning rate that rises from
-1e-5 to .1 and falls again, twice in 20 epochs; moving statistics with momentum .9.
+The setting is that of a course (KTH DD2424, assignment 3): each pixel standardized by its mean and
+standard deviation over the training images; He's initialization; a penalty of .005 times the sum of
+all squared kernel entries; batches of 100; plain gradient descent with a learning rate that rises
+from 1e-5 to .1 and falls again, twice in 20 epochs; and moving statistics with momentum .9.
 
-Every seed draws its own tenth of the training images for validation, weights, and an order of the
-others. (The pixels' statistics are those of all.) The nets of a setting are small, and several of
-its seeds are trained at once, in one stacked net (`ensembles.train_together`), which gives each of
-them the weights that it would have if it was trained alone.
+Every seed draws its own tenth of the training images for validation, its own weights, and an order
+of the other images. (The pixels are standardized by the statistics of all training images.) The
+nets are small, and several seeds of a setting are trained at once, in one stacked net
+(`ensembles.train_together`), which gives each the weights that it would have if trained alone.
 """
 
 # %%
@@ -329,11 +332,11 @@ kth = run(train, NETS, seeds, context=context)
 
 # %% [markdown]
 """
-The same weights under other statistics stand as lines of their own: re-estimated from 10,000
-training images; and those of 1,000 test images, each mirrored with probability .5, without labels.
-Published are single runs of students, from their reports on the voluntary part of the assignment;
-where a figure was reported twice, both. The wider net has one hidden layer more as well, and the
-published one saw all 50,000 images.
+The same weights with other statistics have lines of their own: with statistics re-estimated from
+10,000 training images, and with those of 1,000 test images, each mirrored with probability .5,
+without labels. The published figures are single runs of students, from their reports on the
+voluntary part of the assignment; where a figure was reported twice, both are shown. The wider net
+also has one more hidden layer, and the published one saw all 50,000 images.
 """
 
 
@@ -420,9 +423,9 @@ plotting.bars(
 """
 ## Another domain: corrupted images
 
-Test images under nineteen corruptions (`corruptions.KINDS`: noises, blurs, weather, light and
-colour, digital, geometric), each in five strengths, made by `corruptions.corrupt`. Here pixels are
-not standardized one by one, but all by the same two numbers.
+The test images are put through nineteen corruptions (`corruptions.KINDS`: noise, blur, weather,
+light and colour, digital, geometric), each in five strengths, by `corruptions.corrupt`. Here all
+pixels are standardized by the same two numbers, not each by its own.
 """
 
 
@@ -473,12 +476,12 @@ plotting.image_grid(
 
 # %% [markdown]
 """
-The net: three convolutions of 32, 64 and 128 filters with stride 2, each with batch normalization,
-and an average over what is left of the positions; a few epochs of Adam. After training its
-statistics are re-estimated from training images, so that what adaptation gains is not what stale
-moving averages have lost. Then, kind by kind and strength by strength: the accuracy on 1,000
-corrupted test images with these statistics; and with those of 1,000 other ones with the same
-corruption. Weights, gamma and beta stay as they are, and no label is used.
+The net has three convolutions of 32, 64 and 128 filters with stride 2, each with batch
+normalization, and an average over the positions that are left. It is trained by a few epochs of
+Adam. Then its statistics are re-estimated from training images, so that what adaptation gains does
+not include what stale moving averages had lost. For each kind and strength, the accuracy on 1,000
+corrupted test images is measured twice: with these statistics, and with those of 1,000 other test
+images with the same corruption. Weights, gamma and beta stay as they are, and no label is used.
 """
 
 # %%
@@ -562,8 +565,9 @@ print(by_kind.table(["source_accuracy", "adapted_accuracy"]))
 # %% [markdown]
 """
 Recovery is the share of the lost accuracy that comes back, over all kinds and strengths: the sum of
-(adapted - source) / the sum of (clean - source). Whether a kind gains is tested seed by seed, and
-each p-value is adjusted for the number of kinds.
+(adapted - source) divided by the sum of (clean - source), where source is the accuracy with the old
+statistics. Whether a kind gains is tested seed by seed, and each p-value is adjusted for the number
+of kinds.
 """
 
 # %%
@@ -651,9 +655,9 @@ for name, test in sorted(KIND_TESTS.items(), key=lambda item: -item[1].differenc
 """
 ## How many images, and which prior?
 
-Two corruptions, noise and low contrast, at strength 4; statistics of 1 to some thousand images of
-each, blended by (J3) and (J4) with the clean ones. Drawn is the mean over the two. The images are
-others than those judged.
+Two corruptions are used, noise and low contrast, at strength 4. The statistics of 1 to some
+thousand images of each are blended by (J3) and (J4) with those of clean images. The plot shows the
+mean over the two corruptions. The images adapted to are not among those judged.
 """
 
 # %%
@@ -732,12 +736,12 @@ plotting.lines(
 ## A failure and its cure: a sorted sample
 
 Adaptation takes every difference between the sample and the source for a shift of the domain. If
-the sample is the beginning of a sorted file, all of one class, then what it takes away is the
-class. `statistics.adapt` warns when it is given labels to count, or a stream whose beginning is no
-random sample of it. The cure is a random sample. A prior mixes in the statistics of the source: it
-helps only where these are nearer to the truth than those of the sample. With `--full` they are not:
-with one class alone the accuracy goes from .386 to .360 by a prior of 400, with all from .456 to
-.379, and without adaptation it is .219.
+the sample is the beginning of a sorted file, all of one class, then adaptation takes away the
+class. `statistics.adapt` warns of such a sample if it is given labels to count, or a stream whose
+beginning is no random sample of it. The cure is a random sample. A prior mixes in the statistics of
+the source, and helps only where these are nearer to the truth than those of the sample. With
+`--full` they are not: a prior of 400 lowers the accuracy from .386 to .360 with one class alone,
+and from .456 to .379 with all classes. Without adaptation it is .219.
 """
 
 # %%
@@ -789,21 +793,21 @@ print(f"statistics.adapt warns: {WARNING}")
 ## What this does not show
 
 The dense nets are small, and the learning rates are those of the report, not the best for each net;
-without normalization, another rate may do better. Seeds stand for the validation images, the
-initial weights and the order alike; the test images are the same for all. The convolutional net is
+without normalization, another rate may do better. A seed changes the validation images, the initial
+weights and the order together; the test images are the same for all. The convolutional net is
 trained for three epochs on 20,000 images without augmentation; nets that have seen distorted images
-in training lose less, and have less to regain. The corruptions are this library's:
-their strengths are not those of CIFAR-10-C, and neither are accuracies. Each domain is pure; a
-stream that changes is for `statistics.RunningAdaptation`. CIFAR-10 as a JPEG copy, where the title
-says so, costs accuracy against the original images.
+in training lose less, and have less to regain. The corruptions are this library's own: neither
+their strengths nor the accuracies are those of CIFAR-10-C. Each domain is pure; for a stream that
+changes there is `statistics.RunningAdaptation`. A JPEG copy of CIFAR-10, used where the title says
+so, costs accuracy compared with the original images.
 
 ## Exercises
 
 1. Does batch normalization make these nets better: with three layers, with nine, before or after
-   the ReLU, from a tiny start?
-2. A report found re-estimated statistics 'almost 2 % better', adapted ones of the same domain no
-   different. Does that hold over seeds?
-3. Which corruptions does adaptation recover from, and which not? Why?
+   the ReLU, and from tiny initial weights?
+2. A report found re-estimated statistics 'almost 2 % better', and adapted ones of the same domain
+   no different. Does that hold over seeds?
+3. From which corruptions does adaptation recover accuracy, and from which not? Why?
 4. How many unlabelled images does it take, and what is the prior for?
 
 ## References

@@ -15,22 +15,22 @@
 what JAX and PyTorch have in its place), as a subclassed `keras.Model`, and as `keras.Sequential`;
 that all three compute the same outputs, gradients and trained weights; what accuracy they reach
 after one epoch; what each way costs in lines and in seconds; and what each way must take care of
-when batch normalization comes in: the training flag, and statistics that move.
+when batch normalization is added: the training flag and the moving statistics.
 
-**You need** lesson 1; lesson 2 for Nesterov's momentum.
+**You need** lesson 1, and lesson 2 for Nesterov's momentum.
 
-**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB), in
-`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
-tensorflow-datasets; downloaded to the first of these that can be written to. `--data-dir`
-may be a packed `.npz` as well. With neither network nor folder: the digits that come with
-scikit-learn.
+**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB),
+read from `--data-dir` alone if it is given, else from `TFDS_DATA_DIR`, then from the default folder
+of tensorflow-datasets; if missing, downloaded to the first of these that can be written to.
+`--data-dir` may also be a packed `.npz` file. With neither network nor folder: the digits that come
+with scikit-learn.
 
 **Needs** on two CPU cores: `--fast` less than a minute, the default about five minutes, `--full`
 about half an hour (five seeds of each net and way, each trained for one epoch on 49,000 images). It
-runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); figures are TensorFlow's. It draws with
+runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`); the figures are TensorFlow's. The plots need
 Matplotlib, which an environment without TensorFlow may lack (`pip install matplotlib`).
 
-**Expect** after one epoch: see part E of RESULTS.md, whose rows `--full` recomputes.
+**Expect** after one epoch the accuracies in part E of RESULTS.md, whose rows `--full` recomputes.
 """
 
 # %%
@@ -81,8 +81,9 @@ print(f"Tutorial 6, mode {arguments.mode}, on {BACKEND}; results go to {out}")
     ConvNet         x -> conv 5x5x32, padding 2 -> ReLU -> conv 3x3x16, padding 1 -> ReLU
                       -> flatten -> dense 10
 
-trained for one epoch with cross-entropy, in batches of 64. All weights begin by He's rule: normal
-numbers of variance 2 / fan-in, where fan-in is the number of inputs that a unit adds up; biases 0.
+Both are trained for one epoch with cross-entropy, in batches of 64. All weights begin by He's rule,
+as normal numbers of variance 2 / fan-in, where fan-in is the number of inputs that a unit adds up.
+All biases begin at 0.
 """
 
 # %%
@@ -106,11 +107,11 @@ PIXELS, POSITIONS = math.prod(data.input_shape), HEIGHT * WIDTH
 ## First way: tensors
 
 A net is a function from weights and images to logits, and the weights are a list of arrays that we
-draw ourselves. What makes a training of it is the gradient of the loss with respect to that list.
-`keras.ops` has the functions of arrays on all backends.
+draw ourselves. Training needs the gradient of the loss with respect to that list. `keras.ops` has
+the array functions for all backends.
 
-`moving` is what a net remembers between steps and does not train. These nets remember nothing: the
-list stays empty until batch normalization comes in.
+`moving` is what a net remembers between steps but does not train. These nets remember nothing: the
+list stays empty until batch normalization is added.
 """
 
 
@@ -163,11 +164,11 @@ def cross_entropy(logits, y):
 
 # %% [markdown]
 """
-The gradient is where the backends differ, and so does a step. Each of the three sections below has
-the same three functions; the one of the backend in use is defined.
+The backends differ in how they take the gradient, and therefore in the step. Each of the three
+sections below has the same three functions; only those of the backend in use are defined.
 
-On **TensorFlow**, a `GradientTape` records what is done with variables, and is played backwards.
-`tf.function` compiles the step, variables are assigned to in place.
+On **TensorFlow**, a `GradientTape` records what is done with variables, and is then played
+backwards. `tf.function` compiles the step. Variables are updated in place.
 """
 
 # %%
@@ -204,9 +205,9 @@ if BACKEND == "tensorflow":
 
 # %% [markdown]
 """
-On **JAX**, `value_and_grad` turns a function into another one that gives the gradient as well.
-Arrays do not change; a step takes the old ones and returns new ones, in whose place they may be
-written (`donate_argnums`).
+On **JAX**, `value_and_grad` turns a function into one that gives the gradient as well. Arrays do
+not change: a step takes the old ones and returns new ones, which may be written over the old ones
+(`donate_argnums`).
 """
 
 # %%
@@ -243,7 +244,8 @@ if BACKEND == "jax":
 
 # %% [markdown]
 """
-On **PyTorch**, tensors that want a gradient remember what was done with them. Nothing is compiled.
+On **PyTorch**, tensors that require a gradient remember what was done with them. Nothing is
+compiled.
 """
 
 # %%
@@ -279,7 +281,7 @@ if BACKEND == "torch":
 
 # %% [markdown]
 """
-The loop over the batches is the same again:
+The loop over the batches is again the same for all backends:
 """
 
 
@@ -296,8 +298,8 @@ def train_tensors(step, batches):
 """
 ## Second way: a subclassed model
 
-Layers make their weights themselves; the class says how they follow on each other. `call` may hold
-any code; and Keras trains it.
+The layers make their own weights, and the class says how they follow one another. `call` may hold
+any code, and Keras trains the model.
 """
 
 # %%
@@ -337,9 +339,9 @@ def train_keras(model, optimizer, batches, *callbacks):
 """
 ## Third way: Sequential
 
-Where every layer follows on the one before, a list is enough. It is trained by the same
-`train_keras`. (The nets of `keras_norm.models` are functional models, lists with names; with them,
-`models.TwoLayerNet()` and `models.ConvNet()` are these two.)
+Where every layer follows the one before, a list is enough. It is trained by the same `train_keras`.
+(The nets of `keras_norm.models` are functional models, lists with names; there,
+`models.TwoLayerNet()` and `models.ConvNet()` are the two nets of this lesson.)
 """
 
 
@@ -371,8 +373,8 @@ def sequential_conv_net():
 """
 ## The same outputs, the same loss, the same gradients
 
-From the same weights. `stateless_call` makes a function of weights and images out of a Keras model,
-of which the first way's `value_and_gradients` gives the gradients.
+All ways start from the same weights. `stateless_call` turns a Keras model into a function of
+weights and images, and the first way's `value_and_gradients` gives its gradients.
 """
 
 # %%
@@ -452,8 +454,8 @@ for net, (_, forward, *_) in NETS.items():
 
 # %% [markdown]
 """
-Float32 has seven digits. And so, by the same rule from the same start, with the same batches, the
-same trained weights, up to rounding:
+Float32 has seven digits. With the same rule, the same start and the same batches, the trained
+weights are then the same, too, up to rounding:
 """
 
 
@@ -508,18 +510,19 @@ for net in NETS:
 """
 ## One epoch
 
-Published, after one epoch on 49,000 images, one run each: tensors .43 (two layers) and .469
-(ConvNet); subclassed with plain gradient descent .455 and .456; Sequential with Nesterov's momentum
-.9 at a rate of .01 .408 and .588. The rule differs from way to way, the net does not: what differs
-in these figures is the rule, its rate, and luck. The rules are kept here: plain gradient descent
-for the first two ways, Nesterov for the third.
+The published accuracies, after one epoch on 49,000 images and from one run each, are .43 (two
+layers) and .469 (ConvNet) for tensors, .455 and .456 for subclassed models with plain gradient
+descent, and .408 and .588 for Sequential with Nesterov's momentum .9 at a rate of .01. The rule
+differs from way to way, the net does not: what differs in these figures is the rule, its rate, and
+luck. The same rules are used here: plain gradient descent for the first two ways, Nesterov's
+momentum for the third.
 
-The rates of plain gradient descent are not stated. `--full` chooses them by validation accuracy, of
-a seed that is none of those below, once for each net, since the way makes no difference: of .003,
-.01 and .03 for the two layers, of .01 and .03 for the ConvNet, and finds .01 and .03. The other
-modes choose nothing: they take .03 and .003, of which the latter is not among those that `--full`
-tries. Every seed draws its own 1,000 validation images and the order of the others, with `--full`
-765 batches of 64.
+The rates of plain gradient descent are not stated. `--full` chooses one for each net, since the way
+makes no difference, by the validation accuracy of a seed that is not used below: from .003, .01 and
+.03 for the two layers, and from .01 and .03 for the ConvNet. It finds .01 and .03. The other modes
+do not choose: they take .03 and .003, and `--full` does not try the latter for the ConvNet. Every
+seed draws its own 1,000 validation images and the order of the others (765 batches of 64 with
+`--full`).
 """
 
 # %%
@@ -661,9 +664,9 @@ print(f"Tensors against subclassed, same rule, largest difference of a seed: {AW
 """
 ## What each way costs
 
-In lines: those of the functions and classes above, counted in this script, without comments,
-docstrings and empty lines; what is written for the net, and what is written for its training (with
-tensors, the step of the backend in use), which serves all nets of the same way.
+First, in lines: those of the functions and classes above, counted in this script, without comments,
+docstrings and empty lines. The lines of the net and the lines of its training are counted apart;
+the latter (with tensors, the step of the backend in use) serve all nets of the same way.
 """
 
 
@@ -705,9 +708,9 @@ for name, lines in LINES.items():
 
 # %% [markdown]
 """
-In seconds: all by plain gradient descent, in turns (one way after the other, then all of them
-again), a hundred steps each and scaled to an epoch of 49,000 images. What is compiled in the first
-steps is not counted. The median of the turns is the figure.
+Then, in seconds. All are trained by plain gradient descent, in turns (one way after the other, then
+all of them again), for a hundred steps each, scaled to an epoch of 49,000 images. What is compiled
+in the first steps is not counted. The figure given is the median of the turns.
 """
 
 # %%
@@ -784,15 +787,15 @@ plotting.bars(
 ## Batch normalization, in each way
 
 Now a net has two modes and a memory. In training it normalizes by the batch's statistics, and
-updates moving averages of them; in inference it uses the averages. Each way has to take care of
-other things:
+updates moving averages of them; in inference it uses the averages. Each way has different things to
+take care of:
 
-* **Tensors**: of all of it. The flag goes into every function that normalizes; the new averages
-  come out, and have to be stored; and no gradient may be taken with respect to them.
-* **Subclassed**: of the flag. The model's own `call` must name it (`training=None`), and hand it on
-  to the layers: then `fit` sets it to True, `predict` and `evaluate` to False. A layer need not
-  name it for the layers that it consists of. In a loop of our own we say `training=True`.
-* **Sequential**: of nothing.
+* **Tensors**: all of it. The flag goes into every function that normalizes; the new averages come
+  out, and have to be stored; and no gradient may be taken with respect to them.
+* **Subclassed**: the flag. The model's own `call` must name it (`training=None`), and hand it on to
+  the layers. Then `fit` sets it to True, and `predict` and `evaluate` set it to False. A layer need
+  not name it for the layers that it consists of. In a loop of our own we pass `training=True`.
+* **Sequential**: nothing.
 """
 
 # %%
@@ -915,7 +918,8 @@ NORMALIZED = {
 
 # %% [markdown]
 """
-The check once more: the same weights, and the same moving statistics, after the same steps.
+The check once more: after the same steps, the weights are the same, and so are the moving
+statistics.
 """
 
 
@@ -969,17 +973,17 @@ for net in NORMALIZED:
 ## Three failures and their cures
 
 **The update forgotten.** With tensors, a step that leaves out `old.assign(new)` trains as well as
-before: in training the batch's own statistics are used. In inference, the mean 0 and variance 1 of
-the beginning are not those of the units.
+before, because training uses the batch's own statistics. But inference then uses the initial mean 0
+and variance 1, which are not those of the units.
 
 **The flag forgotten.** Inference with `training=True` uses the statistics of the images that happen
-to be asked about together. With a thousand of them nobody notices; with few, an answer depends on
-its neighbours; and with one, dense layers see nothing but beta.
+to be in the same batch. With a thousand of them nobody notices; with few, an answer depends on its
+neighbours; and with one, a normalization after a dense layer gives nothing but beta.
 
-**The flag not named** by the `call` of a subclassed model: `fit` then has nothing to say it to, and
-the model is in inference mode all the time.
+**The flag not named.** If the `call` of a subclassed model does not name the flag, `fit` has no way
+to set it, and the model is in inference mode all the time.
 
-The first two are tried on the weights of one training, so that nothing else differs.
+The first two are tried with the weights of the same training, so that nothing else differs.
 """
 
 # %%
@@ -1073,12 +1077,12 @@ plotting.bars(
 
 # %% [markdown]
 """
-And in Keras? A *layer* need not name the flag: its normalization learns it from the call around
-it. The *model's own* `call` must, or `fit` runs it in inference mode: it normalizes by the initial
-0 and 1, which stay what they are, and nobody says so but `statistics.diagnose`. Naming it, `call`
-is to hand it on, too: TensorFlow and PyTorch do without that, JAX does not. A loop of our own that
-calls the model without `training=True` fails in the same way. Each of these is tried on a batch of
-ones, of which a training step moves the moving mean by a tenth.
+And in Keras? A *layer* need not name the flag: its normalization gets it from the call around it.
+The *model's own* `call` must name it, or `fit` runs the model in inference mode: it normalizes by
+the initial 0 and 1, which never change, and only `statistics.diagnose` says so. A `call` that names
+the flag should also hand it on: TensorFlow and PyTorch do without that, JAX does not. A loop of our
+own that calls the model without `training=True` fails in the same way. Each of these is tried on a
+batch of ones, on which a training step moves the moving mean by a tenth.
 """
 
 
@@ -1154,19 +1158,20 @@ print(f"Diagnosis: {found.first}. {found.causes[0].evidence}")
 """
 ## What this does not show
 
-Two small nets and one epoch: after a dozen epochs the rules would stand in another order. The
-published accuracies are of single runs, and whether on validation or test images is not said; here
-both are given. Seconds are those of one machine and of steps without augmentation; on a GPU the
-time between the steps counts for more. The plot of seconds shows means over the turns, the text
-medians. The saved runs shared the machine with other work. Lines are those of this script, in which
-the tensors use the functions of `keras.ops`.
+The nets are small, and trained for one epoch; after a dozen epochs the rules would come in another
+order. The published accuracies are of single runs, and it is not said whether they are on
+validation or test images; here both are given. The seconds are those of one machine and of steps
+without augmentation; on a GPU the time between the steps counts for more. The plot of seconds shows
+means over the turns, the text medians. The saved runs shared the machine with other work. The lines
+are those of this script, in which the first way uses the functions of `keras.ops`.
 
 ## Exercises
 
 1. Do the three ways give the same net?
 2. What accuracy does each way reach after one epoch, and does the way matter?
 3. What does each way cost?
-4. What must each way take care of when batch normalization comes in, and what if it does not?
+4. What must each way take care of when batch normalization is added, and what happens if it does
+   not?
 
 ## References
 

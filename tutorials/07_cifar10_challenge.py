@@ -11,33 +11,35 @@
 """
 # 7. The CIFAR-10 challenge
 
-**You will learn** what makes a small convolutional net learn CIFAR-10 in a few epochs: beginning
-with the net of a course, one idea after the other, and what each is worth, added to a bare net and
-left out of the finished one, tested over seeds; which normalization it takes, and what momentum,
-epsilon, gamma and the rate of beta do to it; what can be had after training, from statistics and
-from several views of an image; and what the best net still gets wrong.
+**You will learn** what makes a small convolutional net learn CIFAR-10 in a few epochs, starting
+from the net of a course and adding one idea after the other; what each idea is worth, added to a
+bare net and left out of the finished one, tested over seeds; which normalization suits the net, and
+what momentum, epsilon, gamma and the rate of beta do to it; what can be gained after training, from
+statistics and from several views of an image; and what the best net still gets wrong.
 
-**You need** lesson 1; of lesson 2 Nesterov's momentum, of lesson 4 layer and group normalization,
-of lesson 5 how statistics are re-estimated.
+**You need** lesson 1, Nesterov's momentum from lesson 2, layer and group normalization from lesson
+4, and from lesson 5 how statistics are re-estimated.
 
-**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB), in
-`--data-dir` alone if it is given, else in `TFDS_DATA_DIR`, then in the default folder of
-tensorflow-datasets; downloaded to the first of these that can be written to. `--data-dir`
-may be a packed `.npz` as well. With neither network nor folder: the digits that come with
-scikit-learn.
+**Data**: CIFAR-10, 50,000 training and 10,000 test images of 32 x 32 pixels in colour (163 MB),
+read from `--data-dir` alone if it is given, else from `TFDS_DATA_DIR`, then from the default folder
+of tensorflow-datasets; if missing, downloaded to the first of these that can be written to.
+`--data-dir` may also be a packed `.npz` file. With neither network nor folder: the digits that come
+with scikit-learn.
 
-**Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16); by the time of single nets,
-the default a quarter of an hour; `--full` three hours beside other work, half of them for 18 of its
-120 trainings, which ran beside most of it (nearly forty nets over three seeds, 6,400 images,
-six epochs; the best of them once more on all images). It can be interrupted and goes on where it
-was. It runs on TensorFlow, JAX and PyTorch (`KERAS_BACKEND`), and draws with Matplotlib, which an
-environment without TensorFlow may lack (`pip install matplotlib`).
+**Needs** on two CPU cores: `--fast` about a minute (images of 16 x 16); the default a quarter of an
+hour, estimated from the times of single nets; `--full` three hours beside other work (nearly forty
+nets over three seeds, 6,400 images, six epochs; the best of them once more on all images). Half of
+the three hours went to 18 of the 120 trainings, which ran beside most of that other work. An
+interrupted run can be resumed where it stopped. The lesson runs on TensorFlow, JAX and PyTorch
+(`KERAS_BACKEND`). The plots need Matplotlib, which an environment without TensorFlow may lack
+(`pip install matplotlib`).
 
-**Expect** no record: these nets are small, and see few images for a short time, so that forty of
-them can be paid for. Two of the ideas, batch normalization and Muon, are worth more than all others
-together, where the net without normalization is given a start that it can learn from; how much the
-first is worth depends on the rates that the net without it gets. Most of the rest cannot be told
-from chance. `keras-norm train --recipe cpu-4min` trains a larger net on everything.
+**Expect** no record: these nets are small and see few images for a short time, so that forty of
+them are affordable. Two of the ideas, batch normalization and Muon, are worth more than all the
+others together, if the net without normalization is given a start that it can learn from. How much
+batch normalization is worth depends on the rates given to the net without it. Most of the other
+ideas cannot be told from chance. `keras-norm train --recipe cpu-4min` trains a larger net on all
+training images.
 """
 
 # %%
@@ -71,46 +73,49 @@ print(f"Tutorial 7, mode {arguments.mode}, on {keras.backend.backend()}; results
 """
 ## The ideas
 
-Most of them are those of Keller Jordan (2024), *94% on CIFAR-10 in 3.29 Seconds on a Single GPU*.
+Most of them come from Keller Jordan (2024), *94% on CIFAR-10 in 3.29 Seconds on a Single GPU*.
 
 **Whitening.** Neighbouring pixels and colours say nearly the same, and gradient descent spends its
-first epochs on undoing that. The first convolution does it instead: it is measured, not trained.
-With x a patch of 2 x 2 pixels, S = Q L Q^T the covariance of such patches:
+first epochs on undoing that. Here the first convolution undoes it instead: its filters are
+measured, not trained. With x a patch of 2 x 2 pixels, and S = Q L Q^T the covariance of such
+patches:
 
     (W1)  U = (L + epsilon)^(-1/2) Q^T        U S U^T ~ I: its filters are uncorrelated
     (W2)  y = [U x, -U x]                     both signs, of which the activation keeps one
 
-**Identity.** Convolutions begin with filters that hand their input on, and noise in the others.
+**Identity.** Convolutions begin with some filters that pass their input on; the others begin with
+noise.
 
-**Normalization.** Batch normalization without gamma: a convolution's scale is normalized away, and
-GELU needs none of its own. Its beta learns 64 times as fast as the kernels. Its moving statistics
-follow with a momentum of .6, so that they are those of the weights that there are.
+**Normalization.** Batch normalization is used without gamma: the scale of a convolution is
+normalized away, and the activation, GELU, needs no scale of its own. Beta learns 64 times as fast
+as the kernels. The moving statistics follow with a momentum of .6, so that they belong to the
+current weights.
 
-**Alternating flips.** An image is mirrored in every other epoch, not by chance: in two epochs the
-net sees it both ways, where chance would show half of them the same way twice. All are moved by up
-to two pixels as well.
+**Alternating flips.** An image is mirrored in every other epoch, not at random. In two epochs the
+net sees it both ways, where random flips would show half of the images the same way twice. All
+images are also shifted by up to two pixels.
 
-**Label smoothing.** Targets are .8 for the class and .2 for all of them evenly.
+**Label smoothing.** The target gives .8 to the class, and spreads .2 evenly over all classes.
 
-**Muon.** The gradient of a kernel, as a matrix, is made orthogonal before the step: all directions
-move equally far, also those whose gradient is small.
+**Muon.** The gradient of a kernel, taken as a matrix, is made orthogonal before the step, so that
+all directions move equally far, even those whose gradient is small.
 
-**Lookahead.** Every five steps the weights w return to a slow average s of themselves, which weighs
-more and more towards the end, t of T steps:
+**Lookahead.** Every five steps the weights w return to a slow average s of themselves. At step t of
+T its old value has the weight d, which grows towards the end:
 
     (K1)  d = .95^5 (t / T)^3
     (K2)  s <- d s + (1 - d) w,    w <- s
 
-**Views.** In inference the net looks at the image x, at its mirror image m(x), and at both moved by
-a pixel along a diagonal, s+ and s-:
+**Views.** In inference the net looks at the image x, at its mirror image m(x), and at both of these
+shifted by a pixel along a diagonal, s+ and s-:
 
     (T1)  g(x) = (f(x) + f(m(x))) / 2
     (T2)  y    = g(x) / 2 + (g(s+(x)) + g(s-(x))) / 4
 
 ## From scratch, and by the library
 
-Each seed trains on images of its own, drawn from the training images; judged are all nets on the
-same images held out for validation. The test images are for the last figure of this tutorial alone.
+Each seed trains on images of its own, drawn from the training images. All nets are judged on the
+same images, held out for validation. The test images are kept for the last net of this tutorial.
 """
 
 # %%
@@ -198,18 +203,19 @@ print(f"Images seen both ways in two epochs: {BOTH_WAYS}")
 ## The nets
 
 The **base** has all of the ideas: `FastConvNet` in the widths 16, 32 and 32, twelve million
-operations per image of CIFAR-10, by `recipes.train`. Every other net differs from it in what its
-name says, and has been given no rate of its own. The **course's net** has four convolutions of
-5 x 5, batch normalization and RMSProp at 1e-4 in batches of 64, no augmentation, and seven times
-the operations. With another normalization or none, a quarter of the rates is tried as well: those
-of the base were chosen with batch normalization.
+operations per image of CIFAR-10, trained by `recipes.train`. Every other net differs from it in
+what its name says, and has been given no rate of its own. The **course's net** has four
+convolutions of 5 x 5 and batch normalization, RMSProp at 1e-4 in batches of 64, no augmentation,
+and seven times the operations. For nets with another normalization or none, a quarter of the rates
+is tried as well, because the rates of the base were chosen with batch normalization.
 
-From a bare net with Nesterov's rule one idea after the other leads to the base, each keeping those
-before. The weights of all these nets begin small, with a variance of 1 / (3 fan-in). Batch
-normalization takes their scale out. Without it, and without the identity, each layer makes its
-inputs smaller, and nothing is left of an image at the top: the net does not learn at all. That
-says nothing about normalization. So the bare net gets He's start, a variance of 2 / fan-in, and two
-rates; the better of the two in validation is the one that batch normalization is held against.
+A bare net with Nesterov's rule becomes the base by one idea after the other, each step keeping the
+ideas before it. The weights of all these nets begin small, with a variance of 1 / (3 fan-in), where
+fan-in is the number of inputs that a unit adds up. Batch normalization cancels their scale. Without
+it, and without the identity, each layer shrinks its inputs, and nothing is left of an image at the
+top: the net does not learn at all. That says nothing about normalization. So the bare net is given
+He's start, a variance of 2 / fan-in, and two rates; batch normalization is compared with the better
+of the two in validation.
 """
 
 # %%
@@ -301,7 +307,7 @@ def recipe_of(settings):
 
 # %% [markdown]
 """
-Names on the left, what they change in the base on the right.
+The names are on the left; what they change in the base is on the right.
 """
 
 # %%
@@ -483,8 +489,8 @@ print(nets.table(["val_accuracy", "two_views", "mflop"], digits={"mflop": 1}))
 """
 ## One idea after the other
 
-Each step is tested against the one before, seed by seed, and batch normalization against the
-better of the bare nets. With few seeds a test sees only large differences: what it calls not
+Each step is tested against the one before, seed by seed, and batch normalization against the better
+of the bare nets. With few seeds a test sees only large differences: one that it calls not
 significant may still be there.
 """
 
@@ -535,10 +541,10 @@ plotting.bars(
 
 # %% [markdown]
 """
-## Leaving out, or doing otherwise
+## Leaving an idea out, or doing it differently
 
-Every net against the base: what each idea is worth where all the others are there already. First
-the normalizations, at the rates of the base and at a quarter of them.
+Every net is compared with the base: what is each idea worth when all the others are there already?
+First the normalizations, at the rates of the base and at a quarter of them.
 """
 
 # %%
@@ -597,18 +603,19 @@ else:
 ## A failure and its cure: statistics that lag
 
 The momentum of the moving averages takes no part in training, which normalizes by the statistics of
-the batch: every momentum gives the same weights. But in inference the averages take their place.
-With a momentum of .999, after t steps a share of .999^t of them is still the initial 0 and 1: 74%
-after 300. That is made for trainings of many thousand steps, and these have a few hundred. The cure
-is a momentum that fits the training, or to re-estimate the statistics at its end (here from 2,000
-training images), which makes the momentum a matter of indifference.
+the batch: every momentum gives the same weights. But in inference the averages take the place of
+those statistics. With a momentum of .999, after t steps a share of .999^t of the averages is still
+the initial 0 and 1: 74% after 300. Such a momentum is made for trainings of many thousand steps,
+and these have a few hundred. The cure is a momentum that fits the length of the training, or
+statistics re-estimated at its end (here from 2,000 training images), for which the momentum does
+not matter.
 
-A usual momentum can lag, too. RMSProp moves every weight by about the learning rate in every step,
-and in the course's net the weights of up to 3,200 inputs move at once: within the hundred steps
-that a momentum of .99 looks back, its activations have changed.
+A common momentum can lag, too. RMSProp moves every weight by about the learning rate in every step,
+and in the course's net a unit has up to 3,200 inputs, whose weights all move at once: within the
+hundred steps that a momentum of .99 looks back, the activations have changed.
 
-Test-time augmentation comes after training as well: two views (as the image is, and mirrored), or
-six.
+Test-time augmentation comes after training as well: two views (the image as it is, and mirrored),
+or six.
 """
 
 
@@ -676,11 +683,11 @@ plotting.bars(
 ## The best combination, and the only look at the test images
 
 A change is taken over from the nets above if its net was better than the base in every seed (the
-rates stay those of the base); of several changes of the same thing the one with the best mean. All
-that are taken over together make the combination. It is compared with the base on the validation
-images, and the better of the two is trained on all training images (but those of validation), and
-then judged on the test images. So choosing has not seen these; the validation accuracy of what was
-chosen is flattered by the choice.
+rates stay those of the base). Of several changes to the same thing, the one with the best mean is
+taken. All changes that are taken over together make the combination. It is compared with the base
+on the validation images, and the better of the two is trained on all training images (except those
+of validation) and then judged on the test images. So the test images had no part in the choice; the
+validation accuracy of what was chosen is flattered by it.
 """
 
 # %%
@@ -746,8 +753,8 @@ print(last.table())
 """
 ## What it gets wrong
 
-The answers of all its seeds to the test images, with six views. Rows are what an image is, columns
-what the net says, in percent of the row.
+These are the answers that the best net, over all its seeds, gives to the test images with six
+views. A row is what an image is, a column what the net says, in percent of the row.
 """
 
 # %%
@@ -789,9 +796,9 @@ if living.any():
 
 # %% [markdown]
 """
-The mistakes that one of these nets is surest of: the test images whose wrong class has the most
-probability above that of the right one. Above each, its label, and what the net takes it for. Some
-are mistakes of the labels: look at each.
+These are the mistakes that one of these nets is surest of: the test images where the probability of
+the wrong class exceeds that of the right one by the most. Above each image is its label, and what
+the net takes it for. Some are mistakes of the labels: look at each.
 """
 
 # %%
@@ -815,10 +822,11 @@ if shown:
 
 # %% [markdown]
 """
-The first filters: those of whitening, measured in a second, the largest variance first; the same
-convolution when it is trained from noise ("no whitening"); and those of the course's net. Grey is
-a weight of 0. Whitening begins with brightness, colour and the differences of brightness between
-neighbours, and ends with differences of colour that hardly any image has: (W1) amplifies them most.
+The first filters follow: those of whitening, measured in a second, in order of variance with the
+largest first; those of the same convolution trained from noise ("no whitening"); and those of the
+course's net. Grey is a weight of 0. The whitening filters begin with brightness, colour and the
+differences of brightness between neighbours, and end with differences of colour that hardly any
+image has, which (W1) amplifies most.
 """
 
 
@@ -851,18 +859,19 @@ for name, file in (("no whitening", "trained"), ("the course's net", "course")):
 ## What this does not show
 
 The nets are small, and trained for few epochs on few images, with the rates of the base, or a
-quarter of them where that was tried; an idea may be worth more, or nothing, where there is time for
-thirty epochs, and a net that lost here may have lacked a rate of its own. The ideas were found by
-others on all of CIFAR-10, test images included in what was looked at on the way, and the base was
-put together from them before this tutorial. A ladder has an order, and another order would give
-other steps. With three seeds, what is worth half a point cannot be told from nothing. CIFAR-10 as a
-JPEG copy, where the title says so, costs accuracy against the original images: compare only figures
+quarter of them where that was tried. With time for thirty epochs an idea may be worth more, or
+nothing, and a net that lost here may have lacked a rate of its own. Others found the ideas on all
+of CIFAR-10, and looked at test images on the way; the base was put together from these ideas before
+this tutorial. The ideas were added in one order; another order would give other steps. With three
+seeds, an idea worth half a point cannot be told from one worth nothing. A JPEG copy of CIFAR-10,
+used where the title says so, costs accuracy compared with the original images: compare only figures
 on the same copy.
 
 ## Exercises
 
-1. What is each idea worth, added on the way to the base, and left out of it? Is it the same?
-2. Which normalization does this net take, and can it do without?
+1. What is each idea worth when it is added on the way to the base, and when it is left out of the
+   base? Is it the same?
+2. Which normalization suits this net, and can it do without?
 3. Which momentum should the moving statistics have?
 4. Gamma, beta and epsilon: which of them matter here?
 5. What do two and six views add, and what do they cost?
