@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -44,6 +46,26 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_remains(path: Path) -> None:
+    """Remove what `replace_file` left beside `path` in processes that were killed.
+
+    To be called under a lock: another process may be writing such a file.
+    """
+    remains = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}{re.escape(path.suffix)}")
+    for other in path.parent.glob(".*"):
+        if remains.fullmatch(other.name):
+            other.unlink(missing_ok=True)
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on the disk, or for this user
+
+
+def no_room(error: BaseException) -> str:
+    """What the system says of a disk that is full; "" of any other error."""
+    code = error.errno if isinstance(error, OSError) else None
+    return os.strerror(code) if code in NO_ROOM else ""
 
 
 def require_writable(folder: Path) -> None:

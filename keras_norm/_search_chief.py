@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_norm._files import replace_file
+from keras_norm._files import clear_remains, replace_file
 from keras_norm._search_bayesian import Bayesian, curve
 from keras_norm._search_hyperband import Hyperband
 from keras_norm._search_process import Channel, Nursery
@@ -361,6 +361,8 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     from keras_tuner.src import protos
 
     settings, folder = Settings.of(spec["settings"]), Path(spec["folder"])
+    for path in [folder / "oracle.json", *folder.glob("trial_*/trial.json")]:
+        clear_remains(path)
     oracle = make_oracle(settings, spec["space"])
     nursery = Nursery.forked(channel) if settings.max_parameters or settings.max_flops else None
     oracle.start(settings, folder, nursery and _budget(nursery, spec))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_norm._files import replace_file
+from keras_norm._files import clear_remains, no_room, replace_file
 from keras_norm._machine import describe_machine
 from keras_norm._search_process import Channel, Nursery
 from keras_norm._search_run import describe
@@ -144,7 +144,9 @@ def _folder(search: Search, out: Path, plan: dict[str, Any], overwrite: bool) ->
     if overwrite:
         return out if earlier is None else out / "next"
     noted = _read(search.out / "tested.json") or {}
-    place = Path(noted.get("out", out))
+    place = search.out / noted.get("out", out.absolute())
+    if earlier is not None and not place.exists():  # it was noted before the search was moved
+        place = out
     if noted.get("tested") and not _adds_seeds(noted["plan"], plan):
         raise SearchError(_used(place))
     if (out / "model_card.json").exists() and not _adds_seeds(earlier, plan):
@@ -159,7 +161,11 @@ def _folder(search: Search, out: Path, plan: dict[str, Any], overwrite: bool) ->
 
 def _used(out: Path) -> str:
     card = out / "model_card.md"
-    seen = f"see {str(card)!r}" if card.exists() else f"by what is unfinished in {str(out)!r}"
+    seen = f"by what is unfinished in {str(out)!r}"
+    if card.exists():
+        seen = f"see {str(card)!r}"
+    elif not (out / "plan.json").exists():
+        seen = f"by what was in {str(out)!r}, which is gone"
     return (
         f"The test set has been used for this search: {seen}. To choose again by what it said "
         "would make its answer worthless; --overwrite does it. The same choice may go on, and "
@@ -178,14 +184,25 @@ def _begin(search: Search, out: Path, folder: Path, plan: dict[str, Any]) -> Non
     earlier = _read(folder / "plan.json")
     if folder != out and not _adds_seeds(earlier, plan):
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt to replace, by others
-    if not (_read(search.out / "tested.json") or {}).get("tested"):
-        _note(search, out, plan, tested=False)  # so that what cannot be noted is not trained
+    noted = _read(search.out / "tested.json") or {}
+    if noted.get("tested"):  # written anew too, so that what cannot be noted is not trained
+        _write_note(search, noted)
+    else:
+        _note(search, out, plan, tested=False)
     _write_json(folder / "plan.json", plan)
 
 
 def _note(search: Search, out: Path, plan: dict[str, Any], *, tested: bool) -> None:
-    """In the folder of the search: for which choice the test set has been used, and where."""
-    note = {"tested": tested, "plan": plan, "out": str(out.absolute())}
+    """In the folder of the search: for which choice the test set has been used, and where.
+
+    A place in that folder is noted as it is seen from there, for the search may be moved.
+    """
+    place, own = out.resolve(), search.out.resolve()
+    where = place.relative_to(own) if place.is_relative_to(own) else place
+    _write_note(search, {"tested": tested, "plan": plan, "out": str(where)})
+
+
+def _write_note(search: Search, note: dict[str, Any]) -> None:
     try:
         _write_json(search.out / "tested.json", note)
     except OSError as error:
@@ -323,17 +340,24 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     Sends {"epoch": n} after each, and {"testing": true} before the test, where it waits for an
     answer; last {"failed": reason}.
     """
-    import traceback
+    from keras_norm._search_trial import brief, print_traceback
 
-    from keras_norm._search_trial import brief
-
+    folder = Path(spec["folder"])
     try:
+        for name in ("checkpoint.npz", "model.keras", "result.json"):
+            clear_remains(folder / name)
         result = _trained(channel, spec)
-        _write_json(Path(spec["folder"]) / "result.json", result)
-        Path(spec["folder"], "checkpoint.npz").unlink(missing_ok=True)
+        _write_json(folder / "result.json", result)
+        (folder / "checkpoint.npz").unlink(missing_ok=True)
     except Exception as error:
-        traceback.print_exc()
-        channel.send({"failed": brief(error)})
+        print_traceback()
+        reason = brief(error)
+        if full := no_room(error):
+            reason = (
+                f"it cannot be kept, and goes on later: {full}: {str(folder)!r}. Make room: the "
+                "same command goes on from the last epoch"
+            )
+        channel.send({"failed": reason})
 
 
 def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
@@ -432,6 +456,7 @@ def _finish(
 ) -> None:
     """Writes the card last: it says that the test set has been used."""
     first = out / f"trial_{chosen[0].number}" / "seed_0" / "model.keras"
+    clear_remains(out / "model.keras")
     with replace_file(out / "model.keras") as temporary:
         shutil.copyfile(first, temporary)
     best = results[0]

@@ -118,15 +118,16 @@ def _folder(out: Path) -> Iterator[None]:
 
     In that of a worker that has joined, `search_…` holds trials, whose logs are nowhere else.
     """
-    is_new = not out.exists()
-    try:
-        with locked(out):
+    was_there = out.exists()
+    with locked(out):  # only who holds it may remove it: another search may have begun meanwhile
+        is_new = not was_there and [p.name for p in out.iterdir()] == [".lock"]
+        try:
             yield
-    except (SearchError, KeyboardInterrupt, SystemExit):
-        begun = [*out.glob("search.json"), *out.glob("trial_*"), *out.glob("search_*")]
-        if is_new and not begun:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+        except (SearchError, KeyboardInterrupt, SystemExit):
+            begun = [*out.glob("search.json"), *out.glob("trial_*"), *out.glob("search_*")]
+            if is_new and not begun:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 def _join(
@@ -548,21 +549,31 @@ class _Display:
     def _refresh(self) -> None:
         if not self.show:
             return
-        if self.bar is None:
-            from tqdm import tqdm
+        with self._while_read():
+            if self.bar is None:
+                from tqdm import tqdm
 
-            total = self.settings.planned
-            self.bar = tqdm(total=total, unit="trial", disable=None, dynamic_ncols=True)
-        self.bar.n = len(self.ended)
-        best = "" if self.best is None else f"best {self.best[0]:.4f} (#{self.best[1]}) "
-        self.bar.set_postfix_str(best + ", ".join(self.running.values()))
+                total = self.settings.planned
+                self.bar = tqdm(total=total, unit="trial", disable=None, dynamic_ncols=True)
+            self.bar.n = len(self.ended)
+            best = "" if self.best is None else f"best {self.best[0]:.4f} (#{self.best[1]}) "
+            self.bar.set_postfix_str(best + ", ".join(self.running.values()))
 
     def _write(self, text: str) -> None:
         text = printable(text)
-        if self.bar is not None and not self.bar.disable:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        with self._while_read():
+            if self.bar is not None and not self.bar.disable:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
+
+    @contextlib.contextmanager
+    def _while_read(self) -> Iterator[None]:
+        """The search goes on where nobody reads any more, as in a terminal that was closed."""
+        try:
+            yield
+        except OSError:
+            self.show = False
 
     def end(self, outcome: Mapping[str, Any]) -> None:
         self.close()
@@ -573,7 +584,8 @@ class _Display:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with self._while_read():
+                self.bar.close()
             self.bar = None
 
 

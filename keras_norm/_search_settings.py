@@ -26,9 +26,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from keras_norm._files import replace_file
+from keras_norm._files import clear_remains, replace_file
 from keras_norm._machine import describe_machine
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "read_trials",
     "record_of",
     "refined_from",
+    "remove_checkpoint",
     "require",
     "warn_of_code",
     "with_absolute_paths",
@@ -454,9 +455,18 @@ def locked(out: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(file, out / ".lock"):  # its holder has removed the folder by now
+                raise BlockingIOError
         except BlockingIOError:
             raise SearchError(f"Another search is running in {str(out)!r}.") from None
         yield
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one of that path."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def new_identity() -> str:
@@ -609,6 +619,12 @@ def checkpoints_done_with(trial_id: str, values: Mapping[str, Any]) -> list[str]
     return needless
 
 
+def remove_checkpoint(trial: Path) -> None:
+    """From the folder of a trial that has ended; also what a killed process left of one."""
+    (trial / "checkpoint.npz").unlink(missing_ok=True)
+    clear_remains(trial / "checkpoint.npz")
+
+
 def clear_checkpoints(out: Path, settings: Settings, *, is_over: bool) -> None:
     """Removes what nobody goes on from, once all trials have ended and no other will be made.
 
@@ -618,8 +634,8 @@ def clear_checkpoints(out: Path, settings: Settings, *, is_over: bool) -> None:
     records = read_trials(out)
     is_over = is_over or len(records) >= settings.planned
     if is_over and all(r.status != "running" for r in records):
-        for path in out.glob("trial_*/checkpoint.npz"):
-            path.unlink(missing_ok=True)
+        for trial in out.glob("trial_*"):
+            remove_checkpoint(trial)
 
 
 def ranked(records: list[TrialRecord], direction: str) -> list[TrialRecord]:

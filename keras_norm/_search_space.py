@@ -400,6 +400,9 @@ def explore(settings: Settings, task: Task) -> dict[str, Any]:
 
     Returns:
         The config of `keras_tuner.HyperParameters`, without values.
+
+    Raises:
+        SearchError: for a number with a step of 0 or below.
     """
     import keras_tuner
     from keras_tuner.engine.base_tuner import BaseTuner
@@ -410,7 +413,20 @@ def explore(settings: Settings, task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         BaseTuner(oracle, lambda hp: space(hp, task), directory=folder)
     found = dict(oracle.get_space().get_config(), values={})
-    return _with_hidden(functools.partial(_called, space, task), found)
+    whole = _with_hidden(functools.partial(_called, space, task), found)
+    _check_steps(settings, whole)
+    return whole
+
+
+def _check_steps(settings: Settings, space: Mapping[str, Any]) -> None:
+    """KerasTuner divides by the step of a number."""
+    for entry in space["space"]:
+        step = entry["config"].get("step")
+        if step is not None and step <= 0:
+            raise SearchError(
+                f"The step of a number must be above 0: give another, or leave it out. Received: "
+                f"step={step} of {entry['config']['name']!r} in the space {settings.space!r}."
+            )
 
 
 def _called(space: Callable[[Any, Task], Any], task: Task, hp: Any) -> None:

@@ -9,7 +9,6 @@ and epoch.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -18,6 +17,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import signal
 import tempfile
 import time
@@ -30,7 +30,8 @@ import keras
 import numpy as np
 
 from keras_norm import datasets, models, statistics
-from keras_norm._files import replace_file
+from keras_norm._arrays import is_integer
+from keras_norm._files import clear_remains, no_room, replace_file
 from keras_norm._kinds import has_statistics
 from keras_norm._search_process import Channel, can_fork, introduce
 from keras_norm._search_settings import (
@@ -41,6 +42,7 @@ from keras_norm._search_settings import (
 from keras_norm._search_space import (
     CROSSENTROPY,
     Candidate,
+    SmoothedCrossentropy,
     Task,
     count_flops,
     defaults,
@@ -78,8 +80,12 @@ __all__ = [
 EVALUATION_BATCH = 500
 _REESTIMATED_FROM = 10_000  # images
 
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# Lines of messages of Keras and TensorFlow in front of the one that says what is wrong.
+_SAYS_NOTHING = re.compile(
+    r"Exception encountered when calling .*|Graph execution error:|<stack traces unavailable>"
+    r"|Detected at node .*:|File \".*|Could not automatically infer .* Error encountered:|"
+)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class TrialError(Exception):
@@ -265,9 +271,18 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
             f"batch_size=64). Received: {type(candidate).__name__} from {where}."
         )
     size = candidate.batch_size
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+    if not (is_integer(size) and size >= 1):
         raise SearchError(
             f"batch_size must be a whole number, at least 1. Received: {size!r} from {where}."
+        )
+    try:
+        data.train.batches(size, augment=candidate.augment)
+    except ValueError as error:
+        raise SearchError(f"{error} from {where}.") from None
+    if not (candidate.begin is None or callable(candidate.begin)):
+        raise SearchError(
+            "begin must be a function of (model, training images), or None. Received: "
+            f"{candidate.begin!r} from {where}."
         )
     callbacks = candidate.callbacks
     if not isinstance(callbacks, list | tuple) or not all(
@@ -298,9 +313,40 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
         told = scalars(model.test_on_batch(data.train.x[:2], data.train.y[:2], return_dict=True))
     except Exception as error:
         print_traceback()
-        raise SearchError(f"{rule}{type(model).__name__}, {brief(error)}.") from None
+        misfit = _input_misfit(model, data.input_shape) or brief(error)
+        raise SearchError(f"{rule}{type(model).__name__}, {misfit}.") from None
     if "accuracy" not in told:
         raise SearchError(f"{rule}a model that reports {', '.join(told)}.")
+    if (outputs := _outputs(model)) is not None and outputs < data.classes:
+        raise SearchError(
+            f"The model of a Candidate must have an output for each of the {data.classes} classes, "
+            f"such as Dense(task.classes). Received from {where}: {type(model).__name__} with "
+            f"{outputs} outputs."
+        )
+
+
+def _input_misfit(model: keras.Model, expected: tuple[int, ...]) -> str | None:
+    """What is wrong with the input of a model that does not take the images, if that is."""
+    shape = getattr(model, "input_shape", None)  # a list or dict, where there are several
+    own = shape[1:] if isinstance(shape, tuple) else ()
+    if len(own) != len(expected) or all(
+        size in (None, there) for size, there in zip(own, expected, strict=True)
+    ):
+        return None
+    return f"whose input has the shape {own} and not task.input_shape, {expected}"
+
+
+def _outputs(model: keras.Model) -> int | None:
+    """Number of a model's outputs where each must stand for a class; None where that is not known.
+
+    It is known of one output with a loss of Keras or this package that takes all class numbers.
+    """
+    loss, shape = model.loss, getattr(model, "output_shape", None)
+    kinds = keras.losses.SparseCategoricalCrossentropy, SmoothedCrossentropy
+    takes_all = loss == "sparse_categorical_crossentropy" or (
+        isinstance(loss, kinds) and getattr(loss, "ignore_class", None) is None
+    )
+    return shape[1] if takes_all and isinstance(shape, tuple) and len(shape) == 2 else None
 
 
 def _types(callbacks: Any) -> str:
@@ -516,6 +562,7 @@ class Trial:
 
     def _restore(self, data: datasets.Data) -> None:
         own = self.folder / "checkpoint.npz"
+        clear_remains(own)
         ancestors = Path(self.ancestor, "checkpoint.npz") if self.ancestor else None
         present = [p for p in (own, ancestors) if p is not None]
         is_new = bool(self.identity)
@@ -619,8 +666,8 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
         channel.send({"failed": str(error)})
     except (MemoryError, Exception) as error:
         print_traceback()
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            error = StateError(os.strerror(error.errno))
+        if full := no_room(error):
+            error = StateError(full)
         if isinstance(error, StateError):
             channel.send({"stopped": f"{error}: {str(folder)!r}"})
         else:
@@ -643,5 +690,7 @@ def brief(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else ""
+    """The first that says what is wrong."""
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).strip().splitlines()]
+    telling = (line for line in lines if not _SAYS_NOTHING.fullmatch(line))
+    return next(telling, lines[0] if lines else "")[:300]

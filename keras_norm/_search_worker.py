@@ -14,13 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from keras_norm._files import NO_ROOM
 from keras_norm._search_chief import COMPLETED, FAILED, IDLE, SERVICE, STOPPED
 from keras_norm._search_process import Channel, Child, Nursery
-from keras_norm._search_settings import BEAT, Settings, checkpoints_done_with
+from keras_norm._search_settings import BEAT, Settings, checkpoints_done_with, remove_checkpoint
 
 __all__ = ["about", "run"]
 
 _LOOK = 0.5  # seconds between looks at a trial that says nothing
+_RAISED = "Exception calling application: "  # gRPC's, before what a service raised
 _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # gRPC's, when the chief cannot be reached
 
 
@@ -89,9 +91,19 @@ class Chief:
                 return call()
             except grpc.RpcError as error:
                 attempts += 1
-                if error.code().name not in _AWAY or attempts > self.patience:
+                if error.code().name not in _AWAY:
+                    raise ConnectionError(_failed(str(error.details()))) from None
+                if attempts > self.patience:
                     raise ConnectionError(f"the chief does not answer: {error.details()}") from None
                 time.sleep(1)
+
+
+def _failed(details: str) -> str:
+    """Of a chief that has answered with an error."""
+    told = f"the chief failed: {details.removeprefix(_RAISED)}"
+    if any(f"[Errno {code}]" in details for code in NO_ROOM):
+        return f"{told}. Make room on its disk: the search goes on with --resume."
+    return told
 
 
 def about(channel: Channel, spec: dict[str, Any]) -> None:
@@ -177,7 +189,7 @@ class Attempt:
         for trial_id in checkpoints_done_with(
             self.trial.trial_id, self.trial.hyperparameters.values
         ):
-            (self._folder(trial_id) / "checkpoint.npz").unlink(missing_ok=True)
+            remove_checkpoint(self._folder(trial_id))
 
     def _folder(self, trial_id: str) -> Path:
         return self.folder / f"trial_{trial_id}"

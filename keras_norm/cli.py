@@ -7,8 +7,8 @@ Ctrl-C is 130. Nothing heavy is imported before it is needed, `--help` least of 
 from __future__ import annotations
 
 import argparse
-import errno
 import math
+import os
 import re
 import shlex
 import signal
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from keras_norm import __version__
+from keras_norm._files import no_room
 
 __all__ = ["main"]
 
@@ -77,12 +78,7 @@ def _is_of_the_user(error: Exception) -> bool:
     """Errors of ours that say what to put right."""
     named = type(error).__name__ in ("SearchError", "DataUnavailableError")
     own = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
-    return named or own or _is_full(error)
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether the disk has no more room, or none for this user."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return named or own or bool(no_room(error))
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -203,7 +199,11 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     if "join" in options:
         return 0
     if options.get("progress", True):
-        _conclude(found, out)
+        try:
+            _conclude(found, out)
+            sys.stdout.flush()
+        except OSError:  # nobody reads it any more: let what is left go nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if found.best():
         return 0
     print("keras-norm: error: No trial has a score: see the reasons above and, for each trial, "
@@ -293,7 +293,7 @@ def _run_retrain(arguments: argparse.Namespace) -> int:
         print("\nInterrupted. The same command goes on from the last epoch.", file=sys.stderr)
         return 130
     except OSError as error:
-        if not _is_full(error):
+        if not no_room(error):
             raise
         raise tuning.SearchError(
             f"{error}. Make room: the same command goes on from the last epoch."

@@ -159,10 +159,11 @@ def search(
 ) -> Search:
     """Searches for the hyperparameters of a net for images.
 
-    Each trial runs in a process of its own. One that raises, diverges, takes too much memory or
-    hangs is a failed trial, with its reason and its log.txt; the search goes on. Processes that
-    are killed are started again; a search that was stopped goes on with `resume`, running trials
-    from their last finished epoch.
+    Each trial runs in a process of its own. One that raises, diverges, dies, or goes beyond
+    `trial_timeout` or `trial_memory` is a failed trial, with its reason and its log.txt; the search
+    goes on. Without `trial_timeout`, one that hangs is waited for. Workers and a chief that are
+    killed are started again; a search that was stopped goes on with `resume`, running trials from
+    their last finished epoch.
 
     Args:
         out: folder of the search, new or empty.
@@ -326,8 +327,9 @@ def retrain(
         SearchError: for options out of their range; if there is no trial with a score; if `out`
             holds a search, or something else; if the test set has been used for this search already
             and another choice (also one for another `out`, also by a call that was interrupted); if
-            the data, the space or packages are not there; if a training fails; if `space` is
-            another function, or has other hyperparameters.
+            the data, the space or packages are not there; if a training fails, or finds a disk
+            full, where the same call goes on; if `space` is another function, or has other
+            hyperparameters.
     """
     from keras_norm._search_retrain import write_retrained
 

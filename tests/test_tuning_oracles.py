@@ -1,9 +1,11 @@
 """The parts of a search, without its processes: oracles, spaces, settings, what comes after."""
 
+import contextlib
 import io
 import itertools
 import json
 import math
+import shutil
 import sys
 import time
 from collections import Counter
@@ -31,6 +33,7 @@ from keras_norm._search_settings import (
     clear_checkpoints,
     code_of,
     hyperband,
+    locked,
     prepare,
     read_search,
     record_of,
@@ -547,14 +550,17 @@ def test_checkpoints_are_cleared_when_no_trial_will_be_made(tmp_path):
     run(oracle, peak, 2)
     checkpoint = tmp_path / "trial_0" / "checkpoint.npz"
     checkpoint.touch()
+    remains = left_over(tmp_path / "trial_1/checkpoint.npz")
     clear_checkpoints(tmp_path, oracle.settings, is_over=False)  # the time was up
     assert checkpoint.exists()
+    assert remains.exists()
     running = oracle.create_trial("w")
     clear_checkpoints(tmp_path, oracle.settings, is_over=True)
     assert checkpoint.exists()
     score(oracle, running, [0.5])
     clear_checkpoints(tmp_path, oracle.settings, is_over=True)  # fewer than were planned
     assert not checkpoint.exists()
+    assert not remains.exists()
 
 
 @pytest.mark.parametrize(
@@ -662,6 +668,27 @@ def test_trial_goes_on_only_from_a_checkpoint_of_its_own(trial, tmp_path):
     assert epochs(**onward) == 0
     assert epochs(**onward, ancestor=str(tmp_path / "trial_0")) == 1
     assert epochs(**onward, ancestor=str(tmp_path / "trial_0"), identity="another") == 0
+
+
+def left_over(path):
+    """What `replace_file` leaves in a process that is killed, and two files that are others'."""
+    for name in ("0123abcd", "other", "0123abcd.mine"):
+        path.with_name(f".{path.stem}.{name}{path.suffix}").touch()
+    return path.with_name(f".{path.stem}.0123abcd{path.suffix}")
+
+
+def test_what_a_killed_trial_was_writing_goes_again(trial, tmp_path):
+    remains = left_over(tmp_path / "trial_0/checkpoint.npz")
+    for _ in range(2):
+        trial()._restore(None)
+        assert not remains.exists()
+        assert len(list(tmp_path.glob("trial_0/.checkpoint.*"))) == 2
+    left_over(tmp_path / "trial_0/checkpoint.npz")
+    spec = {"settings": {"data": "digits"}, "folder": str(tmp_path), "space": line()}
+    ended = Endless()  # by its limits, while it was writing
+    _search_worker.Attempt(ended, None, {**spec, "identity": "one"}, ended).clear()
+    assert not remains.exists()
+    assert not (tmp_path / "trial_0/checkpoint.npz").exists()
 
 
 def test_old_checkpoint_is_for_an_old_search(trial, tmp_path):
@@ -973,6 +1000,39 @@ def test_worker_does_not_work_for_the_chief_of_another_search(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "details", "told"),
+    [
+        ("UNAVAILABLE", "no connection", "the chief does not answer: no connection"),
+        ("UNKNOWN", "Exception calling application: 'x'", "the chief failed: 'x'"),
+        (
+            "UNKNOWN",
+            "Exception calling application: [Errno 28] No space left on device",
+            r"the chief failed: \[Errno 28\] No space left on device. Make room on its disk: the "
+            "search goes on with --resume.",
+        ),
+    ],
+)
+def test_a_chief_that_fails_is_not_one_that_is_away(monkeypatch, code, details, told):
+    grpc = pytest.importorskip("grpc")
+
+    class Told(grpc.RpcError):
+        def code(self):
+            return grpc.StatusCode[code]
+
+        def details(self):
+            return details
+
+    def call():
+        raise Told
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    chief = object.__new__(Chief)
+    chief.patience, chief.identity = 2, None
+    with pytest.raises(ConnectionError, match=f"^{told}$"):
+        chief._until_there(call)
+
+
 class Endless:
     """A trial whose epochs take no time: process, its channel and the chief, in one."""
 
@@ -1146,6 +1206,19 @@ def test_hyperparameters_in_loops_are_found(monkeypatch):
         called(kind="deep", depth=50, layers=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments", "step"),
+    [("Int", (8, 16), 0), ("Int", (8, 16), -2), ("Float", (0.0, 1.0), 0.0)],
+)
+def test_a_step_that_goes_nowhere_is_refused(monkeypatch, kind, arguments, step):
+    def space(hp, task):
+        getattr(hp, kind)("width", *arguments, step=step)
+
+    monkeypatch.setattr(spaces, "space_of", lambda reference: space)
+    with pytest.raises(SearchError, match=f"must be above 0.* Received: step={step} of 'width'"):
+        spaces.explore(Settings(data="digits"), TASKS["digits"])
+
+
 def test_space_of_images_is_what_it_was(explored):
     """All of it is declared at once, so a search that was made before can be resumed."""
     for name, task in TASKS.items():
@@ -1157,6 +1230,7 @@ def test_space_of_images_is_what_it_was(explored):
 UNFIT = """
 import keras
 
+from keras_norm._search_space import SmoothedCrossentropy
 from keras_norm.tuning import Candidate
 
 
@@ -1175,10 +1249,34 @@ def made(model, metrics=(), build=True):
     return model
 
 
-def sequential(units=10):
-    return keras.Sequential(
-        [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(units)]
-    )
+def sequential(units=10, size=8, last=()):
+    layers = [keras.Input((size, size, 1)), keras.layers.Flatten(), keras.layers.Dense(units)]
+    return keras.Sequential([*layers, *last])
+
+
+class Broken(keras.layers.Layer):
+    def call(self, x):
+        if x.shape[0] == 2:  # not while its shape is found out
+            raise RuntimeError("no good")
+        return x
+
+
+def smoothed(units):
+    model = made(sequential(units), ["accuracy"])
+    model.compile("sgd", SmoothedCrossentropy(0.1), metrics=["accuracy"])
+    return model
+
+
+def binary():
+    model = sequential(1)
+    model.compile("sgd", "mse", metrics=["accuracy"])
+    return model
+
+
+def pooled():
+    inputs = keras.Input((28, 28, 1))
+    layers = [inputs, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(12)]
+    return keras.Sequential(layers)
 
 
 def fine(hp, task):
@@ -1198,6 +1296,14 @@ called_back = lambda hp, task, callbacks: Candidate(sequential, 50, callbacks=ca
 without = lambda hp, task: called_back(hp, task, None)
 single = lambda hp, task: called_back(hp, task, keras.callbacks.TerminateOnNaN())
 mixed = lambda hp, task: called_back(hp, task, [keras.callbacks.TerminateOnNaN(), print])
+large = lambda hp, task: Candidate(lambda: made(sequential(size=28), ["accuracy"]), 50)
+few = lambda hp, task: Candidate(lambda: made(sequential(5), ["accuracy"]), 50)
+few_smoothed = lambda hp, task: Candidate(lambda: smoothed(5), 50)
+other_loss = lambda hp, task: Candidate(binary, 50)
+any_size = lambda hp, task: Candidate(lambda: made(pooled(), ["accuracy"]), 50)
+raising = lambda hp, task: Candidate(lambda: made(sequential(last=[Broken()]), ["accuracy"]), 50)
+augmented = lambda hp, task: Candidate(sequential, 50, augment="flip")
+begun = lambda hp, task: Candidate(sequential, 50, begin="x")
 """
 
 
@@ -1217,6 +1323,18 @@ mixed = lambda hp, task: called_back(hp, task, [keras.callbacks.TerminateOnNaN()
         ("without", "callbacks must be a list or tuple of .*Callback. Received: NoneType from"),
         ("single", "callbacks must be a list or tuple of .*Callback. Received: TerminateOnNaN "),
         ("mixed", r"callbacks must .*: \[TerminateOnNaN, builtin_function_or_method\] from"),
+        (
+            "large",
+            r"Sequential, whose input has the shape \(28, 28, 1\) and not task.input_shape, "
+            r"\(8, 8, 1\)\.",
+        ),
+        ("few", r"an output for each of the 10 classes, .*: Sequential with 5 outputs\."),
+        ("few_smoothed", r"an output for each of the 10 classes, .*: Sequential with 5 outputs\."),
+        ("other_loss", None),
+        ("any_size", None),
+        ("raising", r"Sequential, RuntimeError: no good\."),
+        ("augmented", "augment must be a function .* Received: augment='flip' from the space"),
+        ("begun", r"begin must be a function of \(model, .* Received: 'x' from the space"),
     ],
 )
 def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, monkeypatch, name, message):
@@ -1234,6 +1352,37 @@ def test_a_space_that_cannot_be_trained_is_refused_at_once(tmp_path, monkeypatch
         return
     with pytest.raises(SearchError, match=message):
         check()
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("no good\nsecond line", "no good"),
+        (
+            "Exception encountered when calling L.call().\n\n\x1b[1mno good\x1b[0m\n\nArguments:",
+            "no good",
+        ),
+        (
+            "Graph execution error:\n\nDetected at node a/b defined at (most recent call last):\n"
+            '  File "x.py", line 1, in <module>\n\n  File "y.py", line 2, in f\n\n'
+            "no good\n\t [[{{node a/b}}]]",
+            "no good",
+        ),
+        (
+            "Graph execution error:\n\nDetected at node a defined at (most recent call last):\n"
+            "<stack traces unavailable>\nno good",
+            "no good",
+        ),
+        (
+            "Could not automatically infer the output shape. Error encountered:\n\nno good",
+            "no good",
+        ),
+        ("Graph execution error:\n", "Graph execution error:"),
+        ("", ""),
+    ],
+)
+def test_errors_are_told_by_the_line_that_says_what_is_wrong(message, told):
+    assert _search_trial.brief(ValueError(message)) == f"ValueError: {told}"
 
 
 def test_space_has_no_mirrored_digits(explored):
@@ -1539,6 +1688,69 @@ def test_use_of_the_test_set_is_noted_before_the_first_net_is_tested(made, train
     card = tuning.retrain(made, seeds=4, progress=False)
     assert second.begun == 2
     assert json.loads(card.with_suffix(".json").read_text())["training"]["seeds"] == 4
+
+
+def test_a_search_that_was_moved_knows_its_trainings(made, trainings, tmp_path):
+    """Also one whose note names the place as it was then."""
+    trainings()
+    tuning.retrain(made, progress=False)
+    noted = made.out / "tested.json"
+    note = json.loads(noted.read_text())
+    assert note["out"] == "retrained"
+    moved = tuning.Search(tmp_path / "moved", made.settings, made.trials)
+    for out in ("retrained", str(made.out / "retrained")):
+        noted.write_text(json.dumps({**note, "out": out}))
+        made.out.rename(moved.out)
+        seen = f"see '{moved.out / 'retrained/model_card.md'}'"
+        with pytest.raises(SearchError, match=f"The test set has been used .*: {seen}"):
+            tuning.retrain(moved, top=2, progress=False)
+        moved.out.rename(made.out)
+    shutil.rmtree(made.out / "retrained")
+    gone = f"by what was in '{made.out / 'retrained'}', which is gone"
+    with pytest.raises(SearchError, match=gone):
+        tuning.retrain(made, top=2, progress=False)
+    trainings()
+    tuning.retrain(made, out=tmp_path / "other", overwrite=True, progress=False)
+    assert json.loads(noted.read_text())["out"] == str(tmp_path / "other")
+
+
+def test_what_cannot_be_noted_is_not_trained(made, trainings, monkeypatch):
+    """Also where the test set has been used already."""
+    trainings()
+    tuning.retrain(made, progress=False)
+    write = _search_retrain._write_json
+
+    def refused(path, value):
+        if path.name == "tested.json":
+            raise OSError(30, "Read-only file system")
+        write(path, value)
+
+    monkeypatch.setattr(_search_retrain, "_write_json", refused)
+    more = trainings()
+    for options in ({"seeds": 2}, {"overwrite": True}):
+        with pytest.raises(SearchError, match=r"cannot be noted in .*: Read-only file system"):
+            tuning.retrain(made, progress=False, **options)
+    assert more.begun == 0
+
+
+def test_a_training_on_a_full_disk_says_so(tmp_path, monkeypatch):
+    """The log lies on the same disk, and cannot be written either."""
+    sent = []
+    remains = [left_over(tmp_path / name) for name in ("checkpoint.npz", "model.keras")]
+
+    class Told:
+        send = sent.append
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_search_retrain, "_trained", full)
+    monkeypatch.setattr("traceback.print_exc", full)
+    _search_retrain.run(Told, {"folder": str(tmp_path)})
+    told = f"it cannot be kept, and goes on later: No space left on device: '{tmp_path}'. Make room"
+    assert [m["failed"].partition(":")[0] for m in sent] == [told.partition(":")[0]]
+    assert sent[0]["failed"].startswith(told)
+    assert not any(path.exists() for path in remains)
 
 
 def test_trainings_before_the_test_leave_the_choice_open(made, trainings, tmp_path):
@@ -1864,6 +2076,28 @@ def test_logs_of_a_worker_that_is_stopped_stay(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["begun"]
 
 
+def test_who_comes_second_leaves_the_folder_to_the_first(tmp_path, monkeypatch):
+    out = tmp_path / "new"
+    with contextlib.ExitStack() as first:
+
+        def late(folder):
+            first.enter_context(locked(folder))  # after the second has seen that it is new
+            return locked(folder)
+
+        monkeypatch.setattr(_search_run, "locked", late)
+        running = f"Another search is running in '{out}'"
+        with pytest.raises(SearchError, match=running), _search_run._folder(out):
+            pass
+        assert [p.name for p in out.iterdir()] == [".lock"]
+
+
+def test_the_lock_of_a_folder_that_was_removed_is_none(tmp_path, monkeypatch):
+    out = tmp_path / "new"
+    monkeypatch.setattr("fcntl.flock", lambda file, how: shutil.rmtree(out))
+    with pytest.raises(SearchError, match="Another search is running"), locked(out):
+        pass
+
+
 def test_rows_are_printed_in_any_encoding(monkeypatch):
     written = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", newline="")
     monkeypatch.setattr(sys, "stdout", written)
@@ -1879,6 +2113,33 @@ def test_rows_are_printed_in_any_encoding(monkeypatch):
     assert short.endswith("...")
     assert len(short) < 60
     assert whole.endswith("a rate ? 1")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "I/O error")])
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_search_that_nobody_reads_goes_on(monkeypatch, error, bar):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    class Bar:
+        disable = False
+
+        def write(self, text):
+            raise error
+
+        set_postfix_str = close = lambda *arguments: Gone().write("")
+
+    display = _search_run._Display(Settings(data="digits"), show=True)
+    display.bar = Bar() if bar else None
+    monkeypatch.setattr(sys, "stdout", Gone())
+    event = {"number": 0, "status": "failed", "reason": "", "score": None, "values": {}}
+    event |= {"epoch": 0, "best_epoch": None, "seconds": None, "parameters": None}
+    for _ in range(2):
+        display.trial(event)
+    assert not display.show
+    display.end({"exhausted": "all tried"})
+    assert display.bar is None
 
 
 def test_number_of_trials_of_hyperband_follows(tmp_path):
