@@ -28,9 +28,9 @@ import numpy.typing as npt
 from keras import ops, tree
 
 from keras_norm import statistics
-from keras_norm._files import replace_file
-from keras_norm._kinds import copy_of, kind_by_names
-from keras_norm._layerwise import movement, rms
+from keras_norm._arrays import is_integer
+from keras_norm._kinds import MEAN_VARIANCE, copy_of, kind_by_names
+from keras_norm._layerwise import rms
 from keras_norm._layerwise_program import (
     functions_by_python,
     intercepted,
@@ -179,7 +179,8 @@ class Diagnosis:
             The Matplotlib figure; closed if it was written.
 
         Raises:
-            ValueError: if there is nothing to draw: no cause with a change.
+            ValueError: if there is nothing to draw, no cause with a change; or for another kind of
+                file.
         """
         causes = [c for c in self.causes if math.isfinite(c.change)]
         if not causes:
@@ -187,19 +188,10 @@ class Diagnosis:
                 "A plot needs a cause with a change of the loss. Received: causes="
                 f"{[c.name for c in self.causes]}."
             )
-        from matplotlib import pyplot
-
-        from keras_norm.plotting import style
+        from keras_norm.plotting import finish, style
 
         with style():
-            figure = _draw(self, causes)
-            if path is not None:
-                try:
-                    with replace_file(path) as temporary:
-                        figure.savefig(temporary)
-                finally:
-                    pyplot.close(figure)
-        return figure
+            return finish(_draw(self, causes), path)
 
 
 def _draw(diagnosis: Diagnosis, causes: Sequence[Cause]) -> Any:
@@ -292,6 +284,15 @@ def _has_switch(layer: Layer) -> bool:
     return bool(getattr(layer, "_call_has_training_arg", False))
 
 
+def _leaf_layers(model: Any) -> list[Layer]:
+    """Those that have no layers inside."""
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if not list(layer._flatten_layers(include_self=False))
+    ]
+
+
 class _Trials:
     """Losses of the same batches, with chosen layers in training mode and chosen statistics."""
 
@@ -301,7 +302,7 @@ class _Trials:
         known = {id(y) for y in self.norms.values()}
         self.random = {
             path: layer
-            for path, layer in statistics._inside(model, "", set())
+            for path, layer in statistics._inside(model)
             if hasattr(layer, "seed_generator") and _has_switch(layer) and id(layer) not in known
         }
         # Of all variables: SpectralNormalization, for one, assigns its kernel in training mode.
@@ -431,7 +432,7 @@ def _not_finite(model: Any, batches: Sequence[Batch]) -> Cause | None:
     for number, batch in enumerate(batches):
         if not _finite(batch):
             return cause("data", f"NaN or infinite values in batch {number} of the data.")
-    for path, layer in [*statistics._inside(model, "", set()), ("model", model)]:
+    for path, layer in [*statistics._inside(model), ("model", model)]:
         for variable in getattr(layer, "_trainable_variables", []) + getattr(
             layer, "_non_trainable_variables", []
         ):
@@ -446,11 +447,9 @@ def _not_finite(model: Any, batches: Sequence[Batch]) -> Cause | None:
 
 
 def _first_not_finite(model: Any, batches: Sequence[Batch], training: bool) -> str | None:
-    names = {
-        id(layer): path
-        for path, layer in statistics._inside(model, "", set())
-        if not list(layer._flatten_layers(include_self=False))
-    }
+    leaves = _leaf_layers(model)
+    ids = {id(y) for y in leaves}
+    names = {id(y): path for path, y in statistics._inside(model) if id(y) in ids}
     found: list[str] = []
 
     def handler(layer: Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -459,7 +458,6 @@ def _first_not_finite(model: Any, batches: Sequence[Batch], training: bool) -> s
             found.append(names[id(layer)])
         return y
 
-    leaves = [y for y in model._flatten_layers(include_self=False) if id(y) in names]
     with intercepted(leaves, handler), nothing_compiled():
         for x, _, _ in batches:
             y = model(tree.map_structure(ops.convert_to_tensor, x), training=training)
@@ -506,12 +504,7 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
                 part.update(x, mask=fitting[-1])
         return call(*args, **kwargs)
 
-    leaves = [
-        layer
-        for layer in model._flatten_layers(include_self=False)
-        if not list(layer._flatten_layers(include_self=False))
-    ]
-    with intercepted(leaves, handler), nothing_compiled():
+    with intercepted(_leaf_layers(model), handler), nothing_compiled():
         for x, _, _ in batches[:8]:
             seen.clear()
             model(tree.map_structure(ops.convert_to_tensor, x), training=False)
@@ -520,8 +513,9 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
         if id(layer) in pairs:
             whole, part = pairs[id(layer)]
             if not part.empty:
-                parts = (part.mean, part.variance(), whole.mean, whole.variance())
-                found[name] = rms(np.nan_to_num(movement(*parts, layer.epsilon)))
+                values, base = ((m.mean, m.variance()) for m in (whole, part))
+                moved = MEAN_VARIANCE.distance(values, base, layer.epsilon)
+                found[name] = rms(np.nan_to_num(moved))
     return found
 
 
@@ -688,11 +682,12 @@ def diagnose(
 ) -> Diagnosis:
     """See `keras_norm.statistics.diagnose`."""
     for key, value in (("samples", samples), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        if not (is_integer(value) and value >= 1):
             raise ValueError(
                 f"`{key}` is a number of examples and must be an integer >= 1. Received: "
                 f"{key}={value!r}."
             )
+    statistics._check_seed(seed)
     if not getattr(model, "compiled", False):
         raise ValueError(
             "A diagnosis compares losses: the model must be compiled. Received: model "

@@ -24,7 +24,16 @@ from keras_norm.layers import BatchNormalization
 from keras_norm.moments import Covariance, Moments, Quantiles, example_sums
 from keras_norm.research import DecorrelatedBatchNormalization, QuantileNormalization
 
-__all__ = ["Kind", "Values", "copy_of", "has_statistics", "kind_by_names", "kind_of"]
+__all__ = [
+    "MEAN_VARIANCE",
+    "Kind",
+    "Values",
+    "copy_of",
+    "has_statistics",
+    "kind_by_names",
+    "kind_of",
+    "weights_in",
+]
 
 Array = Any
 Layer = Any
@@ -324,8 +333,10 @@ class _OfQuantiles(_ByRows):
         return (np.sort(vector.reshape(unit[0].shape) * sigma, axis=0),)
 
 
+MEAN_VARIANCE = _MeanVariance()
+
 _KINDS: tuple[tuple[tuple[type, ...], Kind], ...] = (
-    ((BatchNormalization, keras.layers.BatchNormalization), _MeanVariance()),
+    ((BatchNormalization, keras.layers.BatchNormalization), MEAN_VARIANCE),
     ((DecorrelatedBatchNormalization,), _MeanCovariance()),
     ((QuantileNormalization,), _OfQuantiles()),
 )
@@ -359,6 +370,6 @@ def kind_by_names(names: Iterable[str]) -> Kind:
     return next((kind for _, kind in _KINDS if given.issuperset(kind.names)), _KINDS[0][1])
 
 
-def weights_in(layer: Layer, x: Array, given: Mapping[str, Any]) -> Array | None:
+def weights_in(x: Array, given: Mapping[str, Any]) -> Array | None:
     """Mask and weights of a call, of the rank of x."""
     return weights_of(given.get("mask"), given.get("sample_weight"), x)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops, tree
 
-from keras_norm._kinds import Values, copy_of, kind_of
+from keras_norm._kinds import Values, kind_of
 from keras_norm._layerwise_plan import Plan, Stage, graph_of
 from keras_norm._layerwise_program import Item, Program, Ref, Step
 from keras_norm._sample import (
@@ -36,7 +36,7 @@ from keras_norm._sample import (
 )
 from keras_norm.moments import Moments
 
-__all__ = ["Found", "Job", "Rule", "copy_of", "current_statistics", "error_of", "movement", "rms"]
+__all__ = ["Found", "Job", "Rule", "current_statistics", "error_of", "rms"]
 
 Array = Any
 Layer = Any
@@ -56,15 +56,6 @@ _TRIED_FIRST, _TRIED = 4, 40  # one pass is tried on the first four batches, and
 
 def set_statistics(layer: Layer, values: Values) -> None:
     kind_of(layer).assign(layer, values)
-
-
-def movement(
-    mean: Floats, variance: Floats, old_mean: Floats, old_variance: Floats, epsilon: float
-) -> Floats:
-    """How far outputs move between two sets of statistics, per channel, in units of sigma."""
-    sigma = np.sqrt(np.maximum(variance + epsilon, 1e-30))
-    old_sigma = np.sqrt(np.maximum(old_variance + epsilon, 0.0))
-    return np.sqrt(((mean - old_mean) / sigma) ** 2 + ((sigma - old_sigma) / sigma) ** 2)
 
 
 def rms(x: Floats) -> float:
@@ -192,8 +183,8 @@ class Solver:
                 for i in stage.layers:
                     if i in found:
                         self._set(i, found[i])
-                for group, program in stage.groups:
-                    self._fixed_point(group, program, stage.level, tick)
+                for program in stage.groups:
+                    self._fixed_point(program, stage.level, tick)
         finally:
             for chunk in self._chunks:
                 if chunk.kept is not None:
@@ -248,9 +239,7 @@ class Solver:
         self.found[i] = found
         _set(self._layer(i), found, self._rule, self._names[i])
 
-    def _fixed_point(
-        self, group: tuple[int, ...], program: Program, level: int, tick: Callable[[], None]
-    ) -> None:
+    def _fixed_point(self, program: Program, level: int, tick: Callable[[], None]) -> None:
         """Layers that depend on each other: statistics that reproduce themselves.
 
         Round k makes the first k calls of a pass right: a group in which each layer is called
@@ -272,7 +261,8 @@ class Solver:
             if settled or last or (round_ >= calls and not shared):
                 break
             if shared and round_ > 1:
-                history = history[-10:] if moved < 4 * best else []  # else it leads astray
+                # After a jump, what came before only misleads the extrapolation: begin anew.
+                history = history[-10:] if moved < 4 * best else []
                 history = [h for h in history if h[0].keys() == targets.keys()]
                 best = min(best, moved)
                 history.append(({i: current_statistics(self._layer(i)) for i in targets}, targets))
@@ -373,8 +363,9 @@ def _as_many(part: Found, whole: Found) -> Found:
 def _leak(pairs: Sequence[Floats], batches: int) -> float:
     """The error of one pass over all batches from those of pairs, root mean square, in sigma.
 
-    A batch deviates from its pair half as much, in variance, as from all of many. The error has a
-    systematic part and a random one, of which many batches leave less than a pair.
+    The deviation of a batch from the mean of two has half the variance of its deviation from the
+    mean of many: hence the factor 2 (1 - 1 / batches). The error has a systematic part and a random
+    one, of which many batches leave less than a pair.
     """
     if not pairs:
         return 0.0

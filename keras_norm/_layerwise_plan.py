@@ -105,7 +105,7 @@ class Stage:
     segment: Program | None  # computes and probes
     layers: tuple[int, ...]  # whose statistics the segment gives
     keep: frozenset[int]  # values that later stages need
-    groups: list[tuple[tuple[int, ...], Program]]  # layers whose statistics depend on each other
+    groups: list[Program]  # each of layers whose statistics depend on each other
 
 
 class Plan:
@@ -133,7 +133,7 @@ class Plan:
     @property
     def programs(self) -> list[Program]:
         """All that is compiled."""
-        found = [program for stage in self.stages for _, program in stage.groups]
+        found = [program for stage in self.stages for program in stage.groups]
         return found + [stage.segment for stage in self.stages if stage.segment is not None]
 
     def _order(self) -> None:
@@ -210,7 +210,7 @@ class Plan:
         if run or probe:
             items = [Item(self.steps[n], n in run, n in probe) for n in sorted({*run, *probe})]
             segment = Program(items, self.layers, made)
-        programs = [(group, self._group(group, level)) for group in sorted(groups)]
+        programs = [self._group(group, level) for group in sorted(groups)]
         return Stage(level, segment, single, keep, programs)
 
     def _group(self, group: tuple[int, ...], level: int) -> Program:

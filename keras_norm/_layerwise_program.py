@@ -103,7 +103,7 @@ class _Inference(keras.layers.Layer):
 def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str, Array]:
     """What is needed of one input of a normalization layer, and of its mask and weights."""
     x = ops.cast(inputs, layer.compute_dtype)
-    return kind_of(layer).measured(layer, x, weights_in(layer, x, given))
+    return kind_of(layer).measured(layer, x, weights_in(x, given))
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterato
                 object.__setattr__(layer, name, value)
         yield
     finally:
-        for layer, name, before in patched:
+        for layer, name, before in reversed(patched):  # one may be given twice
             if before is not None:
                 object.__setattr__(layer, name, before)
             elif name in vars(layer):
@@ -355,7 +355,7 @@ def _normalized_by_batch(
 ) -> Array:
     """By the batch's own statistics; with a flag that is not set, by the moving ones."""
     x = ops.cast(inputs, layer.compute_dtype)
-    y = kind_of(layer).by_batch(layer, x, weights_in(layer, x, given), sums, flag)
+    y = kind_of(layer).by_batch(layer, x, weights_in(x, given), sums, flag)
     return ops.cast(y, layer.compute_dtype)
 
 

@@ -21,6 +21,7 @@ from keras_norm._search_settings import (
     SearchError,
     Settings,
     TrialRecord,
+    is_number,
     read_search,
     require,
 )
@@ -155,17 +156,13 @@ def _columns(trials: Sequence[TrialRecord]) -> dict[str, npt.NDArray[np.float64]
 
 
 def _encoded(values: Sequence[Any]) -> npt.NDArray[np.float64]:
-    numbers = [v for v in values if _is_number(v)]
-    if numbers and all(v is None or _is_number(v) for v in values):
+    numbers = [v for v in values if is_number(v)]
+    if numbers and all(v is None or is_number(v) for v in values):
         scale = np.log10 if _is_logarithmic(numbers) else np.asarray
         middle = float(np.median(numbers))
         return np.asarray(scale([middle if v is None else v for v in values]))[:, None]
     kinds = sorted(set(map(str, values)))
     return np.array([[float(str(v) == kind) for kind in kinds] for v in values])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_logarithmic(numbers: Sequence[float]) -> bool:
@@ -177,19 +174,13 @@ def _is_logarithmic(numbers: Sequence[float]) -> bool:
 
 def _draw(path: Path, draw: Callable[[], Figure | None]) -> bool:
     """Whether there was something to draw."""
-    from matplotlib import pyplot
-
-    from keras_norm.plotting import style
+    from keras_norm.plotting import finish, style
 
     with style():
         figure = draw()
         if figure is None:
             return False
-        try:
-            with replace_file(path) as temporary:
-                figure.savefig(temporary)
-        finally:
-            pyplot.close(figure)
+        finish(figure, path)
     return True
 
 
@@ -415,7 +406,7 @@ def _parallel(search: Search, weights: dict[str, tuple[float, float]]) -> Figure
 def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
     """Where a value stands, between 0 and 1, NaN for none; and the marks of the axis."""
     present = [v for v in values if v is not None]
-    if all(map(_is_number, present)) and len(set(present)) > 1:
+    if all(map(is_number, present)) and len(set(present)) > 1:
         scale = math.log if _is_logarithmic(present) else float
         low, high = scale(min(present)), scale(max(present))
         few = sorted(set(present)) if len(set(present)) <= 6 else [min(present), max(present)]
@@ -543,11 +534,11 @@ def _table(trials: Sequence[TrialRecord], settings: Settings) -> str:
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def is_number(text: str) -> bool:
+    def numeric(text: str) -> bool:
         return text.replace(",", "").replace(".", "").replace("-", "").isdecimal()
 
     def cell(text: str, tag: str = "td", like: str | None = None) -> str:
-        kind = ' class="n"' if is_number(text if like is None else like) else ""
+        kind = ' class="n"' if numeric(text if like is None else like) else ""
         return f"<{tag}{kind}>{_escape(text)}</{tag}>"
 
     first = rows[0] if rows else header

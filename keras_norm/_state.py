@@ -16,19 +16,29 @@ from keras import ops
 
 from keras_norm import autodiff
 
-__all__ = ["LiveNumbers", "as_of_now"]
+__all__ = ["LiveNumbers", "as_of_now", "synchronized"]
 
 Array = Any
 
 
 def as_of_now(variable: Any) -> Array:
-    """Its value, for a backward pass that comes after an assignment: PyTorch assigns in place."""
+    """The variable's value as it is now.
+
+    On PyTorch a copy where gradients are taken: an assignment would change the tensor that the
+    backward pass reads later.
+    """
     value = variable.value
     if keras.backend.backend() == "torch":
         import torch
 
         return value.clone() if torch.is_grad_enabled() else value
     return value
+
+
+def synchronized(model: Any) -> None:
+    """Gives the variables their values of now: in the middle of `fit` on JAX its step has them."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 class LiveNumbers:

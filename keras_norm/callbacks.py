@@ -3,7 +3,6 @@
 import csv
 import importlib
 import math
-import numbers
 import os
 import time
 import warnings
@@ -18,9 +17,10 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_norm import statistics
-from keras_norm._arrays import is_real
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._kinds import has_statistics
 from keras_norm._layerwise import rms
+from keras_norm._state import synchronized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,7 +224,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
 
     def _check_optimizer(self) -> None:
         """After the first batch: another optimizer would train at rates of its own."""
-        _synchronized(self.model)
+        synchronized(self.model)
         if self._snapshot is None or self._snapshot.has_stepped():
             return
         self.restore()
@@ -352,10 +352,9 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             The Matplotlib figure.
 
         Raises:
-            ValueError: if no batch has been trained.
+            ValueError: if no batch has been trained, or for another kind of file.
         """
-        from keras_norm._files import replace_file
-        from keras_norm.plotting import style
+        from keras_norm.plotting import finish, style
 
         if not self._losses:
             raise ValueError(
@@ -366,10 +365,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             figure = self._draw()
             if title is not None:
                 figure.suptitle(title)
-            if path is not None:
-                with replace_file(path) as temporary:
-                    figure.savefig(temporary)
-        return figure
+            return finish(figure, path)
 
     def _draw(self) -> "Figure":
         from matplotlib.figure import Figure
@@ -512,10 +508,6 @@ def _rule(optimizer: Any) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_range(minimum: Any, maximum: Any) -> None:
     if not (is_real(minimum) and is_real(maximum) and 0 < minimum < maximum < math.inf):
         raise ValueError(
@@ -525,11 +517,11 @@ def _check_range(minimum: Any, maximum: Any) -> None:
 
 
 def _check_window(steps: Any, window: Any) -> None:
-    if not (_is_int(steps) and steps >= 2):
+    if not (is_integer(steps) and steps >= 2):
         raise ValueError(f"`steps` must be an int >= 2. Received: steps={steps!r}.")
     if window is None:
         return
-    if not (_is_int(window) and 1 <= window <= steps and window % 2 == 1):
+    if not (is_integer(window) and 1 <= window <= steps and window % 2 == 1):
         raise ValueError(
             "`window` must be an odd int from 1 to `steps`. "
             f"Received: window={window!r}, steps={steps!r}."
@@ -591,7 +583,7 @@ class _Exchange(keras.callbacks.Callback):
 
     def __init__(self, every: int, keep: bool) -> None:
         super().__init__()
-        if not (_is_int(every) and every >= 1):
+        if not (is_integer(every) and every >= 1):
             raise ValueError(f"`every` must be an int >= 1, epochs. Received: every={every!r}.")
         self.every = every
         self.keep = keep
@@ -674,7 +666,7 @@ class _Exchange(keras.callbacks.Callback):
         self.restore()
 
     def _bring_in(self) -> None:
-        _synchronized(self.model)
+        synchronized(self.model)
         self._own = [(v, np.array(v.numpy())) for v in self._variables()]
         self._exchanged_model = self.model
         _EXCHANGED.setdefault(self._exchanged_model, []).append(self)
@@ -707,7 +699,7 @@ class _Exchange(keras.callbacks.Callback):
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        _synchronized(self._exchanged_model)  # interrupted, its step may still have the values
+        synchronized(self._exchanged_model)  # interrupted, its step may still have the values
         if self._exchanged_model.test_function is watch[1]:
             self._exchanged_model.test_function = watch[0]
 
@@ -727,10 +719,15 @@ class _BeforeEpochEnd(keras.callbacks.Callback):
         self._exchange.before_epoch_end(epoch)
 
 
-def _synchronized(model: Any) -> None:
-    """On JAX, the values of the training step go into the variables."""
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
+def _made(data: Any) -> Any:
+    """The data, or what a function without arguments makes."""
+    return data() if callable(data) else data
+
+
+def _statistics_in(model: Any) -> list[Any]:
+    """All variables that hold statistics."""
+    layers = statistics._normalizations(model).values()
+    return [v for layer in layers for v in statistics._statistics_of(layer)]
 
 
 class ReestimateStatistics(_Exchange):
@@ -778,12 +775,11 @@ class ReestimateStatistics(_Exchange):
         self.reports = {}
 
     def _variables(self) -> list[Any]:
-        layers = statistics._normalizations(self.model).values()
-        return [v for layer in layers for v in statistics._statistics_of(layer)]
+        return _statistics_in(self.model)
 
     def _come_in(self) -> None:
-        data = self.data() if callable(self.data) else self.data
-        self.reports[self._epoch if self._fitting else "end"] = self._operate(data)
+        report = self._operate(_made(self.data))
+        self.reports[self._epoch if self._fitting else "end"] = report
 
     def _operate(self, data: Any) -> statistics.Report:
         return statistics.reestimate(self.model, data, **self.options)
@@ -891,9 +887,9 @@ class AverageWeights(_Exchange):
             raise ValueError(f"`kind` must be 'ema' or 'swa'. Received: kind={kind!r}.")
         if not (is_real(decay) and 0 < decay < 1):
             raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}.")
-        if not (_is_int(start) and start >= 0):
+        if not (is_integer(start) and start >= 0):
             raise ValueError(f"`start` must be an int >= 0, an epoch. Received: start={start!r}.")
-        if not (steps is None or steps == "auto" or (_is_int(steps) and int(steps) >= 1)):
+        if not (steps is None or steps == "auto" or (is_integer(steps) and int(steps) >= 1)):
             raise ValueError(
                 "`steps` must be an int >= 1, batches, None for once in an epoch, or 'auto'. "
                 f"Received: steps={steps!r}."
@@ -910,16 +906,13 @@ class AverageWeights(_Exchange):
     def _variables(self) -> list[Any]:
         if self._averaged:  # whatever is trained by now
             return self._averaged
-        moving = self.model.non_trainable_variables if self.data is None else self._statistics()
-        inside = [layer for _, layer in statistics._inside(self.model, "", set())]
+        model = self.model
+        moving = model.non_trainable_variables if self.data is None else _statistics_in(model)
+        inside = [layer for _, layer in statistics._inside(model)]
         switches = {id(v) for y in inside if hasattr(y, "_live") for v in y._live.variables}
         floats = [v for v in moving if keras.backend.is_float_dtype(v.dtype)]
         floats = [v for v in floats if id(v) not in switches]
-        return [*self.model.trainable_variables, *floats]
-
-    def _statistics(self) -> list[Any]:
-        layers = statistics._normalizations(self.model).values()
-        return [v for layer in layers for v in statistics._statistics_of(layer)]
+        return [*model.trainable_variables, *floats]
 
     def _due(self, epoch: int) -> bool:
         return super()._due(epoch) and self.updates > 0
@@ -929,12 +922,11 @@ class AverageWeights(_Exchange):
             # A copy: a step of JAX gives its own arrays away.
             variable.assign(ops.cast(ops.copy(average.value), variable.dtype))
         if self.data is not None:
-            data = self.data() if callable(self.data) else self.data
-            statistics.reestimate(self.model, data, **self.options)
+            statistics.reestimate(self.model, _made(self.data), **self.options)
 
     def _update(self, times: int = 1) -> None:
         """As many updates of the average, by the weights of now."""
-        _synchronized(self.model)
+        synchronized(self.model)
         kept = 1.0
         for _ in range(times):
             self.updates += 1
@@ -1083,7 +1075,8 @@ class Lookahead(keras.callbacks.Callback):
         power: number >= 0; 0 averages from the beginning. Default: 3.
 
     State: `variables`, the slow weights, one `keras.Variable` for each trainable weight and each
-        moving statistic, from the first step on; t is counted by the optimizer, as batches, also
+        moving statistic, from the first step on; a `fit` that trains other weights, of the same
+        model or another, begins with new ones. t is counted by the optimizer, as batches, also
         those whose gradients it only accumulates. Save and restore both with the model to resume
         a training exactly.
 
@@ -1109,7 +1102,7 @@ class Lookahead(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         for name, value in (("total_steps", total_steps), ("steps", steps)):
-            if not (_is_int(value) and value >= 1):
+            if not (is_integer(value) and value >= 1):
                 raise ValueError(f"`{name}` must be an int >= 1. Received: {name}={value!r}.")
         if not (is_real(decay) and 0 < decay < 1):
             raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}.")
@@ -1125,30 +1118,22 @@ class Lookahead(keras.callbacks.Callback):
         Args:
             model: a built `keras.Model`.
         """
-        _synchronized(model)
-        inside = [layer for _, layer in statistics._inside(model, "", set())]
-        moving = [
-            variable
-            for layer in inside
-            if has_statistics(layer)
-            for variable in statistics._statistics_of(layer)
-            if keras.backend.is_float_dtype(variable.dtype)
-        ]
-        self._fast = [*model.trainable_variables, *moving]
+        synchronized(model)
+        self._fast = _averaged_in(model)
         self.variables = [
             keras.Variable(ops.copy(v), dtype=v.dtype, trainable=False, name="slow")
             for v in self._fast
         ]
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Creates the slow weights, unless a training of this model is resumed with them."""
-        own = {id(v) for v in self.model.variables}
-        if not self.variables or any(id(v) not in own for v in self._fast):
+        """Creates the slow weights, unless a training of the same weights goes on with them."""
+        averaged = [id(v) for v in _averaged_in(self.model)]
+        if not self.variables or averaged != [id(v) for v in self._fast]:
             self.build(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes how many batches the optimizer has had."""
-        _synchronized(self.model)
+        synchronized(self.model)
         # `iterations` is rounded down to whole accumulations, which may go on into this epoch.
         self._before = self._step = int(_rule(self.model.optimizer)._iterations.numpy())
 
@@ -1157,12 +1142,25 @@ class Lookahead(keras.callbacks.Callback):
         last, self._step = self._step, self._before + batch + 1
         if last // self.steps == self._step // self.steps:
             return
-        _synchronized(self.model)
+        synchronized(self.model)
         t = min(1.0, self._step / self.total_steps)
         d = self.decay**self.steps * t**self.power  # (K1)
         for slow, fast in zip(self.variables, self._fast, strict=True):
-            slow.assign(d * slow + (1 - d) * fast)  # (K2)
+            # Values: beside a variable, PyTorch's backend rounds a number to float32.
+            slow.assign(d * slow.value + (1 - d) * fast.value)  # (K2)
             fast.assign(ops.copy(slow))  # not the same array: a step on JAX gives its own away
+
+
+def _averaged_in(model: Any) -> list[Any]:
+    """What a model trains, and the moving statistics of its layers."""
+    moving = [
+        variable
+        for _, layer in statistics._inside(model)
+        if has_statistics(layer)
+        for variable in statistics._statistics_of(layer)
+        if keras.backend.is_float_dtype(variable.dtype)
+    ]
+    return [*model.trainable_variables, *moving]
 
 
 def in_order(callbacks: Sequence[Any]) -> list[Any]:
@@ -1273,7 +1271,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        if not (_is_int(every) and every >= 1):
+        if not (is_integer(every) and every >= 1):
             raise ValueError(f"`every` must be an int >= 1, epochs. Received: every={every!r}.")
         self.data, self.every, self.csv, self.tensorboard = data, every, csv, tensorboard
         self.records: list[dict[str, Any]] = []
@@ -1321,7 +1319,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
     def _exact(self, now: statistics.Snapshot) -> statistics.Report | None:
         if self.data is None:
             return None
-        data = self.data() if callable(self.data) else self.data
+        data = _made(self.data)
         try:
             return statistics.reestimate(self.model, data)
         finally:
@@ -1365,21 +1363,16 @@ class StatisticsMonitor(keras.callbacks.Callback):
             The Matplotlib figure.
 
         Raises:
-            ValueError: if nothing has been recorded.
+            ValueError: if nothing has been recorded, or for another kind of file.
         """
-        from keras_norm._files import replace_file
-        from keras_norm.plotting import style
+        from keras_norm.plotting import finish, style
 
         if not self.records:
             raise ValueError(
                 "A plot needs records. Received: records=[]. Pass the callback to `fit` first."
             )
         with style():
-            figure = self._draw()
-            if path is not None:
-                with replace_file(path) as temporary:
-                    figure.savefig(temporary)
-        return figure
+            return finish(self._draw(), path)
 
     def _draw(self) -> "Figure":
         from matplotlib.figure import Figure

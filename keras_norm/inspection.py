@@ -43,9 +43,11 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops, tree
 
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._gradients import gradients, restored_randomness
 from keras_norm._layerwise import rms
 from keras_norm._layerwise_program import intercepted
+from keras_norm._state import synchronized
 
 __all__ = [
     "LEVELS",
@@ -243,7 +245,7 @@ def covariate_shift(
         >>> found["dense1"].shift, found["dense2"].shift > 0
         (0.0, True)
     """
-    if not (np.isfinite(length) and length > 0):
+    if not (is_real(length) and 0 < length < math.inf):
         raise ValueError(f"`length` must be a step length > 0. Received: length={length!r}.")
     _refuse_string("layers", layers)
     surface = _Surface(model, x, y)
@@ -363,7 +365,7 @@ def distributions(
     _refuse_string("layers", layers)
     surface = _Surface(model, x, y)
     known = {y.name: y for y in model.layers if not isinstance(y, keras.layers.InputLayer)}
-    names = list(known) if layers is None else list(layers)
+    names = list(known) if layers is None else list(dict.fromkeys(layers))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"`layers` must be of {list(known)}. Received: {unknown}.")
     chosen = [known[name] for name in names]
@@ -479,7 +481,7 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         shifts: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not (is_integer(every) and every >= 1):
             raise ValueError(f"`every` must be an int >= 1, steps. Received: every={every!r}.")
         if not len(lengths) or min(lengths) <= 0:
             raise ValueError(
@@ -520,8 +522,7 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         self._look()
 
     def _look(self) -> None:
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()  # the variables get the values of the training step
+        synchronized(self.model)
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         given = self.model, self.x, self.y
         along = along_gradient(*given, [(rate or 1.0) * length for length in self.lengths])

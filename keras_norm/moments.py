@@ -56,6 +56,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
+from keras_norm._arrays import is_integer
 from keras_norm.functional import canonical_axes, compute_dtype
 
 __all__ = ["Covariance", "Moments", "Quantiles", "example_sums"]
@@ -64,6 +65,7 @@ Array = Any
 Axis = int | tuple[int, ...]
 Floats = npt.NDArray[np.float64]
 
+_SUMS = ("count", "mean", "m2", "examples", "_gram")  # attributes
 _BLOCK = 1 << 22  # elements that are held in float64 at a time
 
 
@@ -174,6 +176,14 @@ class Moments:
     ) -> "Moments":
         return _of_block(x, w, channels, self.axis)
 
+    def _with_sums_of(self, moments: "Moments") -> Self:
+        """An empty one of the same kind, but for the sums, which are those of another."""
+        new = self._like()
+        new._reset(moments.count.shape)
+        for name in _SUMS:
+            setattr(new, name, getattr(moments, name))
+        return new
+
     def _weights(
         self, x: npt.NDArray[Any], mask: Array | None, weights: Array | None
     ) -> Floats | None:
@@ -263,7 +273,7 @@ class Moments:
 
     def _merge(self, other: Any) -> None:
         if not np.any(self.count):
-            for name in ("count", "mean", "m2", "examples", "_gram"):
+            for name in _SUMS:
                 setattr(self, name, getattr(other, name).copy())
             return
         count = self.count + other.count  # (M4)
@@ -501,11 +511,7 @@ class Covariance(Moments):
     _format = "keras_norm.moments.covariance/1"
 
     def __init__(self, axis: int = -1, group_size: int | None = None) -> None:
-        if group_size is not None and (
-            isinstance(group_size, bool)
-            or not isinstance(group_size, int | np.integer)
-            or group_size < 1
-        ):
+        if group_size is not None and not (is_integer(group_size) and group_size >= 1):
             raise ValueError(
                 "`group_size` is a number of channels: an int >= 1, or None for all of them. "
                 f"Received: group_size={group_size!r}."
@@ -541,10 +547,7 @@ class Covariance(Moments):
         self, x: npt.NDArray[Any], w: Floats | None, channels: tuple[int, ...]
     ) -> "Moments":
         moments = super()._of_block(x, w, channels)
-        new = self._like()
-        new._reset(moments.count.shape)
-        for name in ("count", "mean", "m2", "examples", "_gram"):
-            setattr(new, name, getattr(moments, name))
+        new = self._with_sums_of(moments)
         rows, w = _rows(x, w, channels[0])
         v = rows.astype(np.float64) - new.mean
         scaled = v
@@ -676,13 +679,12 @@ class Quantiles(Moments):
     _format = "keras_norm.moments.quantiles/1"
 
     def __init__(self, axis: int = -1, capacity: int = 4096) -> None:
-        whole = isinstance(capacity, int) and not isinstance(capacity, bool)
-        if not whole or capacity < 2 or capacity % 2:
+        if not is_integer(capacity) or capacity < 2 or capacity % 2:
             raise ValueError(
                 "`capacity` is a number of elements and must be an even integer >= 2. Received: "
                 f"capacity={capacity!r}. The default is 4096."
             )
-        self.capacity = capacity
+        self.capacity = int(capacity)
         super().__init__(axis)
 
     def _like(self) -> Self:
@@ -705,10 +707,7 @@ class Quantiles(Moments):
                 "and 1. Repeat elements that count several times."
             )
         moments = super()._of_block(x, w, channels)
-        new = self._like()
-        new._reset(moments.count.shape)
-        for name in ("count", "mean", "m2", "examples", "_gram"):
-            setattr(new, name, getattr(moments, name))
+        new = self._with_sums_of(moments)
         rows, w = _rows(x, w, channels[0])
         narrow = x.dtype == np.float32 or x.dtype.itemsize <= 2
         rows = rows.astype(np.float32 if narrow else np.float64)
@@ -793,10 +792,15 @@ class Quantiles(Moments):
         return self._bound + sum(2.0**h for h, waits in enumerate(self._waiting) if waits)
 
     @property
+    def _all_levels(self) -> list[npt.NDArray[Any]]:
+        """(m, C) for each level, with what was not yet put together."""
+        self._at(0)
+        return [np.concatenate([self._levels[0], *self._fresh]), *self._levels[1:]]
+
+    @property
     def _held(self) -> tuple[npt.NDArray[Any], Floats]:
         """All elements (m, C), and their weights (m,)."""
-        self._at(0)
-        levels = [np.concatenate([self._levels[0], *self._fresh]), *self._levels[1:]]
+        levels = self._all_levels
         weights = [np.full(len(items), 2.0**h) for h, items in enumerate(levels)]
         return np.concatenate(levels), np.concatenate(weights)
 
@@ -867,12 +871,10 @@ class Quantiles(Moments):
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain lists and numbers: JSON keeps every bit."""
-        self._at(0)
-        levels = [np.concatenate([self._levels[0], *self._fresh]), *self._levels[1:]]
         return {
             **super().to_dict(),
             "capacity": self.capacity,
-            "levels": [{"dtype": str(v.dtype), "items": v.tolist()} for v in levels],
+            "levels": [{"dtype": str(v.dtype), "items": v.tolist()} for v in self._all_levels],
             "waiting": list(self._waiting),
             "bound": self._bound,
             "scale": self._scale,

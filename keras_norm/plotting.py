@@ -10,7 +10,7 @@ published is dashed, with its source in the legend. Matplotlib is imported when 
 
 Arguments with the same meaning everywhere:
     source: `Results`, or the path of results.json, results.csv or their folder.
-    names: Settings to draw, in this order; default all.
+    names: Settings to draw, at least one, in this order; default all.
     published: Figures of others, name -> metric -> figure or (figure, source), or a list of these,
         as in `Results.table`. One whose name is drawn gets the colour of that setting.
     labels: Metric, setting name, key or value -> text to show instead. Default: underscores become
@@ -139,13 +139,17 @@ def _drawing() -> Iterator[None]:
         raise
 
 
-def _finish(figure: Figure, path: PathLike, title: str | None) -> Figure:
-    """Give the figure its title, write it, close it."""
-    from matplotlib import pyplot
+def finish(figure: Figure, path: PathLike, title: str | None = None) -> Figure:
+    """Give the figure its title, write it, close it.
 
+    Raises:
+        ValueError: The path is none of the three kinds of file. The figure is closed then, too.
+    """
     if title:
         _head(figure, title)
     if path is not None:
+        from matplotlib import pyplot
+
         try:
             with replace_file(_checked(path)) as temporary:
                 figure.savefig(temporary)
@@ -171,7 +175,13 @@ def _results(source: Source, names: Iterable[str] | None = None) -> tuple[Result
     results = source if isinstance(source, Results) else Results.load(source)
     if not results.runs:
         raise ValueError("A plot needs at least one run. Received: results without runs.")
-    return results, results.select(None if names is None else list(names)).names
+    chosen = None if names is None else list(names)
+    if chosen == []:
+        raise ValueError(
+            f"`names` must name at least one setting, of {results.names}. Received: names=[]. "
+            "Leave it out to draw all."
+        )
+    return results, results.select(chosen).names
 
 
 def _colors(results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -396,7 +406,7 @@ def learning_curves(
         note = _BAND if banded else "mean over n seeds" if several else "one seed"
         dashed = _published_lines(panels, published, looks, labels)
         _legend(figure, handles, dashed, note)
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 def _metrics(metrics: str | Sequence[str]) -> list[str]:
@@ -553,7 +563,7 @@ def sweep(
         n = f"{most}" if fewest == most else f"{fewest} to {most}"
         several = f"{_BAND.replace('n seeds', f'n = {n} seeds')}; faint points: single seeds"
         _legend(figure, handles, dashed, "one seed" if most == 1 else several)
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 @dataclass(frozen=True)
@@ -733,7 +743,7 @@ def bars(
         single = max(map(len, values.values()), default=0) == 1
         note = "one seed" if single else "mean ± 1 standard deviation over n seeds"
         _legend(figure, handles, marks, note)
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 def _row_height(texts: Sequence[str], usual: float) -> float:
@@ -896,7 +906,7 @@ def paired_differences(
         if len(tests) > 1:
             note += f"; p adjusted for {len(tests)} differences (Holm), intervals not"
         _legend(figure, [handle], note=note)
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 def _differences(results: Results, a: str, b: str, metric: str) -> list[float]:
@@ -1030,8 +1040,8 @@ def matrix(
 
     Args:
         values: Numbers (rows, columns); NaN leaves a cell empty.
-        rows: Text of each row.
-        columns: Text of each column.
+        rows: Text of each row; what is no text, such as a number, is shown as `str` writes it.
+        columns: Text of each column, likewise.
         xlabel: What the columns are, with unit.
         ylabel: What the rows are, with unit.
         value: What the numbers are, with unit.
@@ -1053,6 +1063,7 @@ def matrix(
         ['9', '1', '2', '8']
     """
     array = np.asarray(values, dtype=np.float64)
+    rows, columns = ([str(text) for text in given] for given in (rows, columns))
     if array.shape != (len(rows), len(columns)):
         raise ValueError(
             "values must have a row per text in `rows` and a column per text in `columns`. "
@@ -1081,7 +1092,7 @@ def matrix(
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes)
         bar.set_label(_wrapped(value, int(11 * size[1]) - 2))  # letters beside it
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 def lines(
@@ -1153,7 +1164,7 @@ def lines(
         banded = any(len(array) > 1 for array in arrays.values())
         seeds = any(np.ndim(y) == 2 for y in ys.values())
         _legend(figure, handles, note=_BAND if banded else "one seed" if seeds else "")
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 def trajectories(
@@ -1228,7 +1239,7 @@ def trajectories(
             _head(figure, title)
         if animation is not None:
             _animate(figure, drawn, animation)
-        return _finish(figure, path, None)
+        return finish(figure, path)
 
 
 def _points(panel: str, paths: Mapping[str, Mapping[str, npt.ArrayLike]]) -> dict[str, Floats]:
@@ -1355,7 +1366,7 @@ def image_grid(
             axes.set_axis_off()
             if titles is not None:
                 axes.set_title(titles[i], fontsize=8)
-        return _finish(figure, path, title)
+        return finish(figure, path, title)
 
 
 def _pixels(images: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -35,9 +35,18 @@ import numpy as np
 from keras import ops
 
 from keras_norm import callbacks, datasets, kernels, models, optimizers, statistics
+from keras_norm._arrays import is_integer
 from keras_norm._experiment_short import classification_metrics
-from keras_norm._files import FolderInUseError, locked, replace_file, require_writable
+from keras_norm._files import (
+    FolderInUseError,
+    clear_remains,
+    locked,
+    no_room,
+    replace_file,
+    require_writable,
+)
 from keras_norm._machine import describe_machine
+from keras_norm._state import synchronized
 
 __all__ = [
     "RECIPES",
@@ -400,6 +409,10 @@ def train(
     if data is None:
         data = load()
     _check(recipe, data)
+    seed = int(seed)  # NumPy's integers are no JSON values
+    recipe = dataclasses.replace(
+        recipe, epochs=int(recipe.epochs), batch_size=int(recipe.batch_size)
+    )
     asked = dtype_policy or recipe.dtype_policy
     saved = _Backup(backup, f"{settings(recipe)} {seed} {asked} {data!r}")
     saved.read()
@@ -519,7 +532,7 @@ def _check(recipe: Recipe, data: datasets.Data) -> None:
     """What would otherwise be noticed after the training, or as an error of others."""
     for name in ("epochs", "batch_size"):
         value = getattr(recipe, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not (is_integer(value) and value >= 1):
             raise ValueError(
                 f"`{name}` of a recipe must be an int >= 1. Received: {name}={value!r}."
             )
@@ -538,7 +551,7 @@ def _check(recipe: Recipe, data: datasets.Data) -> None:
 
 def _check_seed_and_policy(seed: Any, policy: Any) -> None:
     """Before the data are read, which takes its time."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not (is_integer(seed) and 0 <= seed < 2**32):
         raise ValueError(f"`seed` must be an int from 0 to {2**32 - 1}. Received: seed={seed!r}.")
     if policy == "auto":
         return
@@ -732,8 +745,7 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.path is None:
             return
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()
+        synchronized(self.model)
         values = {f"v{i}": storable(v) for i, v in enumerate(self._variables())}
         notes = {
             "digest": self.digest,
@@ -757,7 +769,9 @@ def storable(variable: Any) -> Any:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `keras-norm train` to a parser."""
-    parser.add_argument("--recipe", choices=list(RECIPES), default="cpu-4min", help="settings")
+    parser.add_argument(
+        "--recipe", choices=list(RECIPES), default="cpu-4min", help="settings, default: cpu-4min"
+    )
     parser.add_argument("--data", default="cifar10", help="data set; default: cifar10")
     parser.add_argument("--data-dir", help="folder of tensorflow-datasets, or a packed .npz")
     parser.add_argument(
@@ -766,7 +780,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="hold out so many training images and be judged by them; default: none, the test set",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--dtype-policy",
         help="float32, mixed_bfloat16, ..., or auto: the faster of these two (default: the "
@@ -792,11 +806,18 @@ def command(arguments: argparse.Namespace) -> int:
         _require_writable(out)
         with locked(out):
             print(data)
+            clear_remains(backup)
             outcome = _shown(recipe, data, arguments, backup)
             path = outcome.save(out)
             backup.unlink(missing_ok=True)
     except (ValueError, OSError, FolderInUseError) as error:
-        print(f"keras-norm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = str(error)
+        if full := no_room(error):
+            reason = (
+                f"--out: cannot write to {str(out)!r}: {full}. Make room: the same command goes on "
+                "after the last finished epoch."
+            )
+        print(f"keras-norm: error: {' '.join(reason.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on after the last finished epoch.")

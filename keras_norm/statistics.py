@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -39,19 +40,12 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_norm._arrays import is_real
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._files import replace_file
-from keras_norm._kinds import Values, has_statistics, kind_by_names, kind_of
-from keras_norm._layerwise import (
-    Found,
-    Job,
-    Rule,
-    copy_of,
-    current_statistics,
-    error_of,
-    rms,
-)
+from keras_norm._kinds import Values, copy_of, has_statistics, kind_by_names, kind_of
+from keras_norm._layerwise import Found, Job, Rule, current_statistics, error_of, rms
 from keras_norm._sample import Sample, Store, as_numpy, describe, is_array
+from keras_norm._state import synchronized
 from keras_norm.moments import Moments, Quantiles
 
 if TYPE_CHECKING:
@@ -86,10 +80,9 @@ _TINY = 0.2  # sigma: the standard error from which a sample is too small
 
 def _normalizations(model: Any) -> dict[str, Layer]:
     """All built layers with moving statistics, by the names of what they stand in."""
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()  # in the middle of `fit` on JAX the values are elsewhere
+    synchronized(model)
     layers: dict[str, Layer] = {}
-    inside = _inside(model, "", set()) if isinstance(model, keras.Layer) else ()
+    inside = _inside(model) if isinstance(model, keras.Layer) else ()
     for path, layer in inside:
         if has_statistics(layer):
             name, number = path, 2
@@ -106,8 +99,11 @@ def _normalizations(model: Any) -> dict[str, Layer]:
     return layers
 
 
-def _inside(layer: Layer, path: str, seen: set[int]) -> Iterator[tuple[str, Layer]]:
+def _inside(
+    layer: Layer, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Layer]]:
     """All layers in a layer, each once, in order; unlike `layer.path` the same after loading."""
+    seen = set() if seen is None else seen
     seen.add(id(layer))
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         if id(inner) not in seen:
@@ -548,23 +544,14 @@ class Report:
             The Matplotlib figure; closed if it was written.
 
         Raises:
-            ValueError: if no layer was updated.
+            ValueError: if no layer was updated, or for another kind of file.
         """
         if not self.updated:
             raise ValueError("A plot needs at least one updated layer. Received: a report without.")
-        from matplotlib import pyplot
-
-        from keras_norm.plotting import style
+        from keras_norm.plotting import finish, style
 
         with style():
-            figure = _draw(self)
-            if path is not None:
-                try:
-                    with replace_file(path) as temporary:
-                        figure.savefig(temporary)
-                finally:
-                    pyplot.close(figure)
-        return figure
+            return finish(_draw(self), path)
 
 
 def _add_to_archive(path: Path, text: str) -> None:
@@ -713,15 +700,15 @@ def _selected(layers: Mapping[str, Layer], selection: Selection) -> dict[str, La
 
 
 def _check_numbers(
-    method: str, samples: int | None, batch_size: int, tolerance: float | None
+    method: str, samples: int | None, batch_size: int, tolerance: float | None, seed: int
 ) -> None:
     if method not in ("layerwise", "one_pass"):
         raise ValueError(
             f"`method` must be 'layerwise' (exact) or 'one_pass' (fast). Received: {method=}."
         )
     for name, value in (("samples", samples), ("batch_size", batch_size)):
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not (whole and value >= 1) and not (name == "samples" and value is None):  # type: ignore[operator]
+        whole = is_integer(value) and value >= 1  # type: ignore[operator]
+        if not whole and not (name == "samples" and value is None):
             raise ValueError(
                 f"`{name}` is a number of examples and must be an integer >= 1"
                 f"{', or None for all there are' if name == 'samples' else ''}. "
@@ -732,6 +719,12 @@ def _check_numbers(
             "`tolerance` is a standard error in units of sigma and must be a number > 0, or None. "
             f"Received: tolerance={tolerance!r}. 0.01 is a strict one."
         )
+    _check_seed(seed)
+
+
+def _check_seed(seed: int) -> None:
+    if not (is_integer(seed) and seed >= 0):
+        raise ValueError(f"`seed` must be an integer >= 0. Received: seed={seed!r}.")
 
 
 def reestimate(
@@ -807,7 +800,7 @@ def reestimate(
         disk: budget for those that do not fit into memory, in bytes. Default: 16 GiB.
         folder: where on disk. Default: the system's folder for temporary files.
         name: of the data, for the report. Default: what they are.
-        seed: of the random part. Default: 0.
+        seed: int >= 0, of the random part. Default: 0.
         progress: whether to show a progress bar (on stderr). Default: False.
 
     Returns:
@@ -834,26 +827,36 @@ def reestimate(
         Wu and Johnson, 2021, Rethinking "Batch" in BatchNorm, section 3.
     """
     options = _Options(
-        samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress
+        samples=samples,
+        method=method,
+        batch_size=batch_size,
+        tolerance=tolerance,
+        layers=layers,
+        memory=memory,
+        disk=disk,
+        folder=folder,
+        name=name,
+        seed=seed,
+        progress=progress,
     )
     return _replace_statistics(model, data, options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Options:
     """What `reestimate` and its kin have in common; see there."""
 
     samples: int | None
-    method: str
-    batch_size: int
-    tolerance: float | None
-    layers: Selection
-    memory: float
-    disk: float
-    folder: str | os.PathLike[str] | None
-    name: str | None
-    seed: int
-    progress: bool
+    method: str = "layerwise"
+    batch_size: int = 256
+    tolerance: float | None = None
+    layers: Selection = None
+    memory: float = 2 * _GIB
+    disk: float = 16 * _GIB
+    folder: str | os.PathLike[str] | None = None
+    name: str | None = None
+    seed: int = 0
+    progress: bool = False
 
 
 def _replace_statistics(
@@ -866,7 +869,7 @@ def _replace_statistics(
 ) -> Report:
     """Gives the selected layers what the rule makes of the moments of their inputs."""
     o = options
-    _check_numbers(o.method, o.samples, o.batch_size, o.tolerance)
+    _check_numbers(o.method, o.samples, o.batch_size, o.tolerance, o.seed)
     everything = _normalizations(model)
     chosen = _selected(everything, o.layers)
     before = snapshot(model)
@@ -1055,7 +1058,17 @@ def adapt(
     _check_prior(prior)
     sources = {id(y): current_statistics(y) for y in _normalizations(model).values()}
     options = _Options(
-        samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress
+        samples=samples,
+        method=method,
+        batch_size=batch_size,
+        tolerance=tolerance,
+        layers=layers,
+        memory=memory,
+        disk=disk,
+        folder=folder,
+        name=name,
+        seed=seed,
+        progress=progress,
     )
     report = _replace_statistics(
         model, target, options, _blend(sources, prior), "adapt", {"prior": prior, "method": method}
@@ -1105,11 +1118,11 @@ class RunningAdaptation:
 
     Every layer's statistics are (J3) and (J4) with the moments of all updates so far, each
     example's weight halved with every `half_life` examples of later updates. The source is never
-    forgotten: its weight is always that of `prior` examples.
+    forgotten, unless `prior` is 0: its weight is always that of `prior` examples.
 
     Args:
         model: as in `reestimate`, with the statistics of the source domain.
-        prior: N in (J3), > 0. Default: 64.
+        prior: N in (J3), >= 0; 0 forgets the source. Default: 64.
         half_life: number of examples, > 0; infinite to forget nothing. Default: 1024.
         layers: as in `reestimate`. Default: all.
 
@@ -1185,19 +1198,7 @@ class RunningAdaptation:
             merged[id(layer)] = moments
             return blend(layer, moments)
 
-        options = _Options(
-            None,
-            "layerwise",
-            batch_size,
-            None,
-            self.layers,
-            2 * _GIB,
-            16 * _GIB,
-            None,
-            None,
-            0,
-            False,
-        )
+        options = _Options(samples=None, batch_size=batch_size, layers=self.layers)
         settings = {"prior": self.prior, "half_life": self.half_life}
         report = _replace_statistics(self.model, x, options, rule, "running adaptation", settings)
         self._past.update(merged)
@@ -1328,19 +1329,29 @@ class DomainStatistics:
         """Reads what `save` wrote, in the place of all domains.
 
         Raises:
-            ValueError: for the domains of another model. Those of now stay.
+            ValueError: for a file that `save` did not write, and for the domains of another model.
+                Those of now stay.
         """
+        content = io.BytesIO(Path(path).read_bytes())  # NumPy leaves a damaged file open
+        wrote = "Saved domains are read from a file that DomainStatistics.save wrote."
+        try:
+            with np.load(content) as file:
+                arrays = dict(file)
+        except (EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{wrote} Received: {os.fspath(path)!r} ({type(error).__name__}: {error}). Pass "
+                "another file."
+            ) from error
         read: dict[str, dict[str, dict[str, npt.NDArray[Any]]]] = {}
-        with np.load(path) as arrays:
-            for key in arrays.files:
-                try:
-                    domain, layer, variable = json.loads(key)
-                except ValueError:
-                    raise ValueError(
-                        "Saved domains are read from a file that DomainStatistics.save wrote. "
-                        f"Received: {os.fspath(path)!r}, with an array {key!r}. Pass another file."
-                    ) from None
-                read.setdefault(domain, {}).setdefault(layer, {})[variable] = arrays[key]
+        for key, value in arrays.items():
+            try:
+                domain, layer, variable = json.loads(key)
+                read.setdefault(domain, {}).setdefault(layer, {})[variable] = value
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{wrote} Received: {os.fspath(path)!r}, with an array {key!r}. Pass another "
+                    "file."
+                ) from None
         epsilons = self["source"].epsilons
         domains = {name: Snapshot(found, epsilons) for name, found in read.items()}
         if "source" not in domains:
@@ -1399,7 +1410,7 @@ def diagnose(
         samples: how many examples, at most: of arrays a random part, of streams the first.
             Default: 1024.
         batch_size: of arrays: as in training. Streams have theirs. Default: 32.
-        seed: of the random part. Default: 0.
+        seed: int >= 0, of the random part. Default: 0.
         name: of the data, for the table. Default: what they are.
 
     Returns:

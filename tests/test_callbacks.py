@@ -369,8 +369,9 @@ def test_plot(tmp_path):
     assert texts[1] == "mean over 21 batches"
     assert texts[2].startswith("steepest: 0.01")
     # A bad path leaves what is there, and nothing else.
-    with pytest.raises(ValueError, match="jpog"):
-        test.plot(tmp_path / "test.jpog")
+    for name in ("test.jpg", "test"):
+        with pytest.raises(ValueError, match=rf"\.png, \.pdf or \.svg.*/{name}'"):
+            test.plot(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["test.png"]
     losses = curve(rates)
     losses[150:] = math.inf

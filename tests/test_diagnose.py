@@ -480,6 +480,8 @@ def test_batches_and_report(tmp_path):
     assert labels.count("a") == 2
     assert labels.count("drop") == 1
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg.*gap\.jpg"):
+        arrays.plot(tmp_path / "gap.jpg")
 
 
 @pytest.mark.slow_on_jax
@@ -505,8 +507,9 @@ def test_what_cannot_be_diagnosed():
     ):
         with pytest.raises(ValueError, match=message):
             diagnose(model, data)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        diagnose(model, (x, y), batch_size=0)
+    for name, value in (("batch_size", 0), ("samples", 1.5), ("seed", "a"), ("seed", -1)):
+        with pytest.raises(ValueError, match=f"`{name}`.*{name}={value!r}"):
+            diagnose(model, (x, y), **{name: value})
     with pytest.raises(ValueError, match="not compiled"):
         diagnose(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()]), (x, y))
     assert Diagnosis("d", 1, 1, 0.0, 0.0).first is None

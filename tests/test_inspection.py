@@ -6,6 +6,7 @@ import pytest
 
 from keras_norm import models
 from keras_norm._gradients import float64_promotion
+from keras_norm._layerwise_program import intercepted
 from keras_norm.inspection import (
     LEVELS,
     Distribution,
@@ -265,6 +266,16 @@ def test_quantized_layers(mode):
     assert {"call", "quantized_call", "rematerialized_call"}.isdisjoint(vars(layer))
 
 
+def test_a_layer_that_is_named_twice():
+    """It was patched twice and restored first to last: the first patch stayed for good."""
+    model, (x, y) = classifier(), INPUTS
+    assert list(distributions(model, x, y, ["dense1", "dense1"])) == ["dense1"]
+    layer = model.get_layer("dense1")
+    with intercepted([layer, layer], lambda layer, call, *args: call(*args)):
+        assert "call" in vars(layer)
+    assert not {"call", "rematerialized_call"} & set(vars(layer))
+
+
 @pytest.mark.slow_on_jax
 def test_layers_without_one_floating_output_are_left_out():
     """The states of a recurrent layer, and whole numbers, have no distribution of their own."""
@@ -289,8 +300,9 @@ def test_errors():
     for lengths in ([], [0.0], [np.inf]):
         with pytest.raises(ValueError, match=r"`lengths` must be .* Received: lengths=\["):
             along_gradient(model, x, y, lengths)
-    with pytest.raises(ValueError, match=r"step length > 0.* Received: length=-1"):
-        covariate_shift(model, x, y, -1)
+    for length in (-1, np.inf, "0.1", None):
+        with pytest.raises(ValueError, match=rf"step length > 0.* Received: length={length!r}"):
+            covariate_shift(model, x, y, length)
     with pytest.raises(ValueError, match=r"with trainable weights.*Received: \['flatten'\]"):
         covariate_shift(model, x, y, 1.0, ["flatten"])
     with pytest.raises(ValueError, match=r"Received: \['nothing'\]"):
@@ -305,6 +317,7 @@ def test_errors():
             look(model, x, y, "dense1")
     with pytest.raises(ValueError, match="every=0"):
         InsideMonitor(x, y, every=0)
+    assert InsideMonitor(x, y, every=np.int64(2)).every == 2
     with pytest.raises(ValueError, match=r"lengths=\(-1,\)"):
         InsideMonitor(x, y, lengths=(-1,))
     shared = keras.layers.Dense(3, name="shared")

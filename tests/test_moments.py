@@ -478,6 +478,11 @@ def test_float32_is_held_as_it_is():
     np.testing.assert_array_equal(Quantiles().update(whole).quantile([0.0, 1.0]), whole)
 
 
+def test_a_capacity_of_numpy():
+    q = Quantiles(capacity=np.int64(4)).update(np.arange(6.0).reshape(3, 2))
+    assert Quantiles.from_dict(json.loads(json.dumps(q.to_dict()))).to_dict() == q.to_dict()
+
+
 def test_quantiles_refuse():
     q = Quantiles(capacity=4).update(np.arange(6.0).reshape(3, 2))
     before = q.to_dict()

@@ -290,6 +290,21 @@ def test_unknown_metric_or_name():
 # ------------------------------------------------------------------ looks and layout
 
 
+@pytest.mark.parametrize(
+    "plot",
+    [
+        lambda **names: plotting.learning_curves(study(), "test_accuracy", **names),
+        lambda **names: plotting.sweep(rates(), "rate", "accuracy", "norm", **names),
+        lambda **names: plotting.bars(study(), "test_accuracy", **names),
+        lambda **names: plotting.paired_differences(study(), "plain", "test_accuracy", **names),
+        lambda **names: plotting.heatmap(rates(), "rate", "norm", "accuracy", **names),
+    ],
+)
+def test_no_names(plot):
+    with pytest.raises(ValueError, match=r"`names` must .*, of \['.*Received: names=\[\]"):
+        plot(names=[])
+
+
 def test_colours_are_petroff10_and_each_has_a_marker():
     names = [f"setting {i}" for i in range(10)]
     lines = plotting.learning_curves(study(names), "loss").axes[0].lines
@@ -753,6 +768,12 @@ def test_matrix_texts_can_be_read_on_their_ground():
     assert [t.get_color() for t in axes.texts] == ["white", "black", "white"]
     with pytest.raises(ValueError, match=r"values.shape=\(1, 2\), 2 rows, 2 columns"):
         plotting.matrix([[1, 2]], rows=["a", "b"], columns=["c", "d"])
+
+
+def test_rows_and_columns_of_a_matrix_may_be_numbers():
+    axes = plotting.matrix([[1, 2, 3]], rows=[0.5], columns=range(3)).axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0.5"]
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,13 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(digits, outcome, 
     assert min(seen) > 2
     assert again.history == outcome.history
     same_weights(again, outcome)
-    seen.clear()  # nothing is lost while the outcome is not saved
+    seen.clear()  # nothing is lost while the outcome is not saved; and it is the same of NumPy's
+    numpys = dataclasses.replace(SMALL, epochs=np.int64(3), batch_size=np.int64(32))
     again = recipes.train(
-        SMALL, digits, seed=1, backup=backup, on_epoch=lambda n, metrics: seen.append(n)
+        numpys, digits, seed=np.int64(1), backup=backup, on_epoch=lambda n, m: seen.append(n)
     )
     assert not seen
+    assert json.loads(json.dumps(again.card()))["recipe"]["epochs"] == 3
     assert (again.history, again.metrics) == (outcome.history, outcome.metrics)
     same_weights(again, outcome)
 

@@ -927,6 +927,11 @@ def test_a_plot(tmp_path):
     assert [p.get_ylabel() for p in figure.axes] == ["mean: shift (σ)", "σ / old σ", "error (σ)"]
     assert figure.axes[2].get_xticklabels()[0].get_text() == "conv1_norm"
     assert not pyplot.get_fignums()
+    for name in ("report.jpg", "report"):
+        with pytest.raises(ValueError, match=rf"\.png, \.pdf or \.svg.*/{name}'"):
+            report.plot(tmp_path / name)
+    assert not pyplot.get_fignums()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     with pytest.raises(ValueError, match="without"):
         Report("diff", "", 0, 0, ()).plot()
 
@@ -1107,7 +1112,7 @@ def test_wrong_arguments():
     for name, value in (
         ("samples", 0), ("samples", 1.5), ("batch_size", 0), ("batch_size", True), ("memory", -1),
         ("disk", -1), ("tolerance", 0), ("method", "fast"), ("memory", None), ("disk", "1e9"),
-        ("tolerance", "1e-2"), ("tolerance", True),
+        ("tolerance", "1e-2"), ("tolerance", True), ("seed", "a"), ("seed", -1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}="):
             reestimate(model, x, **{name: value})
@@ -1533,8 +1538,19 @@ def test_domains(tmp_path):
         stranger.load(path)
     assert list(stranger) == ["source"]
     np.savez(tmp_path / "other.npz", weights=np.ones(3))
-    with pytest.raises(ValueError, match="with an array 'weights'"):
-        domains.load(tmp_path / "other.npz")
+    np.savez(tmp_path / "number.npz", **{"5": np.ones(3)})
+    np.save(tmp_path / "array.npy", np.ones(3))
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:-40])
+    for name, message in (
+        ("other.npz", "with an array 'weights'"),
+        ("number.npz", "with an array '5'"),
+        ("array.npy", "TypeError"),
+        ("text.txt", "ValueError"),
+        ("cut.npz", "BadZipFile"),
+    ):
+        with pytest.raises(ValueError, match=f"save wrote.*{name}.*{message}.*Pass another file"):
+            domains.load(tmp_path / name)
     assert list(others) == list(domains)
 
 

@@ -497,6 +497,8 @@ def test_monitor_plots_and_writes_events(tmp_path):
     figure = monitor.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len(figure.axes) == 2  # no data, no shift
+    with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg.*plot\.jpg"):
+        monitor.plot(tmp_path / "plot.jpg")
 
 
 def test_arguments_out_of_range():
@@ -536,6 +538,17 @@ def test_lookahead_is_what_its_equations_say():
     np.testing.assert_allclose(model.layers[-1].get_weights()[0], w, rtol=1e-5)
 
 
+def test_lookahead_in_float64():
+    """Beside a variable, Keras on PyTorch rounds a number to float32: weights moved by 1e-8."""
+    inputs = keras.Input((2,), dtype="float64")
+    model = keras.Model(inputs, layers.Dense(1, dtype="float64")(inputs))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    before = model.get_weights()[0]
+    lookahead = Lookahead(4, steps=1, power=0)
+    model.fit(X[:4, :2], Y[:4], batch_size=1, verbose=0, callbacks=[lookahead])
+    np.testing.assert_allclose(model.get_weights()[0], before, rtol=1e-14)
+
+
 @pytest.mark.parametrize("accumulated", [None, 2])
 def test_lookahead_counts_batches_where_gradients_are_accumulated(accumulated):
     """Also where that goes on into the next epoch, when `iterations` leaves some out."""
@@ -564,6 +577,20 @@ def test_lookahead_of_a_second_model():
     models[1].fit(X, Y, verbose=0, callbacks=[lookahead])
     assert same(before, models[0].get_weights())
     assert same([v.numpy() for v in lookahead.variables], models[1].get_weights())
+
+
+def test_lookahead_where_other_weights_are_trained():
+    """A layer that was frozen stays as it is; one that no longer is takes part."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(1)])
+    lookahead = Lookahead(11, steps=2, power=0)
+    first = model.layers[0]
+    for trainable in (True, False, True):
+        first.trainable = trainable
+        model.compile(keras.optimizers.SGD(1e-3), "mse")
+        before = first.get_weights()
+        model.fit(X[:11], Y[:11], batch_size=1, verbose=0, callbacks=[lookahead])  # 11: one beyond
+        assert same(before, first.get_weights()) == (not trainable)
+        assert len(lookahead.variables) == len(model.trainable_variables)
 
 
 def test_two_exchanges_leave_the_step_of_validation_as_it_was():
