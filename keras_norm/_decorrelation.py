@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_norm import functional
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._rows import NormalizationByRows, Rows, share_of
 from keras_norm._state import as_of_now
 from keras_norm.autodiff import custom_vjp
@@ -61,17 +62,17 @@ class _Whitening(NamedTuple):
                 f"`method` must be one of {METHODS}. Received: method={method!r}. 'zca' changes "
                 "the inputs least; 'newton' consists of matrix products alone."
             )
-        if not epsilon > 0:
+        if not (is_real(epsilon) and epsilon > 0):
             raise ValueError(
-                "`epsilon` is added to the variances; it must be > 0, because covariance matrices "
-                f"are often singular. Received: epsilon={epsilon}. The default is 1e-3."
+                "`epsilon` is added to the variances; it must be a number > 0, because covariance "
+                f"matrices are often singular. Received: epsilon={epsilon!r}. The default is 1e-3."
             )
-        if not 0 <= shrinkage <= 1:
+        if not (is_real(shrinkage) and 0 <= shrinkage <= 1):
             raise ValueError(
-                "`shrinkage` is the weight of the mean variance against the covariance, in "
-                f"[0, 1]. Received: shrinkage={shrinkage}. 0 is none."
+                "`shrinkage` is the weight of the mean variance against the covariance, a number "
+                f"in [0, 1]. Received: shrinkage={shrinkage!r}. 0 is none."
             )
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        if not (is_integer(iterations) and iterations >= 1):
             raise ValueError(
                 "`iterations` is a number of steps of method='newton', an integer >= 1. "
                 f"Received: iterations={iterations!r}. The default is 5."
@@ -267,7 +268,7 @@ def channels_of_group(group_size: int | None, channels: int) -> int:
             f"of channels. Received: group_size={group_size}, channels={channels}. Use one of "
             f"{divisors}, or None for the largest divisor up to 16."
         )
-    return group_size
+    return int(group_size)
 
 
 def check_group_size(size: Any) -> None:
@@ -276,8 +277,7 @@ def check_group_size(size: Any) -> None:
     Raises:
         ValueError: for anything but an integer >= 1, -1 or None.
     """
-    valid = isinstance(size, int) and not isinstance(size, bool) and (size >= 1 or size == -1)
-    if size is not None and not valid:
+    if size is not None and not (is_integer(size) and (size >= 1 or size == -1)):
         raise ValueError(
             "`group_size` is the number of channels that are whitened together, an integer >= 1, "
             f"or -1 for all of them. Received: group_size={size!r}. Leave it out for the largest "
@@ -608,10 +608,10 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
         check_group_size(group_size)
         _Whitening.checked(method, epsilon, shrinkage, iterations)
         super().__init__(axis, momentum, epsilon, **kwargs)
-        self.group_size = group_size
+        self.group_size = None if group_size is None else int(group_size)
         self.method = method
         self.shrinkage = shrinkage
-        self.iterations = iterations
+        self.iterations = int(iterations)
         self.moving_mean: Any = None
         self.moving_covariance: Any = None
 

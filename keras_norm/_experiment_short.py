@@ -105,7 +105,8 @@ def train_on_arrays(
         and "{name}_accuracy"; one value per evaluation.
 
     Raises:
-        ValueError: The model is not compiled, a number is below 1, or x and y do not fit.
+        ValueError: The model is not compiled, a number is no integer of at least 1, or x and y do
+            not fit.
 
     Example:
         >>> import keras, numpy as np
@@ -124,10 +125,14 @@ def train_on_arrays(
 
     State: a `model.stop_training` has no effect; callbacks are for `fit`.
     """
+    from keras_norm._arrays import is_integer  # with it Keras is imported
+
     numbers = {"epochs": epochs, "batch_size": batch_size, "every": every}
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1. Received: {name}={number}")
+        if not (is_integer(number) and number >= 1):
+            raise ValueError(
+                f"{name} must be an integer of at least 1. Received: {name}={number!r}."
+            )
     if not getattr(model, "compiled", False):
         raise ValueError(
             "The model must be compiled: its loss and optimizer train it. "
@@ -164,13 +169,16 @@ def train_on_arrays(
     return history
 
 
-def _logits(model: Any, x: npt.NDArray[Any], batch_size: int = 2000) -> Floats:
+_AT_ONCE = 2000  # examples that are judged in one call
+
+
+def _logits(model: Any, x: npt.NDArray[Any]) -> Floats:
     """What the model gives in inference mode, without compiling it for that."""
     import keras
 
     parts = [
-        keras.ops.convert_to_numpy(model(x[start : start + batch_size], training=False))
-        for start in range(0, len(x), batch_size)
+        keras.ops.convert_to_numpy(model(x[start : start + _AT_ONCE], training=False))
+        for start in range(0, len(x), _AT_ONCE)
     ]
     return np.concatenate(parts).astype(np.float64)
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -70,72 +70,88 @@ def _can_branch(x: Array) -> bool:
     return one_device and is_traced(x)
 
 
+class _Folds(NamedTuple):
+    """x, channels last, as rows of so many folds of its channels, in the dtype to compute in.
+
+    Where arrays are small every operation counts: vectors stay (1, C), and the means are products
+    with one row of 1 / N, so that there is nothing to reshape nor to divide.
+    """
+
+    folds: int
+    channels: int
+    as_it_is: bool  # x has the shape of the rows
+    dtype: str
+
+    @classmethod
+    def of(cls, x: Array) -> "_Folds":
+        folds = folds_of(x.shape, x.shape[-1])
+        as_it_is = len(x.shape) == 2 and folds == 1
+        return cls(folds, x.shape[-1], as_it_is, functional.compute_dtype(x))
+
+    def rows(self, x: Array) -> Array:
+        """(N, ..., C) -> (M / f, f C)."""
+        x = in_dtype(x, self.dtype)
+        return x if self.as_it_is else ops.reshape(x, (-1, self.folds * self.channels))
+
+    def like(self, x: Array, rows: Array) -> Array:
+        """(M / f, f C) -> (N, ..., C)."""
+        return rows if self.as_it_is else ops.reshape(rows, ops.shape(x))
+
+    def elements(self, rows: Any) -> Array:
+        """How many each channel has, a scalar; 1 for none."""
+        if isinstance(rows, int):
+            return ops.convert_to_tensor(max(rows * self.folds, 1), dtype=self.dtype)
+        return ops.maximum(ops.cast(rows * self.folds, self.dtype), 1)
+
+    def mean(self, z: Array, shares: Array) -> Array:
+        """(M / f, f C) -> (1, C)."""
+        means = ops.matmul(shares, z)  # (1, f C)
+        if self.folds == 1:
+            return means
+        return ops.sum(ops.reshape(means, (self.folds, self.channels)), axis=0, keepdims=True)
+
+    def spread(self, v: Array) -> Array:
+        """(1, C) -> (1, f C)."""
+        return ops.tile(v, (1, self.folds)) if self.folds > 1 else v
+
+    def parameter(self, v: Array) -> Array:
+        return in_dtype(v, self.dtype)  # (C,) broadcasts as (1, C)
+
+
 def folded(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
     """(y, mean, variance) of batch normalization, the channels on the last axis."""
-    # Where arrays are small every operation counts: vectors stay (1, C), and the means are
-    # products with one row of 1 / N, so that there is nothing to reshape nor to divide.
-    channels = x.shape[-1]
-    folds = folds_of(x.shape, channels)
-    columns = folds * channels
-    dtype = functional.compute_dtype(x)
-
-    as_it_is = len(x.shape) == 2 and folds == 1
-
-    def fold(x: Array) -> Array:
-        x = in_dtype(x, dtype)
-        return x if as_it_is else ops.reshape(x, (-1, columns))  # (N, ..., C) -> (M / f, f C)
-
-    def unfold(z: Array, x: Array) -> Array:
-        return z if as_it_is else ops.reshape(z, ops.shape(x))
-
-    def mean_of(z: Array, shares: Array) -> Array:
-        means = ops.matmul(shares, z)  # (1, f C)
-        if folds == 1:
-            return means
-        return ops.sum(ops.reshape(means, (folds, channels)), axis=0, keepdims=True)  # (1, C)
-
-    def spread(v: Array) -> Array:
-        return ops.tile(v, (1, folds)) if folds > 1 else v  # (1, C) -> (1, f C)
-
-    def elements(rows: Any) -> Array:
-        """How many each channel has; 1 for none."""
-        if isinstance(rows, int):
-            return ops.convert_to_tensor(max(rows * folds, 1), dtype=dtype)
-        return ops.maximum(ops.cast(rows * folds, dtype), 1)
-
-    def row(v: Array) -> Array:
-        return in_dtype(v, dtype)  # (C,) broadcasts as (1, C)
+    folds = _Folds.of(x)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        z = fold(x)
+        z = folds.rows(x)
         rows = ops.shape(z)[0]
-        n = elements(rows)
+        n = folds.elements(rows)
         shares = ops.broadcast_to(1 / n, (1, rows))
-        first = mean_of(z, shares)
-        centered = z - spread(first)
-        rest = mean_of(centered, shares)  # what rounding lost of the mean
+        first = folds.mean(z, shares)
+        centered = z - folds.spread(first)
+        rest = folds.mean(centered, shares)  # what rounding lost of the mean
         mean = first + rest  # (B1)
-        variance = ops.maximum(mean_of(centered * centered, shares) - rest * rest, 0)  # (B2)
+        variance = ops.maximum(folds.mean(centered * centered, shares) - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
-        scale = inv_std if gamma is None else inv_std * row(gamma)
-        offset = -rest * scale if beta is None else row(beta) - rest * scale
-        y = centered * spread(scale) + spread(offset)  # (B4) (B5)
-        y = in_dtype(unfold(y, x), x.dtype)
-        statistics = (ops.reshape(v, (channels,)) for v in (mean, variance))
+        scale = inv_std if gamma is None else inv_std * folds.parameter(gamma)
+        offset = -rest * scale if beta is None else folds.parameter(beta) - rest * scale
+        y = centered * folds.spread(scale) + folds.spread(offset)  # (B4) (B5)
+        y = in_dtype(folds.like(x, y), x.dtype)
+        statistics = (ops.reshape(v, (folds.channels,)) for v in (mean, variance))
         return (y, *statistics), (x, mean, inv_std, scale, n, shares)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, mean, inv_std, scale, n, shares = residuals
-        dy, centered = fold(upstream[0]), fold(x) - spread(mean)
-        of_dy = mean_of(dy, shares)
-        of_dy_x_hat = mean_of(dy * centered, shares) * inv_std
-        dbeta = ops.reshape(of_dy * n, (channels,))  # (B6)
-        dgamma = ops.reshape(of_dy_x_hat * n, (channels,))  # (B7)
-        along = spread(of_dy_x_hat * inv_std)
-        dx = (dy - spread(of_dy) - centered * along) * spread(scale)  # (B8) (B9) (B10)
-        return unfold(dx, x), dgamma, dbeta
+        dy, centered = folds.rows(upstream[0]), folds.rows(x) - folds.spread(mean)
+        of_dy = folds.mean(dy, shares)
+        of_dy_x_hat = folds.mean(dy * centered, shares) * inv_std
+        dbeta = ops.reshape(of_dy * n, (folds.channels,))  # (B6)
+        dgamma = ops.reshape(of_dy_x_hat * n, (folds.channels,))  # (B7)
+        along = folds.spread(of_dy_x_hat * inv_std)
+        dx = (dy - folds.spread(of_dy) - centered * along) * folds.spread(scale)  # (B8) (B9) (B10)
+        return folds.like(x, dx), dgamma, dbeta
 
     y, mean, variance = custom_vjp(forward, backward, x, gamma, beta)
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
@@ -293,8 +309,7 @@ def by_channel(
 
     def elements(x: Array) -> Any:
         sizes = ops.shape(x)
-        d = math.prod(sizes[a] for a in positions) * per_group
-        return max(d, 1) if isinstance(d, int) else ops.cast(d, dtype)
+        return functional.at_least_one(math.prod(sizes[a] for a in positions) * per_group, dtype)
 
     def mean(sums: Array, d: Any) -> Array:
         """Sums of each channel (N, 1, 1, C) -> the mean over its group, of the same shape."""

@@ -15,6 +15,7 @@ __all__ = [
     "check_fraction",
     "check_switch",
     "parameter_config",
+    "set_parameter_options",
     "weights_of",
 ]
 
@@ -75,8 +76,27 @@ def _aligned(name: str, weights: Array, x: Array) -> Array:
     return ops.reshape(weights, shape)
 
 
+def set_parameter_options(
+    layer: keras.layers.Layer,
+    *,
+    beta_initializer: Any,
+    gamma_initializer: Any,
+    beta_regularizer: Any,
+    gamma_regularizer: Any,
+    beta_constraint: Any,
+    gamma_constraint: Any,
+) -> None:
+    """Initializers, regularizers and constraints of gamma and beta as attributes of the layer."""
+    layer.beta_initializer = initializers.get(beta_initializer)
+    layer.gamma_initializer = initializers.get(gamma_initializer)
+    layer.beta_regularizer = regularizers.get(beta_regularizer)
+    layer.gamma_regularizer = regularizers.get(gamma_regularizer)
+    layer.beta_constraint = constraints.get(beta_constraint)
+    layer.gamma_constraint = constraints.get(gamma_constraint)
+
+
 def parameter_config(layer: keras.layers.Layer) -> dict[str, Any]:
-    """Initializers, regularizers and constraints of gamma and beta, serialized."""
+    """The options of `set_parameter_options`, serialized."""
     config: dict[str, Any] = {}
     for name in ("beta", "gamma"):
         for kind, library in (

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_norm import functional
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._rows import NormalizationByRows, Rows, elements_of
 from keras_norm._state import as_of_now
 from keras_norm.autodiff import custom_vjp
@@ -34,12 +35,12 @@ class _Target(NamedTuple):
                 f"`target` must be one of {TARGETS}. Received: target={target!r}. Both have mean "
                 "0 and variance 1."
             )
-        if isinstance(quantiles, bool) or not isinstance(quantiles, int) or quantiles < 2:
+        if not (is_integer(quantiles) and quantiles >= 2):
             raise ValueError(
                 "`quantiles` is the number of quantiles of each channel, an integer >= 2. "
                 f"Received: quantiles={quantiles!r}. The default is 16."
             )
-        p = [(k + 0.5) / quantiles for k in range(quantiles)]
+        p = [(k + 0.5) / int(quantiles) for k in range(quantiles)]
         if target == "uniform":  # on [-sqrt 3, sqrt 3], half a step beyond the outer levels
             return cls(tuple(math.sqrt(12) * (v - 0.5) for v in p), -0.5, 1.5)
         z = tuple(statistics.NormalDist().inv_cdf(v) for v in p)
@@ -209,7 +210,7 @@ def quantile_normalization(
         v = _columns(x, axis)
         n = elements_of(v, weights)
         order = _order(v, None if weights is None else weights > 0)
-        q = _quantiles(v, order, n, quantiles)
+        q = _quantiles(v, order, n, len(to.z))
         y = _affine(_by_ramps(v, q, to, width), gamma, beta)
         return (_restored(y, x, axis), q), (x, gamma, q, order, n)
 
@@ -277,10 +278,10 @@ def quantile_normalize(
 
 
 def _checked_width(epsilon: float) -> float:
-    if not epsilon > 0:
+    if not (is_real(epsilon) and epsilon > 0):
         raise ValueError(
-            "`epsilon` bounds the slope where elements are equal, and must be > 0. Received: "
-            f"epsilon={epsilon}. The default is 1e-3, in the unit of x."
+            "`epsilon` bounds the slope where elements are equal, and must be a number > 0. "
+            f"Received: epsilon={epsilon!r}. The default is 1e-3, in the unit of x."
         )
     return epsilon
 
@@ -402,7 +403,7 @@ class QuantileNormalization(NormalizationByRows):
         _checked_width(epsilon)
         super().__init__(axis, momentum, epsilon, **kwargs)
         self.target = target
-        self.quantiles = quantiles
+        self.quantiles = int(quantiles)
         self.moving_quantiles: Any = None
 
     def _add_statistics(self, channels: int) -> None:

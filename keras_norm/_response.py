@@ -105,8 +105,7 @@ def filter_response_normalization(
 
 def _count(x: Array, axes: Sequence[int], dtype: str) -> Any:
     shape = ops.shape(x)
-    n = math.prod(shape[a] for a in axes)
-    return max(n, 1) if isinstance(n, int) else ops.cast(n, dtype)
+    return functional.at_least_one(math.prod(shape[a] for a in axes), dtype)
 
 
 # The layer ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
-from keras import constraints, initializers, ops, regularizers
+from keras import ops
 
 from keras_norm import autodiff, distributed, functional
 from keras_norm._arrays import check_dense
@@ -18,6 +18,7 @@ from keras_norm._moving import (
     check_dtype,
     check_switch,
     parameter_config,
+    set_parameter_options,
     weights_of,
 )
 from keras_norm._rematerialization import decided, is_repeated
@@ -114,12 +115,15 @@ class NormalizationByRows(MovingStatistics):
         self.epsilon = epsilon
         self.center = center
         self.scale = scale
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        set_parameter_options(
+            self,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+        )
         self.debiased = debiased
         self.supports_masking = True
         self.gamma: Any = None

@@ -27,7 +27,6 @@ import inspect
 import io
 import logging
 import math
-import numbers
 import os
 import re
 import sys
@@ -44,6 +43,7 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._files import replace_file, require_writable
 
 __all__ = [
@@ -703,8 +703,7 @@ def _spec(name: str) -> _Spec:
 
 
 def _integer(rule: str, name: str, value: Any, least: int) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not (is_integer(value) and value >= least):
         raise ValueError(f"{name} must be {rule}. Received: {name}={value!r}")
     return int(value)
 
@@ -750,8 +749,7 @@ def _options(
 
 
 def _validation(value: Any) -> int | float:
-    fraction = isinstance(value, numbers.Real) and not isinstance(value, (bool, numbers.Integral))
-    if fraction:
+    if is_real(value) and not is_integer(value):
         if 0 <= value < 1:
             return float(value)
         raise ValueError(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from keras import ops
 
 from keras_norm import optimizers
+from keras_norm._arrays import is_integer
 from keras_norm._experiment_short import classification_metrics
 from keras_norm.layers import BatchNormalization, LayerNormalization
 from keras_norm.models import build_optimizer
@@ -111,7 +112,7 @@ def train_together(
     optimizer = keras.optimizers.get(optimizer)
     _check_optimizer(optimizer)
     for name, number in (("epochs", epochs), ("batch_size", batch_size)):
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        if not (is_integer(number) and number >= 1):
             raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={number!r}.")
     x, y, rows = np.asarray(x), np.asarray(y), [np.asarray(r) for r in rows]
     _check(models, x, y, rows, seeds)

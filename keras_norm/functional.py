@@ -63,7 +63,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_norm._arrays import in_dtype, is_real
+from keras_norm._arrays import in_dtype, is_integer, is_real
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
@@ -137,6 +137,19 @@ def compute_dtype(x: Array) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def at_least_one(n: Any, dtype: str) -> Any:
+    """n, a number of elements to divide their sum by; 1 in place of an int of 0.
+
+    Args:
+        n: an int; or a tensor or a symbol, where a size is known when the function runs.
+        dtype: of the result for the latter.
+
+    Returns:
+        An int, or a scalar.
+    """
+    return max(n, 1) if isinstance(n, int) else ops.cast(n, dtype)
+
+
 class _Layout(NamedTuple):
     """Where the channels of x are, and how a vector of channels is laid along them."""
 
@@ -181,7 +194,8 @@ def check_epsilon(epsilon: float) -> None:
     if not (is_real(epsilon) and epsilon >= 0):
         raise ValueError(
             "`epsilon` is added to the variance under a square root and must be a number >= 0. "
-            f"Received: epsilon={epsilon!r}. The default is 1e-3."
+            f"Received: epsilon={epsilon!r}. The default is 1e-3, of RMS and filter response "
+            "normalization 1e-6."
         )
 
 
@@ -429,7 +443,8 @@ def batch_normalization(
         those of an empty batch; one element per channel has variance 0, so that y is beta.
 
     Raises:
-        ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
+        ValueError: for an axis that x does not have, a negative epsilon, arrays of other shapes,
+            or `use_given` without `given`.
 
     Numerics:
         Accumulated in float32, or float64 if x is float64. The mean is taken twice, the second
@@ -447,6 +462,11 @@ def batch_normalization(
         Ioffe and Szegedy, 2015, algorithm 1.
     """
     check_epsilon(epsilon)
+    if use_given is not None and given is None:
+        raise ValueError(
+            "`use_given` chooses between the statistics of the batch and those of `given`. "
+            f"Received: use_given={use_given!r}, given=None. Pass given=(mean, variance) with it."
+        )
     mean, variance = given or (None, None)
     axes = canonical_axes(axis, len(_shape(x)))
     check_shapes(x, axes, gamma=gamma, beta=beta, mean=mean, variance=variance)
@@ -718,7 +738,7 @@ def ghost_batch_normalization(
 
 
 def check_virtual_batch_size(size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+    if not (is_integer(size) and size >= 1):
         raise ValueError(
             "`virtual_batch_size` is a number of examples, an integer >= 1. "
             f"Received: virtual_batch_size={size!r}. Leave it out to normalize the whole batch."
@@ -894,7 +914,7 @@ class _Scheme(NamedTuple):
         """D, the number of elements that each statistic is taken of."""
         shape = ops.shape(x)
         n = math.prod([shape[a] for a in self.reduced])
-        return max(n, 1) if isinstance(n, int) else ops.cast(n, dtype)
+        return at_least_one(n, dtype)
 
 
 def sum_in_stages(x: Array, axes: Sequence[int]) -> Array:
@@ -1170,8 +1190,7 @@ def check_groups(groups: int | None) -> None:
     Raises:
         ValueError: for anything but an integer >= 1, -1 or None.
     """
-    integer = isinstance(groups, int | np.integer) and not isinstance(groups, bool)
-    if groups is not None and (not integer or (groups < 1 and groups != -1)):
+    if groups is not None and not (is_integer(groups) and (groups >= 1 or groups == -1)):
         raise ValueError(
             "The argument `groups` is a number of groups, an integer >= 1, or -1 for one group "
             f"for each channel. Received: groups={groups!r}. groups=None stands for the greatest "

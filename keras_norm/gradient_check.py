@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -27,6 +26,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._gradients import float64_promotion, gradients, restored_randomness
 from keras_norm._gradients import traced as trace
 
@@ -171,10 +171,10 @@ class GradientReport:
             ValueError: a bound is not positive, or `kinks` lies outside [0, 1].
         """
         for name, bound in (("tolerance", tolerance), ("elementwise", elementwise)):
-            if bound is not None and not 0 < bound < math.inf:
-                raise ValueError(f"{name} must be a positive number. Received: {name}={bound}")
-        if not 0 <= kinks <= 1:
-            raise ValueError(f"kinks must be a fraction, 0 to 1. Received: kinks={kinks}")
+            if bound is not None and not (is_real(bound) and 0 < bound < math.inf):
+                raise ValueError(f"{name} must be a positive number. Received: {name}={bound!r}")
+        if not (is_real(kinks) and 0 <= kinks <= 1):
+            raise ValueError(f"kinks must be a fraction, 0 to 1. Received: kinks={kinks!r}")
         limit = math.inf if elementwise is None else elementwise
         failures = [text for e in self.entries for text in _failures(e, tolerance, limit, kinks)]
         if failures:
@@ -341,13 +341,13 @@ def check(
     if order not in DEFAULT_STEP:
         raise ValueError(f"order must be 2 or 4. Received: order={order}")
     step = DEFAULT_STEP[order] if step is None else step
-    if not 0 < step < math.inf:
-        raise ValueError(f"step must be a positive number. Received: step={step}")
-    if samples is not None and (not _is_integer(samples) or samples < 1):
+    if not (is_real(step) and 0 < step < math.inf):
+        raise ValueError(f"step must be a positive number. Received: step={step!r}")
+    if samples is not None and not (is_integer(samples) and samples >= 1):
         raise ValueError(
             f"samples must be an integer of at least 1, or None. Received: samples={samples!r}"
         )
-    if not _is_integer(seed) or seed < 0:
+    if not (is_integer(seed) and seed >= 0):
         raise ValueError(f"seed must be an integer of at least 0. Received: seed={seed!r}")
     if loss is not None and upstream is not None:
         raise ValueError(
@@ -750,10 +750,6 @@ def _takes_one(function: Any) -> bool:
     except ValueError:  # no signature, as of some built-in functions
         pass
     return True
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_float(leaf: Any) -> bool:

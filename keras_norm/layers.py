@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import constraints, initializers, ops, regularizers
+from keras import initializers, ops
 
 from keras_norm import autodiff, distributed, functional, kernels
 from keras_norm._arrays import check_dense, in_dtype, is_real
@@ -27,6 +27,7 @@ from keras_norm._moving import (
     check_fraction,
     check_switch,
     parameter_config,
+    set_parameter_options,
     weights_of,
 )
 from keras_norm._rematerialization import Draws, decided, is_repeated, known
@@ -245,21 +246,24 @@ class BatchNormalization(MovingStatistics):
         self.epsilon = epsilon
         self.center = center
         self.scale = scale
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
+        set_parameter_options(
+            self,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+        )
         self.moving_mean_initializer = initializers.get(moving_mean_initializer)
         self.moving_variance_initializer = initializers.get(moving_variance_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
         self.renorm = renorm
         self.renorm_clipping = renorm_clipping
         self.renorm_momentum = renorm_momentum
         self.synchronized = synchronized
         self.debiased = debiased
         self.unbiased = unbiased
-        self.virtual_batch_size = virtual_batch_size
+        self.virtual_batch_size = None if virtual_batch_size is None else int(virtual_batch_size)
         self.warn_untouched = warn_untouched
         self.supports_masking = True
         self.gamma: Any = None
@@ -923,12 +927,15 @@ class _Affine(_WithinExample):
         super().__init__(axis, epsilon, **kwargs)
         self.center = center
         self.scale = scale
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        set_parameter_options(
+            self,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+        )
         self.gamma = None
         self.beta = None
 
@@ -1268,7 +1275,7 @@ class GroupNormalization(_ByChannel):
             gamma_constraint,
             **kwargs,
         )
-        self.groups = groups
+        self.groups = None if groups is None else int(groups)
 
     def _check_shape(self, input_shape: Sequence[int | None]) -> None:
         super()._check_shape(input_shape)

@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from keras_norm import functional
-from keras_norm._arrays import is_real
+from keras_norm._arrays import is_integer, is_real
 from keras_norm._blocks import (
     NORMALIZATIONS,
     Blocks,
@@ -317,13 +317,14 @@ def CNN(  # noqa: N802
     shape = checked_input_shape(input_shape)
     check_widths("widths", widths, "the channels of each stage")
     check_widths("dense", dense, "the widths of hidden layers")
-    if not isinstance(kernel_size, int | Sequence):
+    if not (is_integer(kernel_size) or isinstance(kernel_size, Sequence)):
         raise ValueError(
             "`kernel_size` must be an int, or one for each stage. "
             f"Received: kernel_size={kernel_size!r}."
         )
-    sizes = [kernel_size] * len(widths) if isinstance(kernel_size, int) else list(kernel_size)
-    _check_stages(widths, sizes, blocks, downsample, head, shape)
+    of_stages = kernel_size if isinstance(kernel_size, Sequence) else [kernel_size] * len(widths)
+    _check_stages(widths, of_stages, blocks, downsample, head, shape)
+    sizes = [int(size) for size in of_stages]
     kernel = {
         "kernel_initializer": kernel_initializer,
         "kernel_regularizer": kernel_regularizer,
@@ -377,7 +378,7 @@ def _check_stages(
 ) -> None:
     counts = {"widths": widths, "kernel_size": sizes, "blocks": [blocks]}
     for name, values in counts.items():
-        if not values or any(not isinstance(v, int) or v < 1 for v in values):
+        if not values or any(not is_integer(v) or v < 1 for v in values):
             raise ValueError(f"`{name}` must be made of ints >= 1. Received: {name}={values!r}.")
     if len(sizes) != len(widths):
         raise ValueError(

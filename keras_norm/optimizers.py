@@ -43,7 +43,6 @@ velocity by it when the weights move. Under a constant rate the two take the sam
 
 import itertools
 import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_norm._arrays import is_real
+from keras_norm._arrays import is_integer, is_real
 
 __all__ = [
     "SGD",
@@ -288,7 +287,8 @@ def orthogonal(g: Array, ns_steps: int = 3) -> Array:
     x = ops.transpose(x) if tall else x  # (shorter, longer)
     x = x / (ops.sqrt(ops.sum(ops.square(x))) + 1e-7)  # (U5)
     a = ops.matmul(x, ops.transpose(x))
-    if 2 * x.shape[1] > 3 * x.shape[0]:  # else this takes more multiplications
+    # Clearly longer than wide: it is cheaper to follow (U6) on the small x x^T.
+    if 2 * x.shape[1] > 3 * x.shape[0]:
         factor = None
         for step in range(ns_steps):
             p = 3.4445 * ops.eye(x.shape[0], dtype=x.dtype) + _of_gram(a)
@@ -782,10 +782,6 @@ def _check(name: str, value: Any, *, below: float = math.inf) -> None:
         raise ValueError(f"`{name}` must be a number, {bound}. Received: {name}={value!r}.")
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_momentum(value: Any) -> None:
     if not (is_real(value) and 0 <= value <= 1):
         raise ValueError(
@@ -970,16 +966,28 @@ class SGD(_Rule):
         self._l2_rates = rates
 
     def _step(self, w: Array, dw: Array, slots: Any, learning_rate: Array, variable: Any) -> Any:
+        return self._by_momentum(w, dw, slots, learning_rate, variable, self.momentum)
+
+    def _by_momentum(
+        self,
+        w: Array,
+        dw: Array,
+        slots: Any,
+        learning_rate: Array,
+        variable: Any,
+        momentum: float,
+    ) -> Any:
+        """The step with the coupled decay of the variable; a plain one without velocities."""
         decays = self._use_weight_decay(variable)
         rates = {
             "learning_rate": learning_rate,
             "l2_decay": self._l2_rates[self._get_variable_index(variable)] if decays else 0.0,
         }
-        if not self.momentum:
+        if not self._slot_groups():
             w, _ = sgd_step(w, dw, **rates)
             return w, slots
         step = nesterov_step if self.nesterov else momentum_step
-        return step(w, dw, MomentumState(*slots), momentum=self.momentum, **rates)
+        return step(w, dw, MomentumState(*slots), momentum=momentum, **rates)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments, serializable."""
@@ -1053,7 +1061,7 @@ class Muon(SGD):
             **kwargs,
         )
         _check_momentum(other_momentum)
-        if not (_is_int(ns_steps) and ns_steps >= 1):
+        if not (is_integer(ns_steps) and ns_steps >= 1):
             raise ValueError(f"`ns_steps` must be an int >= 1. Received: ns_steps={ns_steps!r}.")
         self.other_momentum = other_momentum
         self.matrices = matrices
@@ -1083,24 +1091,18 @@ class Muon(SGD):
         self._is_matrix = tuple(fits)
 
     def _step(self, w: Array, dw: Array, slots: Any, learning_rate: Array, variable: Any) -> Any:
-        index = self._get_variable_index(variable)
-        state = MomentumState(*slots)
-        if self._is_matrix[index]:
+        if self._is_matrix[self._get_variable_index(variable)]:
             return muon_step(
                 w,
                 dw,
-                state,
+                MomentumState(*slots),
                 learning_rate=learning_rate,
                 momentum=self.momentum,
                 nesterov=self.nesterov,
                 ns_steps=self.ns_steps,
                 normalize=self.normalize,
             )
-        decay = self._l2_rates[index] if self._use_weight_decay(variable) else 0.0
-        momentum = self.other_momentum
-        rates = {"learning_rate": learning_rate, "l2_decay": decay, "momentum": momentum}
-        step = nesterov_step if self.nesterov else momentum_step
-        return step(w, dw, state, **rates)
+        return self._by_momentum(w, dw, slots, learning_rate, variable, self.other_momentum)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments, serializable."""
@@ -1503,7 +1505,7 @@ class CyclicalLearningRate(keras.optimizers.schedules.LearningRateSchedule):
                 "`maximum` must be larger than `minimum`. "
                 f"Received: minimum={minimum!r}, maximum={maximum!r}."
             )
-        if not (_is_int(half_cycle) and half_cycle >= 1):
+        if not (is_integer(half_cycle) and half_cycle >= 1):
             raise ValueError(
                 "`half_cycle` must be an int >= 1, the number of steps from minimum to maximum. "
                 f"Received: half_cycle={half_cycle!r}."
@@ -1586,7 +1588,7 @@ class PiecewiseLinear(keras.optimizers.schedules.LearningRateSchedule):
                 f"Received: points={points}, values={values}."
             )
         increasing = all(p < q for p, q in itertools.pairwise(points))
-        integral = all(_is_int(p) and p >= 0 for p in points)
+        integral = all(is_integer(p) and p >= 0 for p in points)
         if not (integral and increasing):
             raise ValueError(
                 "`points` are steps: ints >= 0, each larger than the one before. "

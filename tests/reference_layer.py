@@ -5,11 +5,7 @@ reshapes. They take complex numbers, for the derivatives of `reference.complex_s
 """
 
 import numpy as np
-
-
-def positive(axis, ndim):
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    return tuple(sorted(a % ndim for a in axes))
+from reference import channel_axes
 
 
 def along(v, x, axes):
@@ -29,7 +25,7 @@ def standardized(block, epsilon):
 
 
 def layer_norm(x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, rms_scaling=False):
-    axes = positive(axis, x.ndim)
+    axes = channel_axes(axis, x.ndim)
     mean = x.mean(axes, keepdims=True)
     variance = ((x - mean) ** 2).mean(axes, keepdims=True)
     numerator = x if rms_scaling else x - mean
@@ -37,13 +33,13 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, rms_scaling=F
 
 
 def rms_norm(x, gamma=None, *, axis=-1, epsilon=1e-6):
-    axes = positive(axis, x.ndim)
+    axes = channel_axes(axis, x.ndim)
     mean_square = (x**2).mean(axes, keepdims=True)
     return affine(x / np.sqrt(mean_square + epsilon), gamma, None, axes)
 
 
 def group_norm(x, gamma=None, beta=None, *, groups=32, axis=-1, epsilon=1e-3):
-    (channel,) = positive(axis, x.ndim)
+    (channel,) = channel_axes(axis, x.ndim)
     last = np.moveaxis(x, channel, -1)
     size = x.shape[channel] // groups
     y = np.zeros_like(last)
@@ -55,7 +51,7 @@ def group_norm(x, gamma=None, beta=None, *, groups=32, axis=-1, epsilon=1e-3):
 
 
 def instance_norm(x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3):
-    (channel,) = positive(axis, x.ndim)
+    (channel,) = channel_axes(axis, x.ndim)
     y = np.zeros_like(x)
     for n in range(len(x)):
         for c in range(x.shape[channel]):

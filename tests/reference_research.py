@@ -6,6 +6,7 @@ numbers, for the derivatives of `reference.complex_step`.
 
 import numpy as np
 import reference_layer
+from reference import channel_axes
 from scipy import stats
 
 
@@ -61,7 +62,7 @@ def whitened(
 
 
 def affine(y, gamma, beta, axis):
-    return reference_layer.affine(y, gamma, beta, reference_layer.positive(axis, y.ndim))
+    return reference_layer.affine(y, gamma, beta, channel_axes(axis, y.ndim))
 
 
 def target_of(name, quantiles):

@@ -1077,6 +1077,11 @@ def test_wrong_arguments(arguments, message):
         BatchNormalization(**arguments)
 
 
+def test_a_size_of_numpy_is_kept_as_json_has_it():
+    size = BatchNormalization(virtual_batch_size=np.int64(2)).get_config()["virtual_batch_size"]
+    assert (size, type(size)) == (2, int)
+
+
 @pytest.mark.parametrize(
     ("arguments", "shape", "message"),
     [

@@ -374,6 +374,16 @@ def test_wrong_epsilon(epsilon):
         functional.batch_normalization(np.ones((2, 3)), epsilon=epsilon)
     with pytest.raises(ValueError, match=r"`epsilon` .*Received: epsilon="):
         functional.normalize(np.ones((2, 3)), np.ones(3), np.ones(3), epsilon=epsilon)
+    with pytest.raises(ValueError, match=r"1e-3, of RMS and filter response normalization 1e-6\."):
+        functional.rms_normalization(np.ones((2, 3)), epsilon=epsilon)
+
+
+def test_a_choice_of_statistics_that_are_not_given():
+    x = np.ones((4, 3))
+    with pytest.raises(ValueError, match=r"Received: use_given=True, given=None\. Pass given="):
+        functional.batch_normalization(x, use_given=True)
+    with pytest.raises(ValueError, match=r"Received: use_given=.*, given=None"):
+        functional.ghost_batch_normalization(x, virtual_batch_size=2, use_given=np.array(False))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool"])

@@ -515,8 +515,11 @@ def test_elementwise_bound():
     [
         ({"tolerance": 0}, "tolerance=0"),
         ({"tolerance": math.nan}, "tolerance=nan"),
+        ({"tolerance": "1e-9"}, "a positive number. Received: tolerance='1e-9'"),
+        ({"tolerance": True}, "tolerance=True"),
         ({"tolerance": 1e-9, "elementwise": -1.0}, "elementwise=-1.0"),
         ({"tolerance": 1e-9, "kinks": 2}, "kinks=2"),
+        ({"tolerance": 1e-9, "kinks": "0"}, "kinks='0'"),
     ],
 )
 def test_bounds_that_mean_nothing_are_refused(arguments, message):
@@ -533,6 +536,8 @@ def test_bounds_that_mean_nothing_are_refused(arguments, message):
         ({"step": 0.0}, "step=0.0"),
         ({"step": -1e-5}, "step=-1e-05"),
         ({"step": math.nan}, "step=nan"),
+        ({"step": "1e-4"}, "a positive number. Received: step='1e-4'"),
+        ({"step": True}, "step=True"),
         ({"order": 3}, "order=3"),
         ({"samples": 0}, "samples=0"),
         ({"names": ["a", "b"]}, r"names=\['a', 'b'\]"),

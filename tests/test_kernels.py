@@ -430,13 +430,13 @@ SHAPES_WITHIN = [(2, 3, 4, 6), (3, 5, 6), (2, 3, 2, 2, 9), (0, 2, 2, 6)]
 
 
 @pytest.mark.parametrize(
-    "affine",
+    ("shape", "affine"),
     [
-        pytest.param(True, id="affine"),
-        pytest.param(False, id="plain", marks=pytest.mark.slow_on_jax),
+        *((shape, True) for shape in SHAPES_WITHIN),
+        pytest.param(SHAPES_WITHIN[0], False, marks=pytest.mark.slow_on_jax),
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("shape", SHAPES_WITHIN, ids=str)
 @pytest.mark.parametrize(("name", "options", "faster"), CASES, ids=str)
 def test_faster_within_an_example(name, options, faster, shape, affine):
     dtype, close = ("float32", 1e-5) if name == "normalize" else ("float64", 1e-11)

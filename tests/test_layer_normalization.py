@@ -18,7 +18,7 @@ from differentiation import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
-from reference import complex_step, relative_error
+from reference import channel_axes, complex_step, relative_error
 
 from keras_norm import functional, layers
 from keras_norm._gradients import gradients
@@ -657,7 +657,7 @@ def test_any_layout(cls, case, center, scaled):
     np.testing.assert_allclose(wide(y), expected(x, *values), rtol=tolerance, atol=tolerance)
     exact = complex_step(lambda *a: (expected(*a) * mix).sum(), [x, *values])
     # Of examples with one or two elements the terms of (L9), or of (R8), cancel.
-    axes = reference.positive(axis, x.ndim)
+    axes = channel_axes(axis, x.ndim)
     size = (x**2 if cls is RMSNormalization else (x - x.mean(axes, keepdims=True)) ** 2).mean(
         axes, keepdims=True
     )

@@ -1,6 +1,7 @@
 """The nets, `make_normalization`, and another normalization in a model that exists."""
 
 import functools
+import json
 import re
 
 import keras
@@ -120,10 +121,18 @@ class TestErrors:
             CNN((8,), dense=64)
         with pytest.raises(ValueError, match=r"Received: kernel_size=3\.0"):
             CNN((8,), kernel_size=3.0)
+        with pytest.raises(ValueError, match=r"Received: blocks=\[True\]"):
+            CNN((8,), blocks=True)
         with pytest.raises(ValueError, match=r"Received: input_shape=\(None, None, 3\), head="):
             CNN((8,), head="flatten", input_shape=(None, None, 3))
         model = CNN((4, 4), None, input_shape=(None, None, 3))
         assert [model(np.ones((1, n, n, 3))).shape for n in (4, 9)] == [(1, 10)] * 2
+
+
+@pytest.mark.parametrize("size", [np.int64(3), [np.int64(3)]])
+def test_sizes_of_numpy_are_kept_as_json_has_them(size):
+    convolution = CNN((4,), None, kernel_size=size, blocks=np.int64(1)).get_layer("conv1_1")
+    assert json.dumps(convolution.get_config()["kernel_size"]) == "[3, 3]"
 
 
 @pytest.mark.slow_on_jax

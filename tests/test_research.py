@@ -1,5 +1,6 @@
 """Whitening, quantile and filter-response normalization: values, gradients, the layers."""
 
+import json
 import threading
 
 import keras
@@ -760,6 +761,31 @@ def test_order_of_weights():
     assert len(layer.trainable_weights) == 2
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (DecorrelatedBatchNormalization, {"group_size": 2, "method": "newton", "iterations": 3}),
+        (QuantileNormalization, {"quantiles": 4}),
+    ],
+)
+def test_integers_of_numpy(cls, options):
+    """As sizes of a search's space come: the same numbers, in a configuration that JSON holds."""
+    sizes = {k: np.int64(v) if isinstance(v, int) else v for k, v in options.items()}
+    layer, x = cls(**sizes), np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    assert json.loads(json.dumps(layer.get_config())).items() >= options.items()
+    y = layer(x, training=True)
+    assert dtype_of(y) == "float32"
+    np.testing.assert_array_equal(array(y), array(cls(**options)(x, training=True)))
+
+
+def test_quantiles_of_numpy_keep_the_dtype():
+    x = np.random.default_rng(0).normal(size=(16, 2)).astype("float32")
+    y, q = research.quantile_normalization(x, quantiles=np.int64(4))
+    same, _ = research.quantile_normalization(x, quantiles=4)
+    assert (dtype_of(y), dtype_of(q)) == ("float32", "float32")
+    np.testing.assert_array_equal(array(y), array(same))
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -769,8 +795,13 @@ class TestErrors:
         [
             ({"method": "pca"}, "Received: method='pca'"),
             ({"epsilon": 0}, "Received: epsilon=0"),
+            ({"epsilon": "1e-3"}, "a number > 0.*Received: epsilon='1e-3'"),
+            ({"epsilon": True}, "Received: epsilon=True"),
             ({"shrinkage": 1.5}, "Received: shrinkage=1.5"),
+            ({"shrinkage": "0.1"}, "Received: shrinkage='0.1'"),
+            ({"shrinkage": False}, "Received: shrinkage=False"),
             ({"iterations": 0}, "Received: iterations=0"),
+            ({"iterations": True}, "Received: iterations=True"),
             ({"group_size": 0}, "Received: group_size=0"),
             ({"group_size": 2.0}, "Received: group_size=2.0"),
             ({"momentum": 2}, "Received: momentum=2"),
@@ -788,7 +819,10 @@ class TestErrors:
         [
             ({"target": "cauchy"}, "Received: target='cauchy'"),
             ({"quantiles": 1}, "Received: quantiles=1"),
+            ({"quantiles": 4.0}, "Received: quantiles=4.0"),
             ({"epsilon": 0}, "Received: epsilon=0"),
+            ({"epsilon": "1e-3"}, "a number > 0. Received: epsilon='1e-3'"),
+            ({"epsilon": True}, "Received: epsilon=True"),
             ({"momentum": -0.1}, "Received: momentum=-0.1"),
         ],
     )
