@@ -1208,11 +1208,12 @@ def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
     assert (first, second) == order(0) != order(1)
 
 
+@pytest.mark.parametrize("count", [0, 1.5, 2.0, "1", True])
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "every"])
-def test_training_on_arrays_refuses_counts_below_1(name):
-    counts = {"epochs": 1, "batch_size": 1, "every": 1} | {name: 0}
-    with pytest.raises(ValueError, match=f"Received: {name}=0"):
-        experiments.train_on_arrays(small_net({"rate": 0.0}, 0), *examples(), **counts)
+def test_training_on_arrays_refuses_what_is_no_count(name, count):
+    counts = {"epochs": 1, "batch_size": 1, "every": 1} | {name: count}
+    with pytest.raises(ValueError, match=f"an integer of at least 1. Received: {name}={count!r}"):
+        experiments.train_on_arrays(None, *examples(), **counts)
 
 
 def test_training_on_arrays_refuses_a_model_that_is_not_compiled():
