@@ -8,12 +8,12 @@ where linear is a convolution or a dense layer.
 
 import functools
 import inspect
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 
+from keras_norm._arrays import is_integer, is_real
 from keras_norm.layers import (
     BatchNormalization,
     GroupNormalization,
@@ -33,9 +33,9 @@ __all__ = [
     "Blocks",
     "Normalization",
     "Normalizations",
-    "check_classes",
-    "check_widths",
+    "checked_classes",
     "checked_input_shape",
+    "checked_widths",
     "factory_of",
     "logits_dtype",
     "made",
@@ -190,7 +190,7 @@ class Blocks(NamedTuple):
                 "`placement` says where the normalization stands, 'before' or 'after' the "
                 f"activation. Received: placement={placement!r}."
             )
-        if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
+        if not (is_real(dropout) and 0 <= dropout < 1):
             raise ValueError(
                 "`dropout` is the fraction of activations set to zero and must lie in [0, 1). "
                 f"Received: dropout={dropout!r}. (A keep probability p is dropout=1-p.)"
@@ -216,20 +216,22 @@ class Blocks(NamedTuple):
         return x
 
 
-def check_widths(argument: str, widths: Any, what: str) -> None:
+def checked_widths(argument: str, widths: Any, what: str) -> tuple[int, ...]:
     listed = isinstance(widths, Sequence) and not isinstance(widths, str)
-    if not listed or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
+    if not listed or not all(is_integer(n) and n >= 1 for n in widths):
         raise ValueError(
             f"`{argument}` must list {what}, ints >= 1. Received: {argument}={widths!r}."
         )
+    return tuple(int(n) for n in widths)  # Keras's layers refuse those of NumPy
 
 
-def check_classes(classes: int) -> None:
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+def checked_classes(classes: Any) -> int:
+    if not (is_integer(classes) and classes >= 1):
         raise ValueError(
             "`classes` is the number of outputs and must be an integer >= 1. "
             f"Received: classes={classes!r}."
         )
+    return int(classes)
 
 
 def checked_input_shape(input_shape: Any) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from keras import ops
 
 from keras_norm._blocks import (
     Normalization,
-    check_classes,
+    checked_classes,
     checked_input_shape,
+    checked_widths,
     logits_dtype,
     made_for_channels_last,
 )
@@ -282,13 +283,11 @@ def FastConvNet(  # noqa: N802
     Reference: Jordan, 2024, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU. Differs: the
         whitening is centred, and computes one sign only; batch normalization's epsilon is 1e-6.
     """
-    check_classes(classes)
+    classes = checked_classes(classes)
     shape = checked_input_shape(input_shape)
-    listed = isinstance(widths, Sequence) and len(widths) > 0
-    if not listed or any(not isinstance(w, int) or w < 1 for w in widths):
-        raise ValueError(
-            f"`widths` must list the channels of the groups, ints >= 1. Received: {widths!r}."
-        )
+    widths = checked_widths("widths", widths, "the channels of the groups")
+    if not widths:
+        raise ValueError(f"`widths` must list one group or more. Received: widths={widths!r}.")
     least = 2 ** len(widths) + 1
     if len(shape) != 3 or min(side or least for side in shape[:2]) < least or shape[2] is None:
         raise ValueError(

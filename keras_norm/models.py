@@ -25,9 +25,9 @@ from keras_norm._blocks import (
     Blocks,
     Normalization,
     Normalizations,
-    check_classes,
-    check_widths,
+    checked_classes,
     checked_input_shape,
+    checked_widths,
     factory_of,
     logits_dtype,
     made,
@@ -149,7 +149,7 @@ def LeNet(  # noqa: N802
         recognition; in this form Zhang, Lipton, Li and Smola, Dive into Deep Learning, chapters
         on LeNet and batch normalization.
     """
-    check_classes(classes)
+    classes = checked_classes(classes)
     shape = checked_input_shape(input_shape)
     least = {"valid": 16, "same": 12}.get(padding)
     if least is None:
@@ -223,8 +223,8 @@ def MLP(  # noqa: N802
         >>> MLP((50, 30), normalization=None, input_shape=(20,)).count_params()
         2890
     """
-    check_classes(classes)
-    check_widths("hidden", hidden, "the widths of the hidden layers")
+    classes = checked_classes(classes)
+    hidden = checked_widths("hidden", hidden, "the widths of the hidden layers")
     kernel = {
         "kernel_initializer": kernel_initializer,
         "kernel_regularizer": kernel_regularizer,
@@ -313,10 +313,10 @@ def CNN(  # noqa: N802
         >>> CNN((8, 16), residual=True, input_shape=(8, 8, 1)).count_params()
         1674
     """
-    check_classes(classes)
+    classes = checked_classes(classes)
     shape = checked_input_shape(input_shape)
-    check_widths("widths", widths, "the channels of each stage")
-    check_widths("dense", dense, "the widths of hidden layers")
+    widths = checked_widths("widths", widths, "the channels of each stage")
+    dense = checked_widths("dense", dense, "the widths of hidden layers")
     if not (is_integer(kernel_size) or isinstance(kernel_size, Sequence)):
         raise ValueError(
             "`kernel_size` must be an int, or one for each stage. "

@@ -207,7 +207,7 @@ def test_as_pytorch(shape):
 @pytest.mark.parametrize("mean", [1e3, 1e5])
 @pytest.mark.parametrize("cls", LAYERS)
 def test_large_mean_in_float32(cls, mean):
-    """No digit is lost, where Keras's layer, x inv_std - mean inv_std, has two or four left.
+    """No digit is lost, where Keras's layer, x inv_std - mean inv_std, loses two or four.
 
     (On PyTorch, with E[x^2] - E[x]^2 for the variance, it has none, or NaN.)
     """

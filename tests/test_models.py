@@ -133,6 +133,10 @@ class TestErrors:
 def test_sizes_of_numpy_are_kept_as_json_has_them(size):
     convolution = CNN((4,), None, kernel_size=size, blocks=np.int64(1)).get_layer("conv1_1")
     assert json.dumps(convolution.get_config()["kernel_size"]) == "[3, 3]"
+    three = {"classes": np.int64(3), "input_shape": (16, 16, 1)}
+    for model in (MLP([np.int64(5)], **three), LeNet(**three), FastConvNet([np.int64(4)], **three)):
+        assert model.output_shape == (None, 3)
+        assert json.dumps(model.layers[-1].get_config())
 
 
 @pytest.mark.slow_on_jax
