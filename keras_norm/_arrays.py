@@ -1,4 +1,4 @@
-"""Numbers and arrays: what is one, and as a tensor of a dtype without the time that Keras takes."""
+"""Checks of numbers and arrays, and conversions to tensors and dtypes faster than Keras's."""
 
 import numbers
 from typing import Any
@@ -10,7 +10,7 @@ Array = Any
 
 
 def is_real(x: Any) -> bool:
-    """Whether this is a real number, of Python or NumPy; no bool, and no string, as of YAML's 1e-3.
+    """Whether x is a real number of Python or NumPy, not a bool or a string such as YAML's 1e-3.
 
     Args:
         x: anything.
@@ -26,7 +26,7 @@ def is_real(x: Any) -> bool:
 
 
 def is_integer(x: Any) -> bool:
-    """Whether this is a whole number by its type, of Python or NumPy; no bool.
+    """Whether x has an integer type of Python or NumPy, other than bool.
 
     Args:
         x: anything.
@@ -42,13 +42,13 @@ def is_integer(x: Any) -> bool:
 
 
 def check_dense(x: Any) -> None:
-    """Refuses TensorFlow's ragged and sparse tensors, which only some operations take.
+    """Refuses TensorFlow's ragged and sparse tensors, which only some operations accept.
 
     Args:
         x: of any type.
 
     Raises:
-        ValueError: for one of these.
+        ValueError: for a ragged or sparse tensor.
     """
     kind = type(x).__name__
     if kind not in ("RaggedTensor", "SparseTensor"):
@@ -63,14 +63,14 @@ def check_dense(x: Any) -> None:
 
 
 def tensor(x: Any, dtype: Any = None) -> Array:
-    """As `ops.convert_to_tensor`, and quicker on PyTorch, where x stays on its device.
+    """As `ops.convert_to_tensor`, but faster on PyTorch, where x stays on its device.
 
     Args:
         x: array, tensor or variable.
         dtype: of the result, as the backend names it (`x.dtype` of a tensor); None for x's own.
 
     Returns:
-        A tensor, x itself where it is one of that dtype.
+        A tensor; x itself if it already is one, of that dtype.
 
     Example:
         >>> half = tensor(np.ones(3, "float16"))
@@ -82,7 +82,7 @@ def tensor(x: Any, dtype: Any = None) -> Array:
     import torch
 
     x = x.value if isinstance(x, keras.Variable) else x
-    if not isinstance(x, torch.Tensor):  # `ops.convert_to_tensor` takes long to see one
+    if not isinstance(x, torch.Tensor):  # `ops.convert_to_tensor` is slow to recognize one
         x = ops.convert_to_tensor(x)
     return x if dtype in (None, x.dtype) else x.to(dtype)
 
@@ -94,7 +94,7 @@ def dtype_name(dtype: Any) -> str:
         dtype: of a tensor.
 
     Returns:
-        Keras's name of it.
+        Keras's name for it.
 
     Example:
         >>> dtype_name(tensor(np.ones(3, "float16")).dtype)
@@ -109,14 +109,14 @@ _DTYPE_NAMES: dict[Any, str] = {}
 
 
 def in_dtype(x: Any, dtype: Any) -> Array:
-    """As `ops.cast`, which takes longer where there is nothing to do.
+    """As `ops.cast`, but faster where there is nothing to do.
 
     Args:
         x: array, tensor or variable.
         dtype: of the result, Keras's name or the backend's.
 
     Returns:
-        A tensor, x itself where it is one of that dtype.
+        A tensor; x itself if it already is one, of that dtype.
 
     Example:
         >>> half = tensor(np.ones(3, "float16"))

@@ -1,4 +1,4 @@
-"""The block that every model of `keras_norm.models` is a stack of, and its normalization.
+"""The block of which every model in `keras_norm.models` is a stack, and its normalization.
 
     linear -> normalization -> activation -> dropout     (placement="before", the default)
     linear -> activation -> normalization -> dropout     (placement="after")
@@ -62,9 +62,9 @@ NORMALIZATIONS: dict[str, Callable[..., keras.layers.Layer]] = {
 
 
 def logits_dtype() -> str | None:
-    """The dtype of a model's last layer: float32 where the policy computes in half precision.
+    """The dtype of a model's last layer: float32 if the policy computes in half precision.
 
-    The loss takes differences of logits, of which bfloat16 would keep two digits.
+    The loss takes differences of logits, of which bfloat16 would keep only two digits.
     """
     half = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
     return "float32" if half else None
@@ -74,9 +74,9 @@ def make_normalization(normalization: Normalization, name: str) -> keras.layers.
     """One fresh normalization layer.
 
     Args:
-        normalization: a name of `NORMALIZATIONS`; a layer class; a factory, called with
-            `name=name` if it takes that and with nothing otherwise
-            (`functools.partial(BatchNormalization, momentum=0.9)`); or None for no layer.
+        normalization: a name of `NORMALIZATIONS`; a layer class; a factory, such as
+            `functools.partial(BatchNormalization, momentum=0.9)`, called with `name=name` if it
+            accepts that, else without arguments; or None for no layer.
         name: the layer's name.
 
     Returns:
@@ -127,14 +127,14 @@ def made(
 
 
 def made_for_channels_last(normalization: Normalization, name: str) -> keras.layers.Layer | None:
-    """As `make_normalization`, of a model whose channels are last, whatever Keras's default is."""
+    """As `make_normalization`, for a model with channels last, whatever Keras's default is."""
     factory = factory_of(normalization)
     options = {"data_format": "channels_last"} if factory is SpatialBatchNormalization else {}
     return None if factory is None else made(factory, name, options)
 
 
 def takes(argument: str, factory: Callable[..., Any], *, or_any: bool) -> bool:
-    """Whether the factory has a keyword argument of this name, or takes any keyword at all."""
+    """Whether the factory has a keyword argument of this name, or (`or_any`) accepts any."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
@@ -145,7 +145,7 @@ def takes(argument: str, factory: Callable[..., Any], *, or_any: bool) -> bool:
 def _per_position(
     normalization: Normalizations, positions: Sequence[str]
 ) -> dict[str, Normalization]:
-    """The normalization of every position, whichever way it was given."""
+    """The normalization of every position, from any of the forms it can be given in."""
     if isinstance(normalization, Mapping):
         unknown = sorted(set(normalization) - set(positions))
         if unknown:
@@ -222,7 +222,7 @@ def checked_widths(argument: str, widths: Any, what: str) -> tuple[int, ...]:
         raise ValueError(
             f"`{argument}` must list {what}, ints >= 1. Received: {argument}={widths!r}."
         )
-    return tuple(int(n) for n in widths)  # Keras's layers refuse those of NumPy
+    return tuple(int(n) for n in widths)  # Keras's layers refuse NumPy's integers
 
 
 def checked_classes(classes: Any) -> int:

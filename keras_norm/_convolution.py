@@ -1,4 +1,4 @@
-"""A convolution whose kernel gradient is quicker for small images on a CPU.
+"""A convolution with a faster kernel gradient for small images on a CPU.
 
 See `FastConv2D`, which `keras_norm.models` exports.
 """
@@ -15,17 +15,17 @@ __all__ = ["FastConv2D"]
 
 Array = Any
 
-# By dtype: (longest side of the images, fewest channels) for which taps are quicker than
+# By dtype: (longest side of the images, fewest channels) for which (V1) is faster than
 # TensorFlow's own gradient; measured on two cores by benchmarks/convolution.py.
 _QUICKER = {"bfloat16": (8, 64), "float32": (5, 128)}
 
 
 @keras.saving.register_keras_serializable(package="keras_norm")
 class FastConv2D(keras.layers.Conv2D):  # type: ignore[misc]
-    """`keras.layers.Conv2D`, with a quicker gradient of the kernel for small images on a CPU.
+    """`keras.layers.Conv2D`, with a faster kernel gradient for small images on a CPU.
 
-    With x of (N, H, W, C) and dy the gradient of the output, the gradient of a tap (i, j) of the
-    kernel is one product of matrices,
+    With x of shape (N, H, W, C) and dy the gradient of the output, the gradient of a tap (i, j) of
+    the kernel is one product of matrices,
 
         (V1)  dkernel[i, j] = sum over n, h, w of x[n, h + i, w + j]^T dy[n, h, w]
 
@@ -37,7 +37,7 @@ class FastConv2D(keras.layers.Conv2D):  # type: ignore[misc]
 
     Call arguments:
         inputs: as `keras.layers.Conv2D`'s, (N, H, W, C) for channels last.
-        training: whether (V1) may be used. Default: None, the layer is Keras's.
+        training: whether (V1) may be used. Default: None, Keras's gradient.
 
     Returns:
         As `keras.layers.Conv2D`, (N, H', W', filters) in the layer's compute dtype.
@@ -109,7 +109,7 @@ def kernel_gradient(x: Array, dy: Array, size: tuple[int, int]) -> Array:
     """
     _, height, width, channels = x.shape
     filters = dy.shape[-1]
-    # Rows first: to leave some out is then no copy. Columns are left out once for all rows.
+    # Rows first: then some can be left out without a copy. Columns are left out once for all rows.
     x, dy = (ops.transpose(v, (1, 0, 2, 3)) for v in (x, dy))  # (H, N, W, .)
     columns = []
     for j in _offsets(size[1]):
@@ -130,5 +130,5 @@ def _offsets(size: int) -> range:
 
 
 def _inside(offset: int, length: int) -> slice:
-    """The positions p of an image of this length that are q + offset, q a position, too."""
+    """The positions p of an image of this length for which p - offset is a position, too."""
     return slice(max(offset, 0), max(length + min(offset, 0), 0))

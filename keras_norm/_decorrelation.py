@@ -46,7 +46,7 @@ def _trace(a: Array) -> Array:
 
 
 class _Whitening(NamedTuple):
-    """How the whitening matrix is made of a covariance: (W3), (W4) and backward."""
+    """How the whitening matrix is computed from a covariance: (W3), (W4) and backward."""
 
     method: str
     epsilon: float
@@ -80,7 +80,7 @@ class _Whitening(NamedTuple):
         return cls(method, epsilon, shrinkage, iterations)
 
     def regularized(self, covariance: Array) -> Array:
-        """(W3). A matrix that is not finite is replaced by the identity, for the solvers' sake."""
+        """(W3). A matrix that is not finite is replaced by the identity, to protect the solvers."""
         identity = _identity(covariance)
         finite = ops.all(ops.isfinite(covariance), axis=(-2, -1), keepdims=True)
         covariance = ops.where(finite, _symmetric(covariance), identity)
@@ -88,17 +88,17 @@ class _Whitening(NamedTuple):
         return (1 - self.shrinkage) * covariance + (spread + self.epsilon) * identity
 
     def regularized_backward(self, da: Array) -> Array:
-        """(W10), but for the dcovariance of the loss."""
+        """(W10), without the dcovariance of the loss."""
         da = _symmetric(da)
         return (1 - self.shrinkage) * da + self._spread(da) * _trace(da) * _identity(da)
 
     def _spread(self, a: Array) -> float:
-        # A few units in the last place of the largest eigenvalue, lest rounding make A indefinite.
+        # A few ulps of the largest eigenvalue, so that rounding cannot make A indefinite.
         rounding = 8 * float(np.finfo(keras.backend.standardize_dtype(a.dtype)).eps)
         return float(self.shrinkage / a.shape[-1] + rounding)
 
     def matrix(self, a: Array) -> tuple[Array, ...]:
-        """(W4): U, and what else `backward` needs, as constants. Differentiable."""
+        """(W4): U, and the constants that `backward` also needs. Differentiable."""
         if self.method == "zca":
             return _inverse_square_root(a)
         if self.method == "cholesky":
@@ -123,10 +123,10 @@ class _Whitening(NamedTuple):
 
 
 def _inverse_square_root(a: Array, order: int = 2) -> tuple[Array, Array, Array]:
-    """U = A^(-1/2), and the eigenvalues and eigenvectors of A, by which alone it is computed.
+    """U = A^(-1/2), and the eigenvalues and eigenvectors of A, from which it is computed.
 
-    The residual U of each order of differentiation is a function with a gradient of its own, so
-    that no derivative of eigenvectors, which breaks down at equal eigenvalues, is ever taken.
+    At each order of differentiation the residual U is a function with its own gradient, so that
+    eigenvectors, whose derivative breaks down at equal eigenvalues, are never differentiated.
     """
 
     def forward(a: Array) -> tuple[Any, Any]:
@@ -180,7 +180,7 @@ def _diagonal(v: Array) -> Array:
 def _newton_schulz(a: Array, iterations: int) -> list[tuple[Array, Array]]:
     """(A P_k, P_k) of (W4) for k from 0 to `iterations`, for an A of trace 1.
 
-    The two are iterated side by side: computed from P_k alone, rounding errors grow without end.
+    The two are iterated side by side: from P_k alone, rounding errors would grow without bound.
     """
     pairs = [(a, _identity(a) + ops.zeros_like(a))]
     for _ in range(iterations):
@@ -218,8 +218,8 @@ def whitening_matrix(
         method, epsilon, shrinkage, iterations: as in `decorrelated_batch_normalization`.
 
     Returns:
-        U, (..., S, S): U covariance U^T is the identity, but for epsilon and shrinkage.
-        Differentiable, and again.
+        U, (..., S, S): U covariance U^T is the identity, except for epsilon and shrinkage.
+        Twice differentiable.
 
     Raises:
         ValueError: as `decorrelated_batch_normalization`.
@@ -250,7 +250,7 @@ def channels_of_group(group_size: int | None, channels: int) -> int:
     """How many channels are whitened together: None is the largest divisor up to 16, -1 is all.
 
     Raises:
-        ValueError: for a size that does not divide the channels, or is no size.
+        ValueError: for a size that does not divide the channels, or is not a size.
 
     Example:
         >>> channels_of_group(None, 120), channels_of_group(-1, 120), channels_of_group(8, 120)
@@ -272,7 +272,7 @@ def channels_of_group(group_size: int | None, channels: int) -> int:
 
 
 def check_group_size(size: Any) -> None:
-    """Refuses what is no number of channels.
+    """Refuses what is not a number of channels.
 
     Raises:
         ValueError: for anything but an integer >= 1, -1 or None.
@@ -311,9 +311,9 @@ def decorrelated_batch_normalization(
         shrinkage: in [0, 1], how far the covariance is moved towards a multiple of the identity
             with the same trace. Default: 0.
         iterations: >= 1, steps of the "newton" method. Default: 5.
-        weights: how much every position counts in the statistics: numbers >= 0 or booleans, of
+        weights: how much each position counts in the statistics: numbers >= 0 or booleans, of
             x's rank, broadcastable to x, with size 1 on the axis of the channels. Constants.
-            Default: all alike.
+            Default: all count alike.
 
     Returns:
         (y, mean, covariance): y of the shape and dtype of x; mean (C,) and biased covariance
@@ -321,12 +321,12 @@ def decorrelated_batch_normalization(
 
     Raises:
         ValueError: for an unknown method, a group size that does not divide C, and arguments
-            outside of their range.
+            out of their range.
 
     Numerics:
-        In float32, or float64 if x is; the mean is taken in two steps, the covariance of
-        x - mean. To what epsilon says, a few units in the last place of the trace are added, so
-        that rounding cannot make the matrix indefinite.
+        In float32, or float64 if x is; the mean is computed in two steps, the covariance from
+        x - mean. A few units in the last place of the trace are added to epsilon, so that
+        rounding cannot make the matrix indefinite.
 
     Example:
         >>> x = np.array([[1.0, 1.0], [-1.0, -1.0], [2.0, -2.0], [-2.0, 2.0]], "float32")
@@ -386,9 +386,9 @@ def whiten(
     shrinkage: float = 0.0,
     iterations: int = 5,
 ) -> Array:
-    """Whitens by a mean and a covariance that are given, equations (W3) to (W6).
+    """Whitens by a given mean and covariance, equations (W3) to (W6).
 
-    Decorrelated batch normalization in inference is this with the moving statistics.
+    With the moving statistics, this is decorrelated batch normalization in inference.
 
     Args:
         x, gamma, beta, axis, method, epsilon, shrinkage, iterations: as in
@@ -447,7 +447,7 @@ def whiten(
 
 
 class _Groups(NamedTuple):
-    """x as vectors of the channels of a group, and what is done to each of them."""
+    """x as vectors of the channels of a group, and the operations on them."""
 
     rows: Rows
     number: int
@@ -497,11 +497,11 @@ def _moments(v: Array, weights: Array | None) -> tuple[Array, Array]:
     share = share_of(v, weights)
 
     def counted(x: Array) -> Array:
-        # What has no weight must not count even if it is infinite: 0 * inf is NaN.
+        # Elements without weight must not count even if they are infinite: 0 * inf is NaN.
         return x if weights is None else ops.where(share > 0, x, ops.zeros_like(x))
 
     first = ops.sum(counted(v) * share, axis=0)
-    rest = ops.sum(counted(v - first) * share, axis=0)  # what rounding left over
+    rest = ops.sum(counted(v - first) * share, axis=0)  # what rounding left out
     centered = counted((v - first) - rest)
     return first + rest, ops.einsum("mgs,mgt->gst", centered * share, centered)
 
@@ -517,30 +517,30 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
 
         y = gamma U (x - mean) + beta,    U covariance U^T = I
 
-    with the mean and the covariance of the batch, which also move the moving statistics,
+    with the mean and the covariance of the batch, which also update the moving statistics,
     moving <- momentum moving + (1 - momentum) batch's. In inference the moving statistics take
     the place of the batch's. The gradient is the hand-derived one, (W7) to (W12), and stays exact
-    where eigenvalues coincide. With one channel to a group it is `BatchNormalization`.
+    where eigenvalues coincide. With one channel per group it is `BatchNormalization`.
 
     When it helps: gradient descent is slow along the directions in which the inputs of a layer
-    vary together; whitening takes them out, for fewer epochs, most of all in plain nets without
-    residual connections, and where the channels are strongly correlated, as the colours of an
-    image are. It helps less at the end of training, and batches that are small against the
-    group size (below some 10 examples or positions for each channel of a group) make the
-    covariance, and the outputs, noisy: use smaller groups, or shrinkage.
+    vary together; whitening removes them, which saves epochs, most of all in plain nets without
+    residual connections, and where the channels are strongly correlated, like the colours of an
+    image. It helps less at the end of training. Batches that are small compared with the group
+    size (below some 10 examples or positions for each channel of a group) make the covariance,
+    and the outputs, noisy: use smaller groups, or shrinkage.
 
-    What it costs: 2 M C S multiplications more than batch normalization forward and 3 M C S
+    What it costs: 2 M C S more multiplications than batch normalization forward, and 3 M C S
     backward, for M positions, C channels and groups of S (a 3x3 convolution of C to C channels
     takes 9 M C^2 forward); and C / S matrices of S x S are decomposed. "zca" takes the longest for
-    that on GPUs; "newton" is nothing but matrix products, but leaves directions of small variance
-    (below some 1.5^(-2 iterations) of the total, 1 / 58 for 5) with less than variance 1;
+    that on GPUs; "newton" consists of matrix products only, but leaves directions of small variance
+    (below some 1.5^(-2 iterations) of the total, 1 / 58 for 5) with a variance below 1;
     "cholesky" is the cheapest exact one, but its outputs depend on the order of the channels.
 
     Args:
         axis: int, the axis of the channels, not 0. Default: -1.
         group_size: int, how many neighbouring channels are whitened together; divides their
             number; -1 for all; None for the largest divisor up to 16. Default: None.
-        method: "zca" (x_hat as near to the inputs as can be), "cholesky" or "newton".
+        method: "zca" (x_hat as close to the inputs as possible), "cholesky" or "newton".
             Default: "zca".
         momentum: float in [0, 1], weight of the old value in the moving statistics; None for the
             average over all batches so far. Can be changed at any time. Default: 0.99.
@@ -558,9 +558,10 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
         inputs: array of any rank >= 2; (N, C), (N, T, C), (N, H, W, C), ...
         training: bool. True whitens by the batch and updates the moving statistics, unless
             `trainable` is False, as in `BatchNormalization`.
-        mask: bool array, what is False does not count in the statistics: of the inputs' first
-            axes, as Keras's masks, or of their rank, with size 1 on the axis of the channels.
-        sample_weight: numbers >= 0 of such a shape. Default: all alike.
+        mask: bool array; positions where it is False do not count in the statistics. Either for
+            the inputs' first axes, as Keras's masks, or of their rank, with size 1 on the axis of
+            the channels.
+        sample_weight: numbers >= 0 of such a shape. Default: all count alike.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
@@ -569,8 +570,8 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
         gamma (C,), beta (C,): trained. moving_mean (C,), at first 0, and moving_covariance
         (C / S, S, S), at first the identity: updated in training; with `momentum=None` or
         `debiased` moving_count (). Batches whose statistics are not finite or that have no
-        weight leave them as they are, and are counted in `skipped_batches`. Replicas of a
-        data-parallel step normalize each by its own batch; the moving statistics are those of all.
+        weight leave them as they are, and are counted in `skipped_batches`. In a data-parallel
+        step each replica normalizes by its own batch; the moving statistics are those of all.
 
     Raises:
         ValueError: for a group size that does not divide the channels, an unknown method, numbers
@@ -590,8 +591,8 @@ class DecorrelatedBatchNormalization(NormalizationByRows):
 
     Reference:
         Huang, Yang, Lang and Deng, 2018, Decorrelated Batch Normalization ("zca", groups);
-        Huang et al., 2019, Iterative Normalization ("newton"). Those average the matrix U for
-        inference; here, as for the variance in batch normalization, the covariance is averaged.
+        Huang et al., 2019, Iterative Normalization ("newton"). The papers average the matrix U for
+        inference; here the covariance is averaged, like the variance in batch normalization.
     """
 
     def __init__(

@@ -1,16 +1,16 @@
 """Why a model's loss differs between training and inference mode: `statistics.diagnose`.
 
-The loss of inference mode is led to that of training mode in steps, on the same examples in the
+Steps lead from the loss in inference mode to that in training mode, on the same examples in the
 same batches with the same random seeds:
 
     0                    everything as in inference
-    1, 2, ... K          one normalization layer after the other, from below, gets the exact
+    1, 2, ... K          one normalization layer after another, from the bottom up, gets the exact
                          statistics of the examples
-    K + 1, ... 2 K       one after the other normalizes by the batch
-    2 K + 1, ...         one random layer after the other, dropout for example, is switched on
+    K + 1, ... 2 K       one after another normalizes by the batch
+    2 K + 1, ...         one random layer after another, such as dropout, is switched on
     the last             training mode
 
-Each step has one layer and one reason, and their changes add up to the whole difference.
+Each step has one layer and one reason, and the changes of all steps add up to the whole difference.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ Layer = Any
 Floats = npt.NDArray[np.float64]
 Batch = tuple[Any, Any, Any]  # x, y, weights
 
-_STALE = 0.05  # sigma: statistics that are nearer to the data's have no cause of their own
-_COLD = 0.05  # the share of the initial values from which statistics are called cold
-_MASKS = 0.1  # sigma: how much statistics change by the padding
-_ROUNDING = 1e-5  # of the loss: the rounding of float32 a hundred times, as many layers add up
+_STALE = 0.05  # sigma: statistics that are nearer to each other count as the same
+_COLD = 0.05  # share of the initial values above which statistics are called cold
+_MASKS = 0.1  # sigma: change of the statistics by padding above which a lost mask is a cause
+_ROUNDING = 1e-5  # of the loss: a hundred times float32's rounding, as that of many layers adds up
 
 _REMEDIES = {
     "no training mode": "Give the model's `call` an argument `training=None`, hand it on to the "
@@ -79,13 +79,14 @@ class Cause:
     Args:
         name: "no training mode", "non-finite values", "cold statistics", "domain shift", "masks",
             "frozen layers", "shared layers", "small batches", "dropout" or "other layers".
-        change: what it adds to the loss of inference over that of training; of frozen layers,
-            which are the same in both modes, to both. NaN for the first two, which have none.
+        change: what it adds to the loss of inference compared with that of training; for frozen
+            layers, which are the same in both modes, to both. NaN for the first two, which have
+            none.
         error: standard error of the change, over the batches.
         layers: (name, its part of the change), in the order of their calls.
-        evidence: what was seen.
-        tolerance: what a change must be larger than not to be rounding: 1e-5 of the loss, at
-            least 1e-6. Default: 1e-6.
+        evidence: what was observed.
+        tolerance: the change that rounding can explain: 1e-5 of the loss, at least 1e-6.
+            Default: 1e-6.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Cause:
 
     @property
     def significant(self) -> bool:
-        """Whether the change is more than twice its standard error, and than rounding."""
+        """Whether the change is larger than twice its standard error and than rounding."""
         return not abs(self.change) <= 2 * self.error + self.tolerance
 
 
@@ -114,9 +115,9 @@ class Diagnosis:
         data: name of the data.
         samples: number of examples.
         batch_size: examples per batch.
-        inference_loss, training_loss: on the same examples; NaN or infinite if they are.
-        causes: the largest first, the insignificant last; before all, those without a change.
-            What changes the loss of no batch is left out.
+        inference_loss, training_loss: the losses on the same examples; they may be NaN or infinite.
+        causes: first those without a change, then the largest first and the insignificant last.
+            Causes that change the loss of no batch are left out.
     """
 
     data: str
@@ -128,12 +129,12 @@ class Diagnosis:
 
     @property
     def gap(self) -> float:
-        """Loss of inference less that of training."""
+        """The loss of inference minus that of training."""
         return self.inference_loss - self.training_loss
 
     @property
     def first(self) -> str | None:
-        """Name of the most important cause, None if none is significant."""
+        """Name of the most important cause; None if none is significant."""
         return self.causes[0].name if self.causes and self.causes[0].significant else None
 
     def __getitem__(self, name: str) -> Cause:
@@ -161,7 +162,7 @@ class Diagnosis:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values, one for each field; what is not finite is None."""
+        """All fields as JSON values; numbers that are not finite become None."""
 
         def plain(x: Any) -> Any:
             return None if isinstance(x, float) and not math.isfinite(x) else x
@@ -170,7 +171,7 @@ class Diagnosis:
         return {"format": "keras_norm.statistics.diagnosis/1", **found}
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draws what each cause, layer by layer, adds to the loss of inference over training.
+        """Draws what each cause, layer by layer, adds to the loss of inference over training's.
 
         Args:
             path: file to write, whole or not at all: .png, .pdf or .svg. Default: none.
@@ -179,8 +180,7 @@ class Diagnosis:
             The Matplotlib figure; closed if it was written.
 
         Raises:
-            ValueError: if there is nothing to draw, no cause with a change; or for another kind of
-                file.
+            ValueError: if no cause has a change to draw; or for another kind of file.
         """
         causes = [c for c in self.causes if math.isfinite(c.change)]
         if not causes:
@@ -219,7 +219,7 @@ def _draw(diagnosis: Diagnosis, causes: Sequence[Cause]) -> Any:
 
 
 def _batches_of(data: Any, samples: int, batch_size: int, seed: int) -> list[Batch]:
-    """(x, y, weights) in NumPy: of arrays a random part, of streams the first batches."""
+    """(x, y, weights) in NumPy: a random part of arrays, the first batches of streams."""
     if isinstance(data, tuple) and is_structure(data):
         x, y, weights = keras.utils.unpack_x_y_sample_weight(tree.map_structure(as_numpy, data))
         _require_examples((x, y, weights))
@@ -285,7 +285,7 @@ def _has_switch(layer: Layer) -> bool:
 
 
 def _leaf_layers(model: Any) -> list[Layer]:
-    """Those that have no layers inside."""
+    """The layers of a model that have no layers inside."""
     return [
         layer
         for layer in model._flatten_layers(include_self=False)
@@ -305,13 +305,13 @@ class _Trials:
             for path, layer in statistics._inside(model)
             if hasattr(layer, "seed_generator") and _has_switch(layer) and id(layer) not in known
         }
-        # Of all variables: SpectralNormalization, for one, assigns its kernel in training mode.
+        # All variables, because SpectralNormalization, for one, assigns its kernel in training.
         variables = {id(v): v for v in (*model.variables, *model.metrics_variables)}
         self._state = [(v, copy_of(v)) for v in variables.values()]
         self.rows = np.array([_rows(batch) for batch in batches], np.float64)
 
     def losses(self, values: statistics.Snapshot, on: Iterable[str] = ()) -> Floats:
-        """(B,), the loss of each batch; the layers in `on` in training mode, all others not."""
+        """(B,), the loss of each batch, with only the layers in `on` in training mode."""
         switched = {**self.norms, **self.random}
         chosen = {id(switched[name]) for name in on}
 
@@ -322,15 +322,15 @@ class _Trials:
             return self._run(values, training=False)
 
     def training_losses(self, values: statistics.Snapshot) -> Floats:
-        """(B,), those of the model in training mode."""
+        """(B,), the losses of the model in training mode."""
         return self._run(values, training=True)
 
     def reset(self) -> None:
-        """Puts back all that runs of the model may have moved."""
+        """Puts back everything that runs of the model may have changed."""
         statistics._assign_all(self._state)
 
     def end(self) -> None:
-        """The same, and metrics that the first loss has made are as new."""
+        """Does the same at the end, and resets the metrics that the first loss has created."""
         known = {id(variable) for variable, _ in self._state}
         for metric in self._model.metrics:
             if not all(id(variable) in known for variable in metric.variables):
@@ -354,7 +354,7 @@ class _Trials:
         return float(np.sum(losses * self.rows) / np.sum(self.rows))
 
     def error(self, differences: Floats) -> float:
-        """Standard error of the mean difference."""
+        """Standard error of the mean of the differences."""
         if len(differences) < 2:
             return 0.0
         share = self.rows / np.sum(self.rows)
@@ -370,9 +370,10 @@ def _tensors(values: Any) -> Any:
 
 
 def _no_training_mode(model: Any, trials: _Trials, x: Any) -> Cause | None:
-    """Keras's own training step tells the model that it trains only if `call` can be told so.
+    """The cause, if the training step of Keras cannot put the model's layers in training mode.
 
-    On JAX it calls `call` itself, which sets no mode for the layers within: `call` must do so.
+    It passes `training` only to a `call` with this argument. On JAX it runs `call` directly, which
+    sets no mode for the layers within, so that `call` must pass `training` on.
     """
     if type(model).train_step.__module__.partition(".")[0] != "keras":
         return None
@@ -396,7 +397,7 @@ def _no_training_mode(model: Any, trials: _Trials, x: Any) -> Cause | None:
 
 
 def _not_handed_on(model: Any, trials: _Trials, x: Any) -> list[str]:
-    """Layers that a call of the model puts in training mode, and its training step does not."""
+    """Layers that a call of the model puts in training mode but its training step does not."""
     switched = {**trials.norms, **trials.random}
     names = {id(layer): name for name, layer in switched.items()}
     modes: dict[str, list[bool]] = {}
@@ -424,7 +425,7 @@ def _finite(value: Any) -> bool:
 
 
 def _not_finite(model: Any, batches: Sequence[Batch]) -> Cause | None:
-    """Where such values come from: the data, a variable, or the first layer that makes them."""
+    """The cause of non-finite values: the data, a variable, or the first layer that makes them."""
 
     def cause(name: str, evidence: str) -> Cause:
         return Cause("non-finite values", math.nan, 0.0, ((name, math.nan),), evidence)
@@ -481,7 +482,7 @@ def _host(value: Any) -> Any:
 def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[str, float]:
     """Normalization layer -> how far padding moves the statistics of its inputs, in sigma.
 
-    Of those layers that get no mask, although one that fits was there below them.
+    Only for layers that get no mask although one that fits was there below them.
     """
     seen: list[npt.NDArray[Any]] = []
     pairs: dict[int, tuple[Moments, Moments]] = {}
@@ -492,7 +493,7 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
         if mask is not None:
             seen.append(np.asarray(_host(mask)))
         elif args and ops.is_tensor(args[0]):
-            mask = layer.compute_mask(args[0], None)  # one that begins here
+            mask = layer.compute_mask(args[0], None)  # a mask that this layer creates
             seen.extend([] if mask is None else [np.asarray(_host(mask))])
         if id(layer) in norms and kwargs.get("mask") is None:
             x = np.asarray(_host(args[0] if args else kwargs["inputs"]))
@@ -520,7 +521,7 @@ def _masks_lost(model: Any, trials: _Trials, batches: Sequence[Batch]) -> dict[s
 
 
 def _fits(mask: npt.NDArray[Any], shape: tuple[int, ...], axis: int | tuple[int, ...]) -> bool:
-    """Whether a mask says which positions of an input count: it must not tell channels apart."""
+    """Whether a mask says which positions of an input count, without distinguishing channels."""
     channels = {a % len(shape) for a in ((axis,) if isinstance(axis, int) else axis)}
     apart = any(a in channels and n > 1 for a, n in enumerate(mask.shape))
     return mask.shape == shape[: mask.ndim] and not apart
@@ -531,15 +532,15 @@ def _fits(mask: npt.NDArray[Any], shape: tuple[int, ...], axis: int | tuple[int,
 
 @dataclass(frozen=True)
 class _Stale:
-    """Old statistics of a layer against exact ones."""
+    """Old statistics of a layer compared with exact ones."""
 
     off: float  # the distance in sigma, root mean square
-    share: float  # of the initial 0 and 1 that fits best; NaN if the data's are 0 and 1 as well
-    explained: float  # by that share, of the squared distance
+    share: float  # best-fitting share of the initial 0 and 1; NaN if the data's are 0 and 1 too
+    explained: float  # the part of the squared distance that this share explains
 
 
 def _stale(name: str, old: statistics.Snapshot, new: statistics.Snapshot) -> _Stale:
-    """A decaying average of n updates is (1 - m^n) of the data's and m^n of the initial values."""
+    """After n updates an average has a share 1 - m^n of the data and m^n of the initial values."""
     kind, epsilon = kind_by_names(new.statistics[name]), new.epsilons[name]
     values, old_values = new.values(name), old.values(name)
     off = kind.offset(old_values, values, epsilon)
@@ -554,8 +555,8 @@ def _stale(name: str, old: statistics.Snapshot, new: statistics.Snapshot) -> _St
 def _cold(stale: Mapping[str, _Stale]) -> list[str]:
     """The layers whose statistics have not yet left the initial values.
 
-    All layers of a model have had about as many updates: where one alone is near 0 and 1, it is
-    by chance, because the data has moved away from them.
+    All layers of a model have had about the same number of updates. If only one is near 0 and 1,
+    that is by chance, because the data has moved away from them.
     """
     usual = float(np.median([s.share for s in stale.values() if not math.isnan(s.share)] or [0.0]))
     return [
@@ -566,13 +567,13 @@ def _cold(stale: Mapping[str, _Stale]) -> list[str]:
 
 
 def _frozen(layer: Layer) -> bool:
-    """Whether the layer normalizes by its moving statistics in training, too."""
+    """Whether the layer normalizes by its moving statistics in training too."""
     return not layer.trainable or getattr(layer, "use_batch_statistics", None) is False
 
 
 @dataclass
 class _Parts:
-    """What one cause was found to change, layer by layer."""
+    """What one cause changes, layer by layer."""
 
     layers: list[tuple[str, Floats]] = field(default_factory=list)
     evidence: list[str] = field(default_factory=list)
@@ -593,7 +594,7 @@ def _as_causes(parts: Mapping[str, _Parts], trials: _Trials, loss: float) -> tup
 
 
 def _exact(model: Any, batches: Sequence[Batch], layers: Sequence[Layer]) -> statistics.Snapshot:
-    """The statistics of these batches in these layers; the model is as before."""
+    """The statistics of these batches in these layers; the model is left unchanged."""
     before = statistics.snapshot(model)
     inputs = joined([x for x, _, _ in batches])
     statistics.reestimate(model, inputs, samples=None, layers=layers)

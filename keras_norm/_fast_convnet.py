@@ -1,4 +1,4 @@
-"""A convolutional net that learns in few epochs, and what it is made of.
+"""A convolutional net that learns in few epochs, and its parts.
 
 See `FastConvNet`. All of it is exported by `keras_norm.models`.
 """
@@ -45,7 +45,7 @@ def _noise(seed: Any = None) -> keras.initializers.Initializer:
 
 @keras.saving.register_keras_serializable(package="keras_norm")
 class IdentityConvolution(keras.initializers.Initializer):  # type: ignore[misc]
-    """Kernels that hand their input channels on, and noise in the channels beyond.
+    """Kernels that copy their input channels to the first outputs, with noise for the rest.
 
     The first min(C_in, C_out) filters of an (odd) kernel are the identity: 1 at the centre of
     their own channel, 0 elsewhere. The rest are drawn from the uniform distribution of variance
@@ -62,7 +62,7 @@ class IdentityConvolution(keras.initializers.Initializer):  # type: ignore[misc]
         An array of that shape.
 
     Raises:
-        ValueError: for a shape of other than four sizes, or an even kernel.
+        ValueError: for a shape that does not have four sizes, or an even kernel.
 
     Example:
         >>> kernel = ops.convert_to_numpy(IdentityConvolution(seed=0)((3, 3, 2, 4)))
@@ -98,7 +98,7 @@ class WhiteningConv2D(keras.layers.Layer):  # type: ignore[misc]
     """A first convolution that whitens patches of the images; it is measured, not trained.
 
     Neighbouring pixels and colours are correlated, and gradient descent spends its first epochs
-    on undoing that. With x a patch of p = kernel_size^2 C numbers, of covariance S = Q L Q^T over
+    undoing that. With x a patch of p = kernel_size^2 C numbers, with covariance S = Q L Q^T over
     the images, the filters are the rows of
 
         (W1)  U = Q^T (S + epsilon I)^(-1/2) = (L + epsilon)^(-1/2) Q^T,   U S U^T ~ I
@@ -108,8 +108,8 @@ class WhiteningConv2D(keras.layers.Layer):  # type: ignore[misc]
 
     Args:
         kernel_size: int >= 1, sides of the patch in pixels. Default: 2.
-        epsilon: number > 0, added to the variances, so that the noise of directions without
-            variance is not blown up; in units of the inputs' variance. Default: 5e-4.
+        epsilon: number > 0, added to the variances so that noise in directions without variance
+            is not amplified; in units of the inputs' variance. Default: 5e-4.
         **kwargs: name, dtype, trainable (of the bias).
 
     Call arguments:
@@ -132,11 +132,11 @@ class WhiteningConv2D(keras.layers.Layer):  # type: ignore[misc]
         >>> y.shape, bool(abs(y[..., :12].var((0, 1, 2)) - 1).max() < 0.01)
         ((20, 7, 7, 24), True)
 
-    Numerics: moments and eigenvectors in float64 on the host; eigenvectors are turned so that
-        their largest entry is positive: the same data give the same kernel on every backend.
+    Numerics: moments and eigenvectors in float64 on the host; the sign of each eigenvector makes
+        its largest entry positive: the same data give the same kernel on every backend.
 
     Reference: Jordan, 2024, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, after Page, 2019,
-        How to Train Your ResNet 8: there of the uncentred second moments.
+        How to Train Your ResNet 8: there from the uncentred second moments.
     """
 
     def __init__(self, kernel_size: int = 2, epsilon: float = 5e-4, **kwargs: Any) -> None:
@@ -180,7 +180,7 @@ class WhiteningConv2D(keras.layers.Layer):  # type: ignore[misc]
             data: images (N, H, W, C) as the model gets them; a few thousand are plenty.
 
         Raises:
-            ValueError: for other shapes, or images that are not finite. The kernel is as before.
+            ValueError: for other shapes, or images that are not finite. The kernel is unchanged.
         """
         images = np.asarray(data)
         size = self.kernel_size
@@ -226,7 +226,7 @@ def _patches(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
 
 
 def _principal_axes(covariance: npt.NDArray[Any], epsilon: float) -> npt.NDArray[Any]:
-    """(W1): the rows of U, the one of the largest variance first."""
+    """(W1): the rows of U, in order of falling variance."""
     variances, q = np.linalg.eigh(covariance)
     q = q * np.sign(q[abs(q).argmax(axis=0), range(len(q))])
     rows = q.T / np.sqrt(np.maximum(variances, 0) + epsilon)[:, None]
@@ -245,7 +245,7 @@ def FastConvNet(  # noqa: N802
     classes: int = 10,
     name: str = "fast_convnet",
 ) -> keras.Model:
-    """A small net that reaches 94% on CIFAR-10 within ten epochs, where it is given time.
+    """A small net that reaches 94% on CIFAR-10 within ten epochs, given enough time.
 
         whitening conv 2x2 -> activation
         -> three groups of: conv 3x3 -> max pool 2 -> norm -> activation -> conv 3x3 -> norm
@@ -260,10 +260,10 @@ def FastConvNet(  # noqa: N802
         normalization: as in `make_normalization`. Default: `FAST_NORMALIZATION`.
         activation: any Keras activation. Default: "gelu".
         whitening: whether the first convolution is a `WhiteningConv2D`; else it is an ordinary
-            one of the same shape, to be trained. Default: True.
+            one of the same shape, which is trained. Default: True.
         identity: whether convolutions start as `IdentityConvolution`, else as noise of the same
             variance. Default: True.
-        logit_scale: number > 0; small, it keeps the first answers undecided. Default: 1/9.
+        logit_scale: number > 0; a small one keeps the first predictions undecided. Default: 1/9.
         input_shape: (H, W, C); H and W may be None, for images of several sizes. Default:
             (32, 32, 3).
         classes: number of outputs. Default: 10.
@@ -273,7 +273,7 @@ def FastConvNet(  # noqa: N802
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes), channels last.
 
     Raises:
-        ValueError: for images below 9 x 9 (2^groups + 1), and every other argument out of its
+        ValueError: for images below 9 x 9 (2^groups + 1), and any other argument out of its
             range.
 
     Example:
@@ -335,10 +335,10 @@ def FastConvNet(  # noqa: N802
 
 
 def fit_whitening(model: keras.Model, images: npt.ArrayLike) -> bool:
-    """Measures the whitening of a model's first convolution, if it has one.
+    """Sets the whitening convolution of a model, if it has one, from images.
 
     Args:
-        model: such as `FastConvNet`, with at most one `WhiteningConv2D`, on its inputs.
+        model: such as `FastConvNet`, with at most one `WhiteningConv2D`, applied to its inputs.
         images: (N, H, W, C), as the model gets them; the first 5,000 are used.
 
     Returns:
@@ -355,18 +355,18 @@ def fit_whitening(model: keras.Model, images: npt.ArrayLike) -> bool:
 
 @keras.saving.register_keras_serializable(package="keras_norm")
 class TestTimeAugmentation(keras.Model):  # type: ignore[misc]
-    """A classifier that looks at each image more than once, and averages its logits.
+    """A classifier that averages a model's logits over several views of each image.
 
-    With f the model, m(x) the mirrored image, and s(x) the image moved by `shift` pixels along a
-    diagonal (edges reflected), both diagonals' ends s+ and s-:
+    With f the model, m(x) the mirrored image, and s+(x) and s-(x) the image moved by `shift`
+    pixels along a diagonal (edges reflected), in its two directions:
 
         (T1)  g(x) = (f(x) + f(m(x))) / 2
         (T2)  y    = g(x) / 2 + (g(s+(x)) + g(s-(x))) / 4        with shift > 0, else g(x)
 
     Args:
         model: `keras.Model` from images (N, H, W, C), channels last, to logits (N, K). It is
-            called in inference mode only; weights are shared with it.
-        shift: int >= 0, pixels. 0 leaves (T1), two views; others six views. Default: 1.
+            called in inference mode only; its weights are shared.
+        shift: int >= 0, pixels. With 0 only (T1), two views; else six views. Default: 1.
         **kwargs: name, dtype.
 
     Call arguments:
@@ -376,7 +376,7 @@ class TestTimeAugmentation(keras.Model):  # type: ignore[misc]
         Logits (N, K). The model is called once, with two or six times N images.
 
     Raises:
-        ValueError: for a shift that is no int >= 0, or images no larger than it.
+        ValueError: for a shift that is not an int >= 0, or images no larger than the shift.
 
     Example:
         >>> model = FastConvNet((4, 4, 4))
@@ -389,7 +389,7 @@ class TestTimeAugmentation(keras.Model):  # type: ignore[misc]
     Reference: the six views of Jordan, 2024, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU.
     """
 
-    __test__ = False  # not a test, whatever pytest makes of the name
+    __test__ = False  # not a test, in spite of the name
 
     def __init__(self, model: keras.Model, shift: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -431,6 +431,6 @@ class TestTimeAugmentation(keras.Model):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Returns a model of the same arguments."""
+        """Returns a model with the same arguments."""
         model = keras.saving.deserialize_keras_object(config["model"], custom_objects)
         return cls(**{**config, "model": model})

@@ -1,9 +1,9 @@
 """The table of implementations, and how one is chosen from it.
 
-`TABLE` lists for each function what there is, the fastest first. An entry states its needs, without
-which it cannot be taken, and where it pays, which is measured by benchmarks/layers.py. The first
-entry that pays, and has what it needs, is taken; where there is none, the composed function is,
-which needs nothing.
+`TABLE` lists the implementations of each function, the fastest first. An entry states its needs,
+without which it cannot be used, and where it pays, as measured by benchmarks/layers.py. The first
+entry that pays, and whose needs are met, is used; if there is none, the composed function is, which
+needs nothing.
 """
 
 import collections
@@ -23,36 +23,36 @@ from keras_norm._kernels_fused import columns_of
 Shape = tuple[int | None, ...]
 Axis = int | Sequence[int]
 
-# TensorFlow's fused kernel for bfloat16 on a CPU takes ten times as long where the channels are not
-# a multiple of this (AVX-512's vectors of float32): 23.4 ms for 24 of them, 2.2 ms for 32.
+# TensorFlow's fused kernel for bfloat16 on a CPU takes ten times as long if the number of channels
+# is not a multiple of this (AVX-512's vectors of float32): 23.4 ms for 24 channels, 2.2 ms for 32.
 CHANNELS_OF_BFLOAT16 = 16
-# Rows of fewer elements (all together) lose more by the fused kernel's call than they gain by the
-# sweeps that it saves.
+# Rows with fewer elements in total lose more by the fused kernel's call than they gain by the
+# passes that it saves.
 FEWEST_ELEMENTS_FUSED = 2**18
-# So do images of no more than this in inference, where channels are so many that to spread them
-# costs nothing. Keras / fused and / composed: .94 and 1.01 at (16, 2, 2, 768), .87 and .99 at
+# So do images with no more than this in inference, if there are so many channels that spreading
+# them costs nothing. Keras / fused and / composed: .94 and 1.01 at (16, 2, 2, 768), .87 and .99 at
 # (1, 7, 7, 512); but .98 and .93 at (64, 8, 8, 16), 1.11 and .83 at (12, 8, 8, 256)
-# (layers_tensorflow_small_inference_avx512.csv). At (16, 4, 4, 512) it is 1.04 and .95 by oneDNN
-# with AVX-512, .80 by Eigen's kernel (layers_tensorflow_small_batches.csv).
+# (layers_tensorflow_small_inference_avx512.csv). At (16, 4, 4, 512) it is 1.04 and .95 with oneDNN
+# and AVX-512, .80 with Eigen's kernel (layers_tensorflow_small_batches.csv).
 MOST_ELEMENTS_COMPOSED = 2**17
 MOST_ELEMENTS_COMPOSED_WITH_AVX512 = 3 * 2**15
 MANY_CHANNELS = 128
-# Of fewer elements a step has too little to gain to wait for the compiler. A batch of unknown size
-# counts as Keras's default for it.
+# With fewer elements, a step gains too little to wait for the compiler. A batch of unknown size
+# counts as Keras's default batch size.
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
-# A step in a graph on fewer elements takes as long as its calls do, and the composed one is
-# quickest. Keras's batch normalization / composed and / compiled: 1.5 and 1.2 at (128, 700), 1.1
+# With fewer elements, the time of a step in a graph is that of its calls, and the composed one is
+# fastest. Keras's batch normalization / composed and / compiled: 1.5 and 1.2 at (128, 700), 1.1
 # and 1.3 at (384, 256); its layer normalization: 1.1 and .96 at (256, 256), 1.3 and 1.4 at
 # (768, 100) (layers_tensorflow_small_rows.csv).
 FEWEST_ELEMENTS_OF_BATCH = 3 * 2**15
 FEWEST_ELEMENTS_OF_ROWS = 9 * 2**13
-# Channels so few that a vector of the processor holds several of them are slow one by one: where
-# `compiled` lays them side by side it is quicker on fewer elements, too.
+# If channels are so few that a vector of the processor holds several rows, rows are slow one by
+# one: where `compiled` lays them side by side, it is faster on fewer elements, too.
 FEW_CHANNELS = 16
-# Outside of graphs a function is compiled for so many shapes of each number of channels; in
-# inference when they have come so often, for compiling takes as long as many calls, and a model may
-# be called only once.
+# Outside of graphs a function is compiled for this many shapes of each number of channels; in
+# inference only after this many calls, because compiling takes as long as many calls, and a model
+# may be called only once.
 SHAPES_COMPILED = 6
 CALLS_BEFORE_COMPILED = 10
 
@@ -60,7 +60,7 @@ HALVES = ("float16", "bfloat16")
 
 
 class Here(NamedTuple):
-    """What a choice depends on beside the case: see `here`."""
+    """What a choice depends on besides the case: see `here`."""
 
     backend: str
     accelerated: bool
@@ -72,7 +72,7 @@ class Here(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is asked. `shape` has None for what is unknown; `axes` are >= 0 and ascend."""
+    """What is asked. Unknown sizes are None in `shape`; `axes` are >= 0 and ascending."""
 
     function: str
     shape: Shape
@@ -88,22 +88,22 @@ class Case(NamedTuple):
 
     @property
     def known_elements(self) -> int:
-        """Of an array in which every size that is unknown is 1."""
+        """The number of elements if every unknown size is 1."""
         return math.prod(size or 1 for size in self.shape)
 
     @property
     def likely_elements(self) -> int:
-        """Of an array in which every size that is unknown is `UNKNOWN_SIZE`."""
+        """The number of elements if every unknown size is `UNKNOWN_SIZE`."""
         return math.prod(UNKNOWN_SIZE if size is None else size for size in self.shape)
 
     @property
     def rows(self) -> bool:
-        """Whether there is nothing but examples and channels."""
+        """Whether there are only examples and channels."""
         return len(self.shape) == 2
 
 
 class Need(NamedTuple):
-    """A rule, in the words of an error, and whether a case keeps it."""
+    """A rule, in the words of an error, and whether a case satisfies it."""
 
     rule: str
     holds: Callable[[Case], bool]
@@ -143,7 +143,7 @@ NO_DOUBLE = Need("float32 or half precision", lambda case: case.dtype in ("float
 
 
 class Entry(NamedTuple):
-    """An implementation by name, what it needs, and whether it is then the fastest of the rest."""
+    """An implementation by name, what it needs, and whether it is then the fastest one left."""
 
     name: str
     needs: tuple[Need, ...]
@@ -158,7 +158,7 @@ def _always(case: Case) -> bool:
 
 
 def _of_a_dtype_with_kernels(case: Case) -> bool:
-    """CPUs have kernels for bfloat16 on TensorFlow, for float16 nowhere."""
+    """On CPUs TensorFlow has kernels for bfloat16; no backend has them for float16."""
     return NO_HALF.holds(case) or (case.dtype == "bfloat16" and case.here.backend == "tensorflow")
 
 
@@ -180,7 +180,7 @@ def _suits_inference_by_the_fused_kernel(case: Case) -> bool:
         with_avx512 = case.here.fused_by == "oneDNN"
         most = MOST_ELEMENTS_COMPOSED_WITH_AVX512 if with_avx512 else MOST_ELEMENTS_COMPOSED
         small = all_known and many_channels and case.known_elements <= most
-        small = small and case.here.in_graph and case.dtype == "float32"  # eagerly calls count
+        small = small and case.here.in_graph and case.dtype == "float32"  # eager calls cost time
     return not small and _is_quick_fused(columns_of(case.shape), case.dtype)
 
 
@@ -189,10 +189,10 @@ def _is_quick_fused(columns: int, dtype: str) -> bool:
 
 
 def _pays_to_compile(case: Case) -> bool:
-    """In training; and in inference outside of graphs, or where all around is compiled, too.
+    """In training; and in inference outside of graphs, or inside code that is compiled anyway.
 
-    A graph may be exported, to where there is no XLA. Where sequences are of many lengths, each
-    would be compiled for itself.
+    A graph may be exported to a place without XLA. With sequences of many lengths, each length
+    would be compiled separately.
     """
     in_plain_graph = case.here.in_graph and not case.here.inside_xla
     if (in_plain_graph and not case.training) or None in case.shape[1:]:
@@ -201,7 +201,7 @@ def _pays_to_compile(case: Case) -> bool:
 
 
 def _is_small_step(case: Case, fewest: int) -> bool:
-    """In a graph of TensorFlow that is not compiled as a whole; `fewest` for known sizes."""
+    """In a TensorFlow graph that is not compiled as a whole; `fewest` for known sizes."""
     if not (case.training and case.here.in_graph) or case.here.inside_xla:
         return False
     return case.likely_elements < (FEWEST_ELEMENTS_COMPILED if None in case.shape else fewest)
@@ -292,11 +292,11 @@ def implementation_for(
     training: bool = False,
     x: Any = None,
 ) -> str:
-    """The name of the implementation that is taken when none is asked for."""
-    # What is no int is looked at here: 1 and 1.0 are one to the cache.
+    """The name of the implementation that is used when none is asked for."""
+    # An axis that is not an int is checked here: to the cache, 1 and 1.0 are the same.
     axes: Any = axis if type(axis) is int else functional.canonical_axes(axis, len(shape))
     forced, shape = forced_implementation(), tuple(shape)
-    # `torch.compile` warns of functions with a cache, and its sizes cannot be looked up.
+    # `torch.compile` warns about functions with a cache, and its sizes cannot be looked up.
     choose = _choose if _is_recorded() else _chosen
     asked, now = (function, shape, dtype, axes, weighted, bool(training)), here(x, training)
     name = choose(*asked, now, forced)
@@ -329,7 +329,7 @@ _chosen = functools.lru_cache(maxsize=1024)(_choose)
 
 
 def here(x: Any = None, training: bool = False) -> Here:
-    """What this process runs on; `x` as in `on_gpu`. Only what the choice will look at."""
+    """What this process runs on, as far as the choice depends on it; `x` as in `on_gpu`."""
     backend = autodiff.checked_backend()
     tensorflow, inside_xla = backend == "tensorflow", autodiff.inside_xla()
     in_graph = tensorflow and autodiff.in_graph()
@@ -348,7 +348,7 @@ def here(x: Any = None, training: bool = False) -> Here:
 def check_possible(
     name: str, function: str, shape: Sequence[int | None], dtype: str, axis: Axis, weighted: bool
 ) -> None:
-    """That an implementation that was asked for can be taken."""
+    """Refuses an implementation that was asked for and cannot be used."""
     if name == "composed":
         return
     axes = functional.canonical_axes(axis, len(shape))
@@ -371,12 +371,12 @@ _VARIABLE = "KERAS_NORM_IMPLEMENTATION"
 
 
 def is_forced() -> bool:
-    """Whether KERAS_NORM_IMPLEMENTATION names anything."""
+    """Whether KERAS_NORM_IMPLEMENTATION names an implementation."""
     return bool(os.environ.get(_VARIABLE))
 
 
 def forced_implementation() -> str | None:
-    """What KERAS_NORM_IMPLEMENTATION names."""
+    """The implementation that KERAS_NORM_IMPLEMENTATION names, or None."""
     name = os.environ.get(_VARIABLE)
     if not name:
         return None
@@ -390,7 +390,7 @@ def forced_implementation() -> str | None:
 
 
 def _comes_again(function: str, shape: Shape, training: bool) -> bool:
-    """Whether to believe that: without a graph, every size is known, and may never be met again."""
+    """Whether a shape is likely to recur: outside of graphs, a known size may never come again."""
     if autodiff.in_graph():
         return True
     met = _MET.setdefault((function, training, len(shape), shape[-1]), collections.Counter())
@@ -414,8 +414,8 @@ def _is_recorded() -> bool:
 def fused_by() -> str:
     """Whose kernel TensorFlow's fused one is on this CPU.
 
-    TensorFlow takes oneDNN's by itself where there are AVX-512's later instructions, for which it
-    was written, and elsewhere when TF_ENABLE_ONEDNN_OPTS=1 tells it to.
+    TensorFlow uses oneDNN's by default on CPUs with AVX-512's later instructions, for which it was
+    written, and elsewhere if TF_ENABLE_ONEDNN_OPTS=1 is set.
     """
     try:
         from tensorflow.python.util import _pywrap_util_port

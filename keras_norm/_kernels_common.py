@@ -13,26 +13,26 @@ from keras_norm.autodiff import in_transform
 
 Array = Any
 
-# Below so many channels TensorFlow's fused kernel on a CPU, and PyTorch's, lose to folding.
+# With fewer channels, TensorFlow's fused kernel on a CPU, and PyTorch's, are slower than folding.
 FEWEST_CHANNELS_FUSED = 12
-# The fused kernels add up a channel one element after the other and lose a mean that is far from 0
-# (see tests/test_kernels.py). A batch whose mean is farther from 0 than this, in standard
-# deviations, is computed anew by the composed one, or in pieces.
+# The fused kernels add up a channel one element after the other, which is inexact if the mean is
+# far from 0 (see tests/test_kernels.py). A batch whose mean is farther from 0 than this, in
+# standard deviations, is computed again by the composed one, or in pieces.
 FARTHEST_MEAN = 30.0
-# So many columns are enough for a row to fill the vector unit and the matrix kernel.
+# This many columns are enough for a row to fill the vector unit and the matrix kernel.
 COLUMNS_FOLDED = 96
-# One row (of an example, one element) of so many is looked at for a number that is not far from
-# the mean.
+# One row in this many (within an example, one element) is used to get a number that is not far
+# from the mean.
 SAMPLED = 16
 
 
 def on_gpu(x: Array | None = None) -> bool:
-    """Whether an array lies on an accelerator, where the composed implementation is taken.
+    """Whether an array is on an accelerator, where the composed implementation is used.
 
     (The others were measured on CPUs only.)
 
     Args:
-        x: an array. Default: one that would be made now.
+        x: an array. Default: a new one, made now.
 
     Returns:
         True or False.
@@ -58,10 +58,10 @@ def on_gpu(x: Array | None = None) -> bool:
 
 
 def are_finite(*arrays: Array) -> Any:
-    """Whether all numbers are finite: True where that is known at once, else a boolean tensor.
+    """Whether all numbers are finite: True if that is known at once, else a boolean tensor.
 
-    On PyTorch the arrays are there while Python runs. On a CPU looking at them costs less than the
-    operations that a choice between two tensors takes; elsewhere it would wait for the device.
+    On PyTorch the values exist while Python runs. On a CPU, inspecting them costs less than the
+    operations for a choice between two tensors; elsewhere it would wait for the device.
 
     Args:
         *arrays: of one shape.
@@ -73,12 +73,12 @@ def are_finite(*arrays: Array) -> Any:
     total = functools.reduce(operator.add, arrays)
     on_cpu = keras.backend.backend() == "torch" and total.device.type == "cpu"
     if on_cpu and can_be_looked_at(total) and math.isfinite(float(total.sum())):
-        return True  # a sum that is not finite may have overflowed: then each is looked at
+        return True  # a sum that is not finite may have overflowed: then each number is checked
     return ops.all(ops.isfinite(total))
 
 
 def can_be_looked_at(x: Array) -> bool:
-    """Whether x has values now, and what they decide is not recorded for other values to come."""
+    """Whether x has values now, on which Python may branch without a trace recording the branch."""
     import torch
 
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()
@@ -86,7 +86,7 @@ def can_be_looked_at(x: Array) -> bool:
 
 
 def folds_of(shape: Sequence[int | None], channels: int, wanted: int = COLUMNS_FOLDED) -> int:
-    """How many rows are laid side by side: a power of 2 that divides what is known of them."""
+    """How many rows are laid side by side: a power of 2 that divides their known number."""
     known = 1
     for size in shape[1:-1]:
         known *= size or 1

@@ -19,7 +19,7 @@ Axis = int | Sequence[int]
 def batch(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
-    """(y, mean, variance) of batch normalization, the channels on the last axis."""
+    """(y, mean, variance) of batch normalization, with the channels on the last axis."""
     import tensorflow as tf
 
     channels = x.shape[-1]
@@ -54,7 +54,7 @@ def batch(
 
 @functools.lru_cache(maxsize=64)
 def _traced_forward(epsilon: float) -> Any:
-    """`_forward`, traced once for all sizes and not anew in each layer of a net."""
+    """`_forward`, traced once for all sizes instead of once per layer of a net."""
     import tensorflow as tf
 
     program = tf.function(_forward(epsilon), autograph=False)
@@ -64,8 +64,8 @@ def _traced_forward(epsilon: float) -> Any:
             tf.TensorSpec([1, None, None, None], x.dtype),
             *[tf.TensorSpec([None], "float32")] * 2,
         )
-        # As operations (x is one): within the gradient of `tf.cond`, the call of a function cannot
-        # take what the branch has computed.
+        # As operations (x is one): in the gradient of `tf.cond`, a function call cannot use what
+        # the branch has computed.
         return program.get_concrete_function(*specs)(x, tf.identity(scale), tf.identity(offset))
 
     return call
@@ -73,9 +73,9 @@ def _traced_forward(epsilon: float) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _forward(epsilon: float) -> Any:
-    """(x, scale, offset) -> (y, mean, variance, ...): what the gradient needs besides x, scale.
+    """(x, scale, offset) -> (y, mean, variance, ...): the rest is for the gradient, with x, scale.
 
-    x: (1, N, P, C), of which y has the shape; scale, offset: (C,).
+    x: (1, N, P, C), and so is y; scale, offset: (C,).
     """
     import tensorflow as tf
 
@@ -110,7 +110,7 @@ def _forward(epsilon: float) -> Any:
         )
         return tf.expand_dims(y, 0), mean, variance
 
-    # TensorFlow spends its time on what every graph runs, and not on what is seldom taken.
+    # Not inlined, so that TensorFlow spends no time on a branch that is rarely taken.
     apart = tf.function(exact, autograph=False, experimental_attributes={"_noinline": True})
 
     return normalized
@@ -134,7 +134,7 @@ def _float32_or(default: Any, v: Array | None, channels: int) -> Array:
 def inference(
     x: Array, mean: Array, variance: Array, gamma: Array | None, beta: Array | None, epsilon: float
 ) -> Array:
-    """y by given statistics, the channels on the last axis."""
+    """y by given statistics, with the channels on the last axis."""
     import tensorflow as tf
 
     channels, columns = x.shape[-1], columns_of(x.shape)
@@ -156,6 +156,6 @@ def inference(
 
 
 def columns_of(shape: Sequence[Any]) -> int:
-    """Of the rows that inference mode gets: channels, side by side where images have few."""
+    """The columns of the rows in inference mode: channels, side by side if images have few."""
     channels: int = shape[-1]
     return channels * (folds_of(shape, channels) if len(shape) > 2 else 1)

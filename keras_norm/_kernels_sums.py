@@ -1,4 +1,4 @@
-"""Sums that suit a CPU: as products of matrices, in stages, channel by channel; in keras.ops."""
+"""Sums that suit a CPU, in keras.ops: as matrix products, in stages, or channel by channel."""
 
 import functools
 import math
@@ -16,12 +16,12 @@ from keras_norm.autodiff import custom_vjp, is_traced
 Array = Any
 Axis = int | Sequence[int]
 
-# So many numbers are added up one after the other before their sum is added to other sums.
+# This many numbers are added up one after the other before their sum is added to other sums.
 LONGEST_RUN = 64
-# Where E[x] is no more standard deviations than this, E[x^2] - E[x]^2 loses at most a bit: E[x^2]
-# is at most twice the variance.
+# If E[x] is at most this many standard deviations, E[x^2] - E[x]^2 loses at most a bit: E[x^2] is
+# at most twice the variance.
 NEAR_MEAN = 1.0
-# Of fewer elements, to look at the means costs more than the sweep that it saves.
+# With fewer elements, inspecting the means costs more than the pass that it saves.
 FEWEST_ELEMENTS_LOOKED_AT = 2**15
 
 Moments = tuple[Array, Array, Array]
@@ -32,14 +32,15 @@ def _moments(
 ) -> Moments:
     """(first, rest, variance) of z, where the mean is first + rest.
 
-    By sums of z and of its squares, if all means turn out to be near 0 (`NEAR_MEAN`). Else, and
-    where to look at them does not pay, by sums about the mean of some elements, which is within
+    By sums of z and of its squares, if all means turn out to be near 0 (`NEAR_MEAN`). Otherwise,
+    and where checking that does not pay, by sums about the mean of some elements, which is within
     four standard deviations of the mean of all, so that the variance loses one digit at most.
 
     Args:
         z: in the dtype to compute in.
-        mean: of an array like z, the means.
-        first_of_some: of z, means of some of its elements; of the shape of the means.
+        mean: function of an array like z that returns the means.
+        first_of_some: function of z that returns means of some of its elements, in the shape of
+            the means.
     """
 
     def about_some() -> Moments:
@@ -55,26 +56,26 @@ def _moments(
     near = mean(z)
     square = near * near
     variance = ops.relu(mean(z * z) - square)
-    # Where squares overflow, those of the deviations may not.
+    # If squares of z overflow, those of the deviations may not.
     is_near = ops.logical_and(square <= NEAR_MEAN**2 * variance, variance < math.inf)
     return ops.cond(ops.all(is_near), lambda: (near, ops.zeros_like(near), variance), about_some)
 
 
 def _can_branch(x: Array) -> bool:
-    """Whether a branch costs little: in a program of JAX, on one device.
+    """Whether a branch costs little: in a compiled JAX program, on one device.
 
-    TensorFlow has a costlier one, and exports that do without; called at once, JAX would compile
-    both sides for every call.
+    Branches cost more in TensorFlow, some of whose exports do without them; outside of a compiled
+    function, JAX would compile both sides for every call.
     """
     one_device = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
     return one_device and is_traced(x)
 
 
 class _Folds(NamedTuple):
-    """x, channels last, as rows of so many folds of its channels, in the dtype to compute in.
+    """x, channels last, as rows of several folds of its channels, in the dtype to compute in.
 
-    Where arrays are small every operation counts: vectors stay (1, C), and the means are products
-    with one row of 1 / N, so that there is nothing to reshape nor to divide.
+    On small arrays every operation counts: vectors stay (1, C), and the means are products with
+    one row of 1 / N, so that nothing has to be reshaped or divided.
     """
 
     folds: int
@@ -98,7 +99,7 @@ class _Folds(NamedTuple):
         return rows if self.as_it_is else ops.reshape(rows, ops.shape(x))
 
     def elements(self, rows: Any) -> Array:
-        """How many each channel has, a scalar; 1 for none."""
+        """The number of elements of each channel, a scalar; 1 if there are none."""
         if isinstance(rows, int):
             return ops.convert_to_tensor(max(rows * self.folds, 1), dtype=self.dtype)
         return ops.maximum(ops.cast(rows * self.folds, self.dtype), 1)
@@ -131,7 +132,7 @@ def folded(
         shares = ops.broadcast_to(1 / n, (1, rows))
         first = folds.mean(z, shares)
         centered = z - folds.spread(first)
-        rest = folds.mean(centered, shares)  # what rounding lost of the mean
+        rest = folds.mean(centered, shares)  # what the mean lost to rounding
         mean = first + rest  # (B1)
         variance = ops.maximum(folds.mean(centered * centered, shares) - rest * rest, 0)  # (B2)
         inv_std = ops.rsqrt(variance + epsilon)  # (B3)
@@ -186,7 +187,7 @@ def staged(
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, first, rest, inv_std, gamma = residuals
-        dy, centered = upstream[0], x - first  # as forward, so that XLA does not do it again
+        dy, centered = upstream[0], x - first  # as in forward, so that XLA does not repeat it
         dbeta = total(dy)  # (B6)
         dgamma = (total(dy * centered) - rest * dbeta) * inv_std  # (B7)
         scale = inv_std if gamma is None else inv_std * in_dtype(gamma, dtype)
@@ -199,7 +200,7 @@ def staged(
 
 
 def _run(rows: int) -> int:
-    """How many rows are added up in one stage: the largest of these that divides them."""
+    """How many rows are added up in one stage: the largest possible divisor of their number."""
     return next((run for run in range(LONGEST_RUN, 7, -1) if rows % run == 0 and run < rows), 1)
 
 
@@ -221,7 +222,7 @@ def products(
 
 
 class Rows:
-    """Arrays (..., D) or (..., H, W, C) as rows (N, D) of the dtype to compute in, and back."""
+    """Arrays (..., D) or (..., H, W, C) as rows (N, D) in the dtype to compute in, and back."""
 
     def __init__(self, rank: int, sizes: tuple[int, ...], dtype: str) -> None:
         self.sizes, self.dtype = sizes, dtype
@@ -246,7 +247,7 @@ class Rows:
         return ops.reshape(g / max(self.d, 1), (self.d, 1))
 
     def near(self, z: Array) -> Array:
-        """The elements whose mean is within four standard deviations of that of all."""
+        """Some elements, whose mean is within four standard deviations of that of all."""
         return z[:, : -(-self.d // SAMPLED)]
 
 
@@ -258,8 +259,8 @@ def _halves_of_products(
     rows = Rows(rank, sizes, dtype)
 
     def mean(z: Array) -> Array:
-        # Where arrays are small every operation counts. (Keras's mean of float64 is of float32 on
-        # JAX and PyTorch.)
+        # On small arrays every operation counts. (On JAX and PyTorch, Keras's mean of float64 is
+        # computed in float32.)
         if rows.d > 0 and dtype == "float32":
             return ops.mean(z, axis=1, keepdims=True)
         return ops.sum(z, axis=1, keepdims=True) / max(z.shape[1], 1)
@@ -282,9 +283,9 @@ def _halves_of_products(
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, inv_std, gamma, *parts = residuals
         dy, z = rows.of(upstream[0]), rows.of(x)
-        for part in parts:  # of the mean: their sum would round where the deviation is small
+        for part in parts:  # of the mean: their sum would be rounded, which matters if x is close
             z = z - part  # -> x_hat / inv_std
-        # `@`, for `ops.matmul` rounds float64 to float32 on PyTorch.
+        # `@`, because `ops.matmul` rounds float64 to float32 on PyTorch.
         dy_z = dy * z
         dbeta = ops.reshape(ops.ones_like(ops.transpose(inv_std)) @ dy, sizes)  # (L6)
         dgamma = ops.reshape(ops.transpose(inv_std) @ dy_z, sizes)  # (L7) (R5)

@@ -1,4 +1,4 @@
-"""PyTorch's kernels; and where they round, its operations on pieces that stay in the cache."""
+"""PyTorch's kernels or, where these are inexact, operations on pieces that stay in the cache."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,28 +16,28 @@ from keras_norm.autodiff import custom_vjp, in_transform
 Array = Any
 Axis = int | Sequence[int]
 
-# Elements of a piece that PyTorch sums in two passes: 4 MB in float32. Less costs more calls.
+# Elements of a piece that PyTorch sums in two passes: 4 MB in float32. Fewer cost more calls.
 ELEMENTS_OF_PIECE = 2**20
-# PyTorch's kernel, too, adds up one after the other: of more rows than this, the statistics of
-# parts are merged. (Of 262,144 rows at once, the variance is off by 7e-5; of 16,384 by 4e-6, and a
-# mean that is 25 standard deviations from 0 by 1e-4 of them.)
+# PyTorch's kernel, too, adds up numbers one after the other: for more rows than this, the
+# statistics of parts are merged. (With 262,144 rows at once, the variance is off by 7e-5; with
+# 16,384 by 4e-6, and a mean of 25 standard deviations by 1e-4 of them.)
 ROWS_AT_ONCE = 2**14
-# PyTorch's norm adds up squares one after the other, too: of so many it is off by 3e-7.
+# PyTorch's norm also adds up squares one after the other: for this many it is off by 3e-7.
 LONGEST_NORM = 2**14
-# And the kernel of layer normalization's gradient adds up the rows, for gamma: of 262,144 it is off
-# by 2e-5, of parts of so many by 6e-7.
+# And the kernel of layer normalization's gradient adds up the rows for gamma: for 262,144 it is off
+# by 2e-5, with parts of this many by 6e-7.
 ROWS_OF_A_SUM = 2**10
-# Of fewer elements PyTorch's RMS normalization is as quick as ours.
+# With fewer elements, PyTorch's RMS normalization is as fast as ours.
 FEWEST_ELEMENTS_OF_RMS = 2**17
 
 
 class _Pieces:
     """x as rows with the channels on axis 1, and cut along the rows into pieces.
 
-    Channels on the last axis: (N, ..., C) -> (M / f, f C), f rows side by side where there are
-    few channels; else the channels are moved to axis 1, and the positions merged where an axis has
-    a size of 1: of the layouts in memory that such an axis can have, PyTorch 2.13's backward pass
-    mistakes some, and gives wrong gradients.
+    Channels on the last axis: (N, ..., C) -> (M / f, f C), f rows side by side if there are few
+    channels; else the channels are moved to axis 1, and the positions merged if an axis has size
+    1: such an axis can have several layouts in memory, and for some of them PyTorch 2.13's
+    backward pass gives wrong gradients.
     """
 
     def __init__(self, x: Array, channel: int) -> None:
@@ -76,12 +76,12 @@ class _Pieces:
         return zip(*(z.split(max(1, ELEMENTS_OF_PIECE // size)) for z in arrays), strict=True)
 
     def row(self, v: Array) -> Array:
-        """(C,) -> what broadcasts against the rows."""
+        """(C,) -> an array that broadcasts against the rows."""
         v = v.repeat(self.folds) if self.folds > 1 else v
         return v if self.last else v.reshape(-1, *[1] * self.trailing)
 
     def sum(self, z: Array) -> Array:
-        """Of one piece, (C,)."""
+        """The sums of one piece, (C,)."""
         sums = z.sum(dim=(0, *range(2, z.ndim)))
         return sums if self.folds == 1 else sums.view(self.folds, self.channels).sum(0)
 
@@ -89,7 +89,7 @@ class _Pieces:
 def batch(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
-    """(y, mean, variance) of batch normalization, the channels on any one axis."""
+    """(y, mean, variance) of batch normalization, with the channels on any one axis."""
     (channel,) = functional.canonical_axes(axis, x.ndim)
     gamma, beta = (None if v is None else tensor(v, x.dtype) for v in (gamma, beta))
     if x.numel() == 0 or not can_be_looked_at(x):
@@ -122,7 +122,7 @@ def _is_near(mean: Array, inv_std: Array) -> bool:
     if not mean.numel():
         return True
     least, most = torch.aminmax(mean * inv_std)
-    return max(-least.item(), most.item()) <= FARTHEST_MEAN  # no for NaN, which both are then
+    return max(-least.item(), most.item()) <= FARTHEST_MEAN  # False for NaN, which both are then
 
 
 def _native_in_pieces(
@@ -184,7 +184,7 @@ def _forward_in_pieces(
 
 
 def _moments_by_kernel(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
-    """(B1) and (B2), (C,), of means that are not far from 0: those of parts, merged."""
+    """(B1) and (B2), (C,), merged from those of parts, for means that are not far from 0."""
     import torch
 
     rows = pieces.elements // len(z)  # of an entry of z: the positions of one image, or 1
@@ -204,7 +204,7 @@ def _moments_in_pieces(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
     rest = squares = 0
     for (piece,) in pieces.cut(z):
         centered = piece - row
-        rest = rest + pieces.sum(centered)  # what rounding lost of the mean
+        rest = rest + pieces.sum(centered)  # what the mean lost to rounding
         squares = squares + pieces.sum(centered.square_())
     rest = rest / n
     return first + rest, (squares / n - rest * rest).relu()
@@ -218,7 +218,7 @@ def _normalize_in_pieces(
     beta: Array | None,
     pieces: _Pieces,
 ) -> Array:
-    """(B4) and (B5); x - mean first: x scale - mean scale would lose what is far from 0."""
+    """(B4) and (B5); x - mean first: x scale - mean scale is inexact for means far from 0."""
     import torch
 
     mean, scale = pieces.row(mean), pieces.row(inv_std if gamma is None else inv_std * gamma)
@@ -259,7 +259,7 @@ def _backward_in_pieces(
 
 
 def records() -> bool:
-    """Whether PyTorch keeps what gradients will need."""
+    """Whether PyTorch records what gradients will need."""
     import torch
 
     return torch.is_grad_enabled()
@@ -274,7 +274,7 @@ def inference(
     axis: Axis,
     epsilon: float,
 ) -> Array:
-    """y by given statistics, the channels on any one axis."""
+    """y by given statistics, with the channels on any one axis."""
     import torch
 
     if torch.is_grad_enabled() or in_transform():  # for a second derivative; nothing in place
@@ -286,7 +286,7 @@ def inference(
     inv_std, z = torch.rsqrt(variance + epsilon), pieces.rows(x)
     large = pieces.folds == 1 and x.numel() > ELEMENTS_OF_PIECE
     if large and can_be_looked_at(x) and _is_near(mean, inv_std):
-        # One sweep, x scale + (beta - mean scale).
+        # One pass, x scale + (beta - mean scale).
         y, *_ = torch.native_batch_norm(z, gamma, beta, mean, variance, False, 0.0, epsilon)
     else:
         y = _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces)
@@ -296,7 +296,7 @@ def inference(
 def layer(
     x: Array, gamma: Array | None, beta: Array | None, axes: int, epsilon: float, centers: bool
 ) -> Array | None:
-    """Layer normalization (RMS without `centers`) of the last axes; None where it would round."""
+    """Layer normalization (RMS without `centers`) of the last axes; None if it would be inexact."""
     import torch
 
     functional.check_epsilon(epsilon)
@@ -314,7 +314,7 @@ def rows(
     epsilon: float,
     centers: bool,
 ) -> Array | None:
-    """As `layer`, of x that can be looked at; gamma and beta of its last sizes and its dtype."""
+    """As `layer`, for an x with values; gamma and beta have its last sizes and its dtype."""
     import torch
 
     if centers:
@@ -322,7 +322,7 @@ def rows(
         return y if _is_near(mean, inv_std) else None
     small = x.numel() < FEWEST_ELEMENTS_OF_RMS
     forward_mode = getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
-    if small or forward_mode:  # which `custom_vjp` does not know
+    if small or forward_mode:  # which `custom_vjp` does not support
         return torch.nn.functional.rms_norm(x, sizes, gamma, epsilon)
     return _rms(x, gamma, len(sizes), epsilon)
 
@@ -330,8 +330,8 @@ def rows(
 def _rms(x: Array, gamma: Array | None, axes: int, epsilon: float) -> Array:
     """RMS normalization of the last axes.
 
-    PyTorch composes its own of differentiable operations; the kernel of layer normalization's
-    gradient, told that all means are 0, does most of it at once.
+    PyTorch composes its own from differentiable operations; the kernel of layer normalization's
+    gradient, with all means set to 0, does most of it at once.
     """
     import torch
 
@@ -368,7 +368,7 @@ def _rms(x: Array, gamma: Array | None, axes: int, epsilon: float) -> Array:
                 part, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
                     dy, x_of_part, sizes, zero, inv_std, gamma, None, asked
                 )
-                # Of layer normalization dx is less by inv_std mean(gamma dy), (L9).
+                # In layer normalization, dx is smaller by inv_std mean(gamma dy), (L9).
                 of_g = torch.mv(dy.flatten(1), share).view(inv_std.shape)
                 torch.add(part, inv_std * of_g, out=target)
                 dgammas.append(dgamma)
@@ -388,7 +388,7 @@ def _native_parameter(v: Array | None, x: Array, sizes: Sequence[int]) -> Array 
 def group(
     x: Array, gamma: Array | None, beta: Array | None, groups: int, epsilon: float
 ) -> Array | None:
-    """Group normalization of the last axis' channels; None where it would round."""
+    """Group normalization of the last axis' channels; None if it would be inexact."""
     import torch
 
     functional.check_epsilon(epsilon)
@@ -397,9 +397,9 @@ def group(
     channels = x.shape[-1]
     gamma, beta = (_native_parameter(v, x, (channels,)) for v in (gamma, beta))
     x = _always_differentiated(x, gamma, beta)
-    z = x.movedim(-1, 1)  # (N, C, ...); of images it is the layout "channels last", no copy
+    z = x.movedim(-1, 1)  # (N, C, ...); for images it is the layout "channels last", no copy
     if gamma is None:
-        gamma = z.new_ones(channels)  # with beta alone, derivatives fail in PyTorch 2.13
+        gamma = z.new_ones(channels)  # with only beta, derivatives fail in PyTorch 2.13
     z = z.contiguous(memory_format=_layout(z))
     y, mean, inv_std = torch.native_group_norm(
         z, gamma, beta, len(z), channels, z[0, 0].numel(), groups, epsilon
@@ -408,10 +408,10 @@ def group(
 
 
 def _always_differentiated(x: Array, gamma: Array | None, beta: Array | None) -> Array:
-    """x, as if it hung on gamma and beta: whoever asks for their gradient asks for that of x.
+    """x, as if it depended on gamma and beta, so that their gradients always require that of x.
 
-    In PyTorch 2.13 the kernel's derivative in gamma and beta alone, of channels last, ends the
-    process.
+    In PyTorch 2.13 the kernel crashes the process when, with channels last, the gradients of only
+    gamma and beta are needed.
     """
 
     def forward(x: Array, *_: Array | None) -> tuple[tuple[Array], tuple[()]]:

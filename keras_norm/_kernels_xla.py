@@ -16,18 +16,18 @@ from keras_norm.autodiff import custom_vjp
 Array = Any
 Axis = int | Sequence[int]
 
-# Rows are laid side by side until they have so many columns: XLA adds vectors to vectors.
+# Rows are laid side by side until they have this many columns: XLA adds vectors to vectors.
 COLUMNS_COMPILED = 16
-# Halves are added to halves so many times, and not until less are left than that. (Five times,
-# forward and backward of (16, 16, 16, 128) take 3.4 and 3.6 ms, three times 1.3 and 1.4.)
+# Halves are added to halves up to this many times, while more than `SHORTEST_SUM` are left. (Five
+# times, forward and backward of (16, 16, 16, 128) take 3.4 and 3.6 ms; three times, 1.3 and 1.4.)
 HALVINGS = 3
 SHORTEST_SUM = 8
 
 
 def _sum_by_halves(v: Array) -> Array:
-    """(N, P, C) -> (N, 1, C), P known: half the positions added to the other half, some times.
+    """(N, P, C) -> (N, 1, C), P known: adds half the positions to the other half, several times.
 
-    Vector to vector, so that XLA makes one loop of it; and partial sums round less.
+    Vector to vector, so that XLA makes it one loop; and partial sums round less.
     """
     for _ in range(HALVINGS):
         size = v.shape[1]
@@ -45,7 +45,7 @@ def _for_these(
     beta: Array | None,
     epsilon: float,
 ) -> tuple[Any, Any]:
-    """Forward and backward that `halves`, with a cache, makes for arrays like these."""
+    """Forward and backward for arrays like these, made (or cached) by `halves`."""
     dtype = functional.compute_dtype(x)
     halves_of_case: tuple[Any, Any] = halves(
         *case, dtype, epsilon, gamma is not None, beta is not None
@@ -56,7 +56,7 @@ def _for_these(
 def batch(
     x: Array, gamma: Array | None, beta: Array | None, axis: Axis, epsilon: float
 ) -> tuple[Array, Array, Array]:
-    """(y, mean, variance) of batch normalization, the channels on the last axis."""
+    """(y, mean, variance) of batch normalization, with the channels on the last axis."""
     halves = _for_these(_halves_of_batch, (tuple(x.shape[1:]),), x, gamma, beta, epsilon)
     y, mean, variance = custom_vjp(*halves, x, gamma, beta)
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
@@ -87,12 +87,12 @@ def _programs_of_batch(
         return ops.tile(v, folds) if folds > 1 else v  # (C,) -> (f C,)
 
     def elements(z: Array) -> Array:
-        """How many each channel has; 1 for none."""
+        """The number of elements of each channel; 1 if there are none."""
         examples, rows, _ = ops.shape(z)
         return ops.maximum(ops.cast(examples * rows * folds, dtype), 1)
 
     def some(z: Array) -> Array:
-        """A sixteenth, whose mean is within four standard deviations of that of all."""
+        """A sixteenth of z; its mean is within four standard deviations of that of all."""
         examples, rows, _ = ops.shape(z)
         if isinstance(rows, int) and rows > 1:
             return z[:, : -(-rows // SAMPLED)]
@@ -149,22 +149,22 @@ def training_step(
     *,
     epsilon: float = 1e-3,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    """A step of batch normalization with its moving statistics, as two programs in all.
+    """A step of batch normalization with its moving statistics, as two programs in total.
 
-    Where arrays are small every operation counts, and here the moving statistics and their
-    switches are none of their own. Only where `choose` says "compiled".
+    On small arrays every operation counts, and here the moving statistics and their switches need
+    no operations of their own. Only for use where `choose` returns "compiled".
 
     Args:
         x: (N, ..., C).
         gamma, beta: (C,), or None.
-        moving: moving mean and moving variance, (C,), and the number of batches that were skipped.
+        moving: moving mean and moving variance, (C,), and the number of skipped batches.
         switches: (>= 4,), the weights of old and new in the moving statistics, and whether gamma
-            and beta are trained, and the statistics move: 1 or 0.
+            and beta are trained, and whether the statistics move: 1 or 0.
         epsilon: as in `batch_normalization`.
 
     Returns:
-        (y, moving): y, and `moving` after this step, by (B11) and (B12). As it was, but for the
-        count, where the statistics of the batch are not finite or the batch is empty.
+        (y, moving): y, and `moving` after this step, by (B11) and (B12). If the statistics of the
+        batch are not finite, or the batch is empty, only the count changes.
 
     Example:
         >>> x, moving = np.array([[1.0], [3.0]], "float32"), (np.zeros(1), np.ones(1), np.zeros(()))
@@ -235,8 +235,8 @@ def by_given(
     beta: Array | None,
     epsilon: float,
 ) -> tuple[Array, Array]:
-    """(y, inv_std) by given statistics, the channels on the last axis."""
-    # With the rank, for TensorFlow would trace a function of arrays of two ranks for any rank.
+    """(y, inv_std) by given statistics, with the channels on the last axis."""
+    # One function per rank: TensorFlow would trace one that has met two ranks anew for any rank.
     case = len(x.shape), columns_of(x.shape), x.shape[-1], functional.compute_dtype(x), epsilon
     y, inv_std = autodiff.compiled(_program_by_given(*case))(x, mean, variance, gamma, beta)
     return y, inv_std
@@ -283,8 +283,8 @@ def _halves_of_rows(
 ) -> tuple[Any, Any]:
     """As `_kernels_sums.products`, for XLA: two programs.
 
-    XLA fuses all that is done to single elements. The sum over a row is quicker as a product, that
-    over the rows as a sum: as a product it is slow for rows of 1024 elements.
+    XLA fuses all elementwise operations. The sum over a row is faster as a product, the sum over
+    the rows is not: as a product it is slow for rows of 1024 elements.
     """
     rows = Rows(rank, sizes, dtype)
 
@@ -317,7 +317,7 @@ def _halves_of_rows(
     ) -> tuple[Array, Array | None, Array | None]:
         share, like = rows.share(gamma), dy
         dy, z = rows.of(dy), rows.of(x)
-        for part in mean:  # two: their sum would round where it is large beside the deviation
+        for part in mean:  # two parts: their sum would round if large compared with the deviation
             z = z - part
         dy_z = dy * z
         dbeta = over_rows(dy, x) if shifts else None  # (L6)

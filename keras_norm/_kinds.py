@@ -1,9 +1,9 @@
-"""What moving statistics each kind of normalization layer has: measured, compared, assigned.
+"""The moving statistics of each kind of normalization layer: how they are measured and assigned.
 
 The values of a layer's statistics are a tuple of float64 arrays: (mean, variance) for batch
 normalization, (mean, covariance) for decorrelated batch normalization, (quantiles,) for quantile
-normalization. Deviations are in units of sigma, the spread of a layer's inputs, so that one
-threshold serves all.
+normalization. Deviations are in units of sigma, the spread of a layer's inputs, so that the same
+threshold suits all.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def copy_of(variable: Any) -> npt.NDArray[Any]:
 class Kind:
     """The statistics of one kind of layer."""
 
-    names: tuple[str, ...]  # of the variables, in the order of the values
+    names: tuple[str, ...]  # names of the variables, in the order of the values
 
     def current(self, layer: Layer) -> Values:
-        """What the layer has now."""
+        """The layer's present statistics."""
         return tuple(copy_of(getattr(layer, name)).astype(np.float64) for name in self.names)
 
     def assign(self, layer: Layer, values: Values) -> None:
@@ -64,24 +64,26 @@ class Kind:
             variable.assign(value.reshape(tuple(variable.shape)))
 
     def of_snapshot(self, statistics: Mapping[str, npt.NDArray[Any]]) -> Values:
-        """The values among all that a snapshot holds of a layer."""
+        """The values, picked from everything that a snapshot holds of a layer."""
         return tuple(statistics[name].astype(np.float64) for name in self.names)
 
     def epsilon(self, layer: Layer) -> float:
-        """What is added to variances."""
+        """The number that is added to variances."""
         return float(layer.epsilon)
 
     def empty(self, layer: Layer) -> Moments:
-        """Where the inputs of the layer are taken in."""
+        """An empty object that takes in the inputs of the layer."""
         raise NotImplementedError
 
     def measured(self, layer: Layer, x: Array, weights: Array | None) -> dict[str, Array]:
-        """In a compiled function: what is needed of one input of the layer."""
+        """In a compiled function: what is to be measured of one input of the layer."""
         raise NotImplementedError
 
     def taken(self, layer: Layer, calls: Sequence[Mapping[str, Any]]) -> Moments | None:
-        """On the host: the moments of what was measured in the calls of one pass, whose arrays
-        have the examples on axis 0; None if some are not finite."""
+        """On the host: the moments of what was measured in the calls of one pass.
+
+        The arrays have the examples on axis 0. None if some values are not finite.
+        """
         raise NotImplementedError
 
     def by_batch(
@@ -89,21 +91,21 @@ class Kind:
     ) -> Array:
         """In a compiled function: the layer's output by the statistics of the batch.
 
-        With a flag that is not set, by the moving ones.
+        If the flag is not set: by the moving statistics.
         """
         raise NotImplementedError
 
     def of_data(self, moments: Any, like: Values) -> Values:
-        """The statistics of what was taken in, of these shapes; NaN where there is nothing."""
+        """The statistics of what was taken in, shaped as `like`; NaN where there is nothing."""
         raise NotImplementedError
 
     def population(self, layer: Layer, moments: Any) -> Values:
-        """Those of data; a channel without any element keeps its own."""
+        """The statistics of the data; a channel without elements keeps its own."""
         current = self.current(layer)
         return current if moments.empty else self.of_data(moments, current)
 
     def offset(self, values: Values, base: Values, epsilon: float) -> Floats:
-        """Differences linear in the values, in units of the base's sigma."""
+        """Differences that are linear in the values, in units of the base's sigma."""
         mean, variance = self.marginals(base)
         other, other_variance = self.marginals(values)
         total = np.maximum(variance + epsilon, 1e-30)
@@ -114,11 +116,11 @@ class Kind:
         raise NotImplementedError
 
     def deviation(self, values: Values, base: Values, epsilon: float) -> Floats:
-        """(D, C), by how much values differ from others, in sigma: their norm is over D."""
+        """(D, C), how much the values differ from the base, in sigma; norms are taken over D."""
         raise NotImplementedError
 
     def initial(self, values: Values) -> Values:
-        """What a layer with such statistics begins with."""
+        """The initial statistics of a layer with statistics of these shapes."""
         raise NotImplementedError
 
     def vector(self, values: Values, unit: Values, epsilon: float) -> Floats:
@@ -139,7 +141,7 @@ def _sigma(variance: Floats, epsilon: float) -> Floats:
 
 
 class _MeanVariance(Kind):
-    """Of batch normalization, ours and that of keras.layers."""
+    """The statistics of batch normalization, ours and that of keras.layers."""
 
     names = ("moving_mean", "moving_variance")
 
@@ -161,7 +163,7 @@ class _MeanVariance(Kind):
         if not all(np.all(np.isfinite(v)) for one in calls for v in one.values()):
             return None
         shift, first, second, count = (calls[0][k] for k in ("shift", "first", "second", "count"))
-        for other in calls[1:]:  # an example is one, however often the layer is called on it
+        for other in calls[1:]:  # an example counts once, however often the layer is called on it
             d = other["shift"] - shift
             first = first + other["first"] + d * other["count"]
             second = second + other["second"] + 2 * d * other["first"] + d * d * other["count"]
@@ -216,7 +218,7 @@ class _MeanVariance(Kind):
 
 
 class _ByRows(Kind):
-    """Of layers that take whole positions: their inputs themselves come to the host."""
+    """The statistics of layers that take whole positions: the host gets the inputs themselves."""
 
     def measured(self, layer: Layer, x: Array, weights: Array | None) -> dict[str, Array]:
         rows = Rows.of(x, layer.axis)
@@ -228,7 +230,7 @@ class _ByRows(Kind):
         return found
 
     def taken(self, layer: Layer, calls: Sequence[Mapping[str, Any]]) -> Moments | None:
-        # An example is one, however often the layer is called on it: side by side.
+        # An example counts once, however often the layer is called on it: side by side.
         x = np.concatenate([one["x"] for one in calls], axis=1)
         w = None
         if any("w" in one for one in calls):
@@ -246,7 +248,7 @@ class _ByRows(Kind):
 
 
 class _MeanCovariance(_ByRows):
-    """Of decorrelated batch normalization."""
+    """The statistics of decorrelated batch normalization."""
 
     names = ("moving_mean", "moving_covariance")
 
@@ -260,7 +262,7 @@ class _MeanCovariance(_ByRows):
         return values[0], np.diagonal(values[1], axis1=1, axis2=2).reshape(values[0].shape)
 
     def deviation(self, values: Values, base: Values, epsilon: float) -> Floats:
-        """After whitening by the base: of the mean, and of half of the covariance."""
+        """The deviation after whitening by the base: of the mean, and of half the covariance."""
         groups, size = base[1].shape[:2]
         eigenvalues, q = np.linalg.eigh(base[1])
         inverse = 1 / np.sqrt(np.maximum(eigenvalues, 0) + epsilon + 1e-30)
@@ -295,12 +297,12 @@ class _MeanCovariance(_ByRows):
 
 
 class _OfQuantiles(_ByRows):
-    """Of quantile normalization."""
+    """The statistics of quantile normalization."""
 
     names = ("moving_quantiles",)
 
     def epsilon(self, layer: Layer) -> float:
-        return float(layer.epsilon) ** 2  # it is in the unit of x there
+        return float(layer.epsilon) ** 2  # epsilon is in the unit of x there
 
     def empty(self, layer: Layer) -> Moments:
         each = _HELD // int(layer.moving_quantiles.shape[1])
@@ -346,7 +348,7 @@ def has_statistics(layer: Layer) -> bool:
     """Whether this is a normalization layer with moving statistics, and built.
 
     Raises:
-        ValueError: for a kind of layer whose statistics are not known here.
+        ValueError: for a kind of layer that this module does not support.
     """
     for classes, kind in _KINDS:
         if isinstance(layer, classes):
@@ -371,5 +373,5 @@ def kind_by_names(names: Iterable[str]) -> Kind:
 
 
 def weights_in(x: Array, given: Mapping[str, Any]) -> Array | None:
-    """Mask and weights of a call, of the rank of x."""
+    """Mask and weights of a call, combined, with the rank of x; None if there are none."""
     return weights_of(given.get("mask"), given.get("sample_weight"), x)

@@ -1,11 +1,11 @@
-"""How the inputs of all normalization layers of a model are measured, layer by layer.
+"""Measures the inputs of all normalization layers of a model, layer by layer.
 
-A model is written as a list of steps (`Plan`, in `_layerwise_plan`), with nested models written
-out. The steps between two normalization layers are compiled as one function (`Program`, in
+A model is written as a list of steps (`Plan`, in `_layerwise_plan`), with nested models expanded.
+The steps between two normalization layers are compiled as one function (`Program`, in
 `_layerwise_program`), which computes what later steps need and measures the inputs of the layers
-whose turn it is. `Solver` runs them in order, gives each layer its statistics as soon as they are
-known, and iterates where layers depend on each other. `OnePass` measures all layers at once, each
-normalizing by the batch.
+whose turn it is. `Solver` runs these functions in order, gives each layer its statistics as soon
+as they are known, and iterates where layers depend on each other. `OnePass` measures all layers at
+once, while each normalizes by the batch.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ Statistics = Mapping[int, Values]  # by the number of the layer
 
 _FIXED_POINT = 1e-6  # in units of sigma: a few times the rounding of a float32 forward pass
 _MAX_ROUNDS = 100
-_PILOT = 512  # examples in the first of the samples for a tolerance
+_PILOT = 512  # examples in the first sample when there is a tolerance
 _KEPT = "_keras_norm_statistics"  # attribute of a model
-_TRIED_FIRST, _TRIED = 4, 40  # one pass is tried on the first four batches, and 2 in 40
+_TRIED_FIRST, _TRIED = 4, 40  # `one_pass` is checked on the first four batches, and 2 in 40
 
 
 # Statistics of one layer -----------------------------------------------------------------------
@@ -78,17 +78,17 @@ def error_of(
 
 @dataclass
 class Found:
-    """What the inputs of one layer were."""
+    """What was measured of the inputs of one layer."""
 
     moments: Moments | None  # None: some were not finite
     calls: int = 0  # in one pass
     residual: float = 0.0
     leak: float = 0.0
-    early: Moments | None = None  # those of the first half
+    early: Moments | None = None  # those of the first half of the examples
 
     @property
     def drift(self) -> float:
-        """How far the first half is from all, in what is to be expected of a random half."""
+        """How far the first half is from all, in units of what to expect of a random half."""
         if self.moments is None or self.early is None or self.early.empty:
             return 0.0
         some = (self.early.count > 0) & (self.moments.standard_error_of_mean() > 0)
@@ -110,7 +110,7 @@ class Found:
 def _found_in(
     outputs: Mapping[str, Array], chunk: Chunk, layers: Sequence[Layer]
 ) -> dict[int, Found]:
-    """The sums that one run of a program gave, as moments, by the number of the layer."""
+    """The sums that one run of a program returned, as moments, by the number of the layer."""
     keys = sorted({tuple(map(int, key.split(".")[1:3])) for key in outputs if key[:2] == "s."})
     found: dict[int, Found] = {}
     for i, calls in itertools.groupby(keys, key=lambda key: key[0]):
@@ -121,7 +121,7 @@ def _found_in(
 
 
 def _of_call(outputs: Mapping[str, Array], key: str, chunk: Chunk) -> dict[str, Any]:
-    """What was measured in one call, by examples."""
+    """What was measured in one call, per example."""
     arrays = {
         name.removeprefix(key): np.asarray(ops.convert_to_numpy(value))
         for name, value in outputs.items()
@@ -137,9 +137,10 @@ def _of_call(outputs: Mapping[str, Array], key: str, chunk: Chunk) -> dict[str, 
 
 
 def _per_example(sums: Floats, rows: int, chunk: Chunk) -> Floats:
-    """(R, C) -> (N, C): those rows together that are of one example; without what fills up.
+    """(R, C) -> (N, C): adds up the rows of each example; without the examples that fill a chunk.
 
-    A model may fold other axes into the first, time steps or windows; R is then a multiple of N.
+    A model may fold other axes, such as time steps or windows, into the first; R is then a multiple
+    of N.
     """
     sums = sums.astype(np.float64)
     if rows == chunk.size:
@@ -151,14 +152,14 @@ def _per_example(sums: Floats, rows: int, chunk: Chunk) -> Floats:
 
 
 def _positions_of_examples(x: npt.NDArray[Any], chunk: Chunk) -> npt.NDArray[Any]:
-    """(R, P, C) -> (N, R / N P, C), likewise."""
+    """(R, P, C) -> (N, R / N P, C), in the same way."""
     if len(x) % chunk.size == 0:
         return x.reshape(chunk.size, -1, x.shape[-1])[: chunk.rows]
     return x
 
 
 def _hides_copies(outputs: Mapping[str, Array], chunk: Chunk) -> bool:
-    """Whether what fills a chunk up cannot be told from its examples: rows are not examples."""
+    """Whether copies that fill a chunk cannot be told from its examples: rows are not examples."""
     if chunk.rows == chunk.size:
         return False
     rows = {len(v) for k, v in outputs.items() if k[:2] == "s." and k.endswith((".first", ".x"))}
@@ -176,7 +177,7 @@ class Solver:
         self.found: dict[int, Found] = {}
 
     def solve(self, tick: Callable[[], None]) -> dict[int, Found]:
-        """All stages; `tick` is called after each chunk of each pass."""
+        """Runs all stages; `tick` is called after each chunk of each pass."""
         try:
             for stage in self._plan.stages:
                 found = self._pass(stage, tick)
@@ -209,7 +210,7 @@ class Solver:
         return total
 
     def _take_filling_out(self) -> None:
-        """The last chunk as it is, through all stages: it takes programs of its own shape."""
+        """Takes the last chunk as it is, for all stages: it needs programs of its own shape."""
         for chunk in self._chunks:
             if chunk.rows < chunk.size:
                 if chunk.kept is not None:
@@ -217,7 +218,7 @@ class Solver:
                 chunk.kept, chunk.level, chunk.size = None, -1, chunk.rows
 
     def _environment(self, chunk: Chunk, level: int) -> Environment:
-        """The values after a stage: kept, or computed again from the last that was kept."""
+        """The values after a stage: kept ones, or computed again from the last that were kept."""
         if chunk.kept is not None:
             env = chunk.kept.get()
         else:
@@ -240,15 +241,15 @@ class Solver:
         _set(self._layer(i), found, self._rule, self._names[i])
 
     def _fixed_point(self, program: Program, level: int, tick: Callable[[], None]) -> None:
-        """Layers that depend on each other: statistics that reproduce themselves.
+        """Finds statistics that reproduce themselves, for layers that depend on each other.
 
-        Round k makes the first k calls of a pass right: a group in which each layer is called
+        Round k makes the first k calls of a pass right, so a group in which each layer is called
         once is exact after as many rounds as it has calls. A layer that is called several times
-        has one set of statistics, those of all its inputs pooled; if these depend on it, they
-        are the solution of a fixed-point equation, found by iteration with Anderson's
+        has one set of statistics, those of all its inputs pooled; if its inputs depend on them,
+        they are the solution of a fixed-point equation, found by iteration with Anderson's
         acceleration.
         """
-        history: list[tuple[Statistics, Statistics]] = []  # what was assigned, what came of it
+        history: list[tuple[Statistics, Statistics]] = []  # what was assigned, what resulted
         best = math.inf
         for round_ in itertools.count(1):
             found = self._round(program, level, round_ == 1, tick)
@@ -261,7 +262,7 @@ class Solver:
             if settled or last or (round_ >= calls and not shared):
                 break
             if shared and round_ > 1:
-                # After a jump, what came before only misleads the extrapolation: begin anew.
+                # After a jump, earlier states only mislead the extrapolation: start again.
                 history = history[-10:] if moved < 4 * best else []
                 history = [h for h in history if h[0].keys() == targets.keys()]
                 best = min(best, moved)
@@ -282,7 +283,7 @@ class Solver:
     def _round(
         self, program: Program, level: int, by_batch: bool, tick: Callable[[], None]
     ) -> dict[int, Found]:
-        """One pass; the first by the statistics of batches, of at least 64 examples."""
+        """Runs one pass; the first with the statistics of batches, of at least 64 examples."""
         found: dict[int, Found] = {}
         several = math.ceil(64 / self._chunks[0].size) if by_batch else 1
         for start in range(0, len(self._chunks), several):
@@ -312,7 +313,7 @@ class Solver:
         return self._plan.layers[i]
 
     def _targets(self, found: Mapping[int, Found]) -> Statistics:
-        """What the rule makes of what was found; not (yet) finite values are left out."""
+        """The statistics that the rule makes of what was found, without those not (yet) finite."""
         return {
             i: self._rule(self._layer(i), f.moments)
             for i, f in sorted(found.items())
@@ -320,7 +321,7 @@ class Solver:
         }
 
     def _moved(self, targets: Statistics) -> float:
-        """The largest difference between these statistics and those of now, in sigma."""
+        """The largest difference between these statistics and the present ones, in sigma."""
         moves = []
         for i, values in targets.items():
             layer, kind = self._layer(i), kind_of(self._layer(i))
@@ -330,8 +331,8 @@ class Solver:
     def _accelerated(self, history: Sequence[tuple[Statistics, Statistics]]) -> Statistics:
         """The next statistics of the fixed-point iteration, by Anderson's acceleration.
 
-        In units of the present sigmas (of batch normalization, in means and log sigmas); at most
-        3 at once.
+        It works in units of the present sigmas (for batch normalization, on means and log sigmas),
+        and moves each number by at most 3.
         """
         now, units = history[-1]
         kinds = {i: kind_of(self._layer(i)) for i in now}
@@ -353,7 +354,7 @@ class Solver:
 
 
 def _as_many(part: Found, whole: Found) -> Found:
-    """A part with the weight of the whole: a rule may go by the number of examples."""
+    """A part with the weight of the whole, because a rule may use the number of examples."""
     if part.moments is None or part.moments.empty or whole.moments is None:
         return part
     factor = whole.moments.examples.max() / part.moments.examples.max()
@@ -361,11 +362,11 @@ def _as_many(part: Found, whole: Found) -> Found:
 
 
 def _leak(pairs: Sequence[Floats], batches: int) -> float:
-    """The error of one pass over all batches from those of pairs, root mean square, in sigma.
+    """The error of `one_pass` over all batches from that of pairs, root mean square, in sigma.
 
     The deviation of a batch from the mean of two has half the variance of its deviation from the
     mean of many: hence the factor 2 (1 - 1 / batches). The error has a systematic part and a random
-    one, of which many batches leave less than a pair.
+    part, and the random part is smaller over many batches than over a pair.
     """
     if not pairs:
         return 0.0
@@ -416,7 +417,7 @@ def current_statistics(layer: Layer) -> Values:
 def _anderson(states: Sequence[Floats], steps: Sequence[Floats]) -> Floats:
     """The step from the last state of a fixed-point iteration (Anderson, 1965)."""
     if len(states) == 1:
-        return 0.5 * steps[-1]  # a plain step may go to and fro
+        return 0.5 * steps[-1]  # a whole step may oscillate
     d_steps = np.diff(np.stack(steps), axis=0).T
     d_states = np.diff(np.stack(states), axis=0).T
     weights = np.linalg.lstsq(d_steps, steps[-1], rcond=1e-6)[0]
@@ -424,7 +425,7 @@ def _anderson(states: Sequence[Floats], steps: Sequence[Floats]) -> Floats:
 
 
 class OnePass:
-    """Batch statistics in every layer in one sweep, pooled by counts."""
+    """Measures batch statistics in every layer in one sweep, pooled by counts."""
 
     def __init__(self, model: Any, layers: Sequence[Layer], structure: Any) -> None:
         numbers = list(range(len(tree.flatten(structure))))
@@ -445,7 +446,7 @@ class OnePass:
 
 
 def _compiled_like(program: Program, model: Any) -> None:
-    """The program runs as `predict` would run the model: compiled, or eagerly if told so."""
+    """Compiles the program to run as `predict` would run the model: compiled or eagerly."""
     program.run_eagerly = bool(getattr(model, "run_eagerly", False))
     if getattr(model, "compiled", False):
         program.jit_compile = bool(model.jit_compile)
@@ -459,7 +460,7 @@ _Planned = TypeVar("_Planned", "Plan", "OnePass")
 
 @dataclass(frozen=True)
 class _Kept:
-    """Plans, in what Keras does not look into when it saves and loads: they hold the model."""
+    """Hides plans from Keras when it saves and loads the model, because they hold the model."""
 
     plans: dict[Any, Any]
 
@@ -467,9 +468,9 @@ class _Kept:
 def _remembered(
     kind: type[_Planned], model: Any, layers: Sequence[Layer], example: Any
 ) -> _Planned:
-    """A plan with its compiled programs; that of the last time if the model is still the same.
+    """A plan with its compiled programs; the previous one if the model has not changed.
 
-    It is kept beside the model, under a name that Keras does not see, and goes with it.
+    It is kept in an attribute of the model that Keras does not track, and dies with the model.
     """
     structure = tree.map_structure(lambda _: 0, example)
     shapes = [_mark_of_shape(np.shape(v), to) for v, to in with_declared_shapes(model, example)]
@@ -489,13 +490,13 @@ def _remembered(
 def _mark_of_shape(shape: Sequence[int], declared: Sequence[int | None] | None) -> list[int]:
     """The rank, and the sizes that the model has declared.
 
-    A function of TensorFlow that has met two of them takes both for unknown from then on.
+    A TensorFlow function that has seen two sizes of an axis treats the axis as unknown afterwards.
     """
     pairs = zip(shape[1:], (declared or ())[1:], strict=False)
     return [len(shape), *(size for size, known in pairs if known is not None)]
 
 
-_OF_THE_TRAINER = frozenset(  # what `fit` and its like note down; no function of ours reads it
+_OF_THE_TRAINER = frozenset(  # attributes that `fit` and its like set; our functions read none
     ["train_function", "test_function", "predict_function"]
     + ["optimizer", "loss", "loss_weights", "history"]
     + ["steps_per_execution", "unrolled_steps_per_execution"]
@@ -504,7 +505,7 @@ _OF_THE_TRAINER = frozenset(  # what `fit` and its like note down; no function o
 
 
 def _mark(layer: Any) -> tuple[Any, ...]:
-    """What a compiled function may have taken from a layer: dtypes, and attributes."""
+    """What a compiled function may have read from a layer: dtypes and attributes."""
     public = {
         k: _mark_of(v)
         for k, v in vars(layer).items()
@@ -519,7 +520,7 @@ def _mark(layer: Any) -> tuple[Any, ...]:
 
 
 class _Same:
-    """Equal to itself alone; unlike an `id`, no other object's as long as this is kept."""
+    """Equal only for the same object; unlike an `id`, it cannot be reused while this is kept."""
 
     def __init__(self, it: Any) -> None:
         self._it = it
@@ -531,7 +532,7 @@ class _Same:
 
 
 def _mark_of(value: Any) -> Any:
-    """Plain values as they are, containers by what they hold, functions and arrays by identity."""
+    """Plain values as they are, containers by their contents, functions and arrays by identity."""
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     if isinstance(value, (list, tuple)):
@@ -543,7 +544,7 @@ def _mark_of(value: Any) -> Any:
 
 @dataclass
 class Job:
-    """One run of `reestimate`, or of what is built on it."""
+    """One run of `reestimate`, or of a function built on it."""
 
     model: Any
     names: list[str]
@@ -556,11 +557,11 @@ class Job:
     bar: Any
 
     def run(self) -> tuple[dict[int, Found], int]:
-        """What was found for each layer, and the number of examples; assigns it."""
+        """Assigns what was found; returns it for each layer, and the number of examples."""
         work = self._layerwise if self.method == "layerwise" else self._one_pass
         try:
             return work()
-        except Exception:  # TensorFlow's functions would remember the shapes that did not do
+        except Exception:  # TensorFlow's functions would remember the shapes that failed
             vars(self.model).pop(_KEPT, None)
             raise
 
@@ -600,7 +601,7 @@ class Job:
                 break
         if sweep is None:
             raise nothing_came()
-        self._assign(total)  # may refuse; once more below
+        self._assign(total)  # may raise an error; done again below
         pairs = [tried[i : i + 2] for i in range(0, len(tried), 2)]
         leaks = [
             self._leaks_of(sweep, total, pair)
@@ -622,9 +623,9 @@ class Job:
         total: Mapping[int, Found],
         part: Sequence[tuple[Chunk, Mapping[int, Found]]],
     ) -> dict[int, Floats]:
-        """How much one pass over one or two batches is wrong: (D, C) in sigma, for each layer.
+        """The error of one pass over one or two batches: (D, C) in sigma, for each layer.
 
-        They are pooled, and run once more with the statistics that came of it. What is first
+        The batches are pooled, and run once more with the statistics that result. What is first
         order in their deviations from each other cancels, as it does between all batches.
         """
         pooled: dict[int, Found] = {}

@@ -1,4 +1,4 @@
-"""A model as a list of steps, and in which order the statistics of its layers can be found."""
+"""A model as a list of steps, and the order in which to find the statistics of its layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def graph_of(operation: Any) -> Any:
 
 
 class _Builder:
-    """Writes a model, with its nested models, as steps in topological order."""
+    """Writes a model, including nested models, as steps in topological order."""
 
     def __init__(self, numbers: Mapping[int, int]) -> None:
         self._numbers = numbers  # id of a selected layer -> its number
@@ -89,7 +89,7 @@ def _bits(mask: int) -> Iterator[int]:
 
 
 def _closed(reach: list[int]) -> list[int]:
-    """With those that are reached through others."""
+    """The sets with what is reached through others included."""
     while True:
         closed = [functools.reduce(lambda m, u: m | reach[u], _bits(m), m) for m in reach]
         if closed == reach:
@@ -105,16 +105,16 @@ class Stage:
     segment: Program | None  # computes and probes
     layers: tuple[int, ...]  # whose statistics the segment gives
     keep: frozenset[int]  # values that later stages need
-    groups: list[Program]  # each of layers whose statistics depend on each other
+    groups: list[Program]  # one for each group of layers whose statistics depend on each other
 
 
 class Plan:
-    """In which order the statistics of the selected layers are found.
+    """The order in which the statistics of the selected layers are found.
 
-    Layer v depends on layer u if u stands above an input of v. Layers that depend on each other
+    Layer v depends on layer u if u is upstream of an input of v. Layers that depend on each other
     (a shared layer that feeds itself; all the layers in a call that is code) form a group. Groups
-    and single layers are ordered by level: 0 depends on none, k + 1 on level k. A value has the
-    level at which all statistics above it are known.
+    and single layers are ordered by level: level 0 depends on none, level k + 1 on level k. A value
+    has the level at which all statistics upstream of it are known.
     """
 
     def __init__(self, model: Any, layers: Sequence[Layer], structure: Any) -> None:
@@ -132,12 +132,12 @@ class Plan:
 
     @property
     def programs(self) -> list[Program]:
-        """All that is compiled."""
+        """All compiled programs of the plan."""
         found = [program for stage in self.stages for program in stage.groups]
         return found + [stage.segment for stage in self.stages if stage.segment is not None]
 
     def _order(self) -> None:
-        """Levels of layers, steps and values. Sets of layers are bit masks: bit u is layer u."""
+        """Finds the levels of layers, steps and values. In a set of layers, bit u is layer u."""
         above_steps, reach = self._dependencies()
         self._reach = _closed(reach)
         self._level: dict[int, int] = {}
@@ -151,7 +151,7 @@ class Plan:
             self._value_level.update(dict.fromkeys(step.outputs, step.level))
 
     def _dependencies(self) -> tuple[list[int], list[int]]:
-        """For each step, the layers above its outputs; for each layer, those above its inputs."""
+        """The layers upstream of each step's outputs, and those upstream of each layer's inputs."""
         above: dict[int, int] = {}  # of values
         of_steps, of_layers = [], [0] * len(self.layers)
         self._reached: set[int] = set()
@@ -166,7 +166,7 @@ class Plan:
         return of_steps, of_layers
 
     def _above(self, values: Iterable[int], level: int) -> set[int]:
-        """Which steps lead to these values from those of up to a level."""
+        """The steps that lead to these values from values of up to a level."""
         producer = {v: n for n, step in enumerate(self.steps) for v in step.outputs}
         todo, found = list(values), set()
         while todo:

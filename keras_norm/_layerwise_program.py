@@ -1,4 +1,4 @@
-"""Some steps of a model as one compiled function, which measures what normalization layers get."""
+"""Steps of a model as one compiled function that measures the inputs of normalization layers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Item:
 
 
 class _ReadMask(keras.layers.Layer):
-    """Gives the mask that Keras has attached to a value to whoever asks."""
+    """Returns the mask that Keras has attached to a value."""
 
     def __init__(self) -> None:
         super().__init__(autocast=False)
@@ -81,10 +81,11 @@ class _AttachMask(keras.layers.Layer):
 
 
 class _Inference(keras.layers.Layer):
-    """Calls a function; every layer in it runs in inference mode, unless it is told otherwise.
+    """Calls a function; every layer in it runs in inference mode unless its call says otherwise.
 
-    Keras tells the layers that are called within a layer, but on JAX `predict` goes around the
-    model's own `__call__`: layers whose default is to train, as of augmentation, would.
+    Keras passes the mode to layers that are called within a layer, but on JAX `predict` bypasses
+    the model's own `__call__`, so that layers whose default is training, such as augmentation,
+    would train.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
@@ -101,17 +102,17 @@ class _Inference(keras.layers.Layer):
 
 
 def _measured(layer: Layer, inputs: Array, given: Mapping[str, Any]) -> dict[str, Array]:
-    """What is needed of one input of a normalization layer, and of its mask and weights."""
+    """What is to be measured of one input of a normalization layer, with its mask and weights."""
     x = ops.cast(inputs, layer.compute_dtype)
     return kind_of(layer).measured(layer, x, weights_in(x, given))
 
 
 @contextlib.contextmanager
 def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterator[None]:
-    """Lets `handler(layer, call, inputs, ...)` stand in for the call of each layer.
+    """Replaces the call of each layer by `handler(layer, call, inputs, ...)`.
 
-    That of a quantized layer is its `quantized_call`. Meanwhile none of them is rematerialized: on
-    JAX, nothing that the handler keeps would be a value then.
+    The call of a quantized layer is its `quantized_call`. Meanwhile none of the layers is
+    rematerialized, because on JAX what the handler keeps would not be a value then.
     """
     patched: list[tuple[Layer, str, Any]] = []
     try:
@@ -123,7 +124,7 @@ def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterato
                 object.__setattr__(layer, name, value)
         yield
     finally:
-        for layer, name, before in reversed(patched):  # one may be given twice
+        for layer, name, before in reversed(patched):  # a layer may be given twice
             if before is not None:
                 object.__setattr__(layer, name, before)
             elif name in vars(layer):
@@ -131,15 +132,15 @@ def intercepted(layers: Iterable[Layer], handler: Callable[..., Any]) -> Iterato
 
 
 def _as_it_is(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """In place of a layer's `rematerialized_call`, which gives back what is to be called."""
+    """Takes the place of a layer's `rematerialized_call`, which returns a function to call."""
     return call
 
 
 class Program(keras.Model):
     """Some steps of a model as one compiled function, in inference mode.
 
-    From {"v3": value 3, "m3": its mask, ...} to the values that are asked for, in the same form,
-    and for each measured call of a layer "s.(layer).(call).(name)", see `_measured`.
+    From {"v3": value 3, "m3": its mask, ...} to the requested values, in the same form, and for
+    each measured call of a layer "s.(layer).(call).(name)", see `_measured`.
     """
 
     predict_function: Any
@@ -160,10 +161,10 @@ class Program(keras.Model):
         self.needs = tuple(sorted({v for item in items for v in item.step.inputs} - made))
         self._items = tuple(items)
         self._asked = tuple(outputs)
-        self._sweep = sweep  # one pass: normalized once, by the one or the other
+        self._sweep = sweep  # `one_pass`: normalized once, by the batch or by moving statistics
         self._measures = {i: layers[i] for item in items for i in item.step.inside if item.probe}
         operations = [item.step.operation for item in items]
-        # Tracked by Keras: their variables are this model's, read anew in every run.
+        # Tracked by Keras, so their variables are this model's and are read again in every run.
         self.parts = list({id(y): y for y in operations if isinstance(y, keras.Layer)}.values())
         self._inference = _Inference(self._steps)
         self.built = True
@@ -228,12 +229,12 @@ class Program(keras.Model):
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Calls the compiled function; the model's variables are read, never written.
 
-        A layer that a loop calls, such as one in a cell of `keras.layers.RNN`, or a function that
-        is compiled by itself, is measured within; and since nothing comes out of what is compiled,
-        such a model runs eagerly.
+        A layer that is called by a loop, such as one in a cell of `keras.layers.RNN`, or by a
+        function that is itself compiled, is measured inside it. Since what is measured cannot
+        leave compiled code, such a model runs eagerly.
 
         Raises:
-            ValueError: where what was measured does not come out of it even then.
+            ValueError: if what was measured is not available even then.
         """
         inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
         if self.run_eagerly:
@@ -253,9 +254,9 @@ class Program(keras.Model):
     def _with_what_was_compiled_before(
         self, inputs: dict[str, Array], outputs: dict[str, Array]
     ) -> dict[str, Array]:
-        """The outputs, by Python if that comes to more layers.
+        """The outputs, computed by Python if that reaches more layers.
 
-        A function that the model's code has compiled before does not come to its layers again.
+        A function that the model's code has compiled before does not call its layers again.
         """
         missing = self._missing(outputs)
         if not missing:
@@ -307,7 +308,7 @@ class Program(keras.Model):
 
 
 def _is_leak(error: Exception) -> bool:
-    """Whether a value of a loop, or of a function being traced, was used outside of it."""
+    """Whether the error says that a value of a loop or a traced function was used outside it."""
     if keras.backend.backend() == "tensorflow":  # of several types, one of them not public
         return isinstance(error, TypeError | ValueError) and "out of scope" in str(error)
     if keras.backend.backend() == "jax":
@@ -319,7 +320,7 @@ def _is_leak(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def functions_by_python() -> Iterator[None]:
-    """Lets TensorFlow run as Python what the model's code has made a `tf.function` of."""
+    """Makes TensorFlow run each `tf.function` in the model's code as Python."""
     if keras.backend.backend() != "tensorflow":
         yield
         return
@@ -335,7 +336,7 @@ def functions_by_python() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Lets loops and functions within run as Python does; on PyTorch they do anyway."""
+    """Makes loops and functions within run as plain Python; on PyTorch they do anyway."""
     if keras.backend.backend() != "jax":
         with functions_by_python():
             yield
@@ -353,7 +354,7 @@ def _normalized_by_batch(
     given: Mapping[str, Any],
     flag: Array | None = None,
 ) -> Array:
-    """By the batch's own statistics; with a flag that is not set, by the moving ones."""
+    """The output by the batch's own statistics, or, if the flag is not set, by the moving ones."""
     x = ops.cast(inputs, layer.compute_dtype)
     y = kind_of(layer).by_batch(layer, x, weights_in(x, given), sums, flag)
     return ops.cast(y, layer.compute_dtype)

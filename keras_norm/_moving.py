@@ -23,7 +23,7 @@ Array = Any
 
 
 def check_dtype(layer: keras.layers.Layer) -> None:
-    """Normalization divides: the layer must compute in a floating dtype."""
+    """Refuses a dtype that is not floating: normalization divides."""
     for what, dtype in (("compute", layer.compute_dtype), ("variable", layer.variable_dtype)):
         if not keras.backend.is_float_dtype(dtype):
             raise ValueError(
@@ -34,7 +34,7 @@ def check_dtype(layer: keras.layers.Layer) -> None:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Refuses what is no momentum."""
+    """Refuses a number that cannot be a momentum."""
     if not (is_real(value) and 0 <= value <= 1):
         raise ValueError(
             f"`{name}` is the weight of the old value in a moving average and must be a number in "
@@ -44,7 +44,7 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_switch(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuses what is none of the positions of a switch."""
+    """Refuses a value that is not one of those allowed for a switch."""
     if not any(value is a for a in allowed):
         raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}.")
 
@@ -60,7 +60,7 @@ def weights_of(mask: Array | None, sample_weight: Array | None, x: Array) -> Arr
 
 
 def _aligned(name: str, weights: Array, x: Array) -> Array:
-    """With ones for the axes that it lacks at the end."""
+    """Weights with the rank of x, by axes of size 1 appended at the end."""
     weights = ops.convert_to_tensor(weights)
     shape = [*ops.shape(weights), *[1] * (len(x.shape) - len(weights.shape))]
     fits = len(shape) == len(x.shape) and all(
@@ -113,8 +113,8 @@ class MovingStatistics(keras.layers.Layer):
 
     A subclass sets `moving_count` to None and `_live` to `LiveNumbers` with at least momentum,
     rest and update before it assigns `momentum`, then `update_statistics`; in `build` it creates
-    the variables, and calls `_build_switches`. (Neither has a value before: under TensorFlow an
-    assignment of what a property already returns never comes to its setter.)
+    the variables, and calls `_build_switches`. (The two have no value before they are assigned:
+    under TensorFlow, assigning what a property already returns never reaches its setter.)
     """
 
     moving_count: Any
@@ -143,10 +143,10 @@ class MovingStatistics(keras.layers.Layer):
         self._set_averages(value, getattr(self, "_update_statistics", True))
         self._momentum = value
         if self.moving_count is not None and value is not None:
-            self.debiased = True  # it goes on from the average that it has
+            self.debiased = True  # it continues from its present average
 
     def _set_averages(self, momentum: float | None, updates: bool) -> None:
-        """Without updates, 1 for the old value and 0 for the new one: nothing else to choose."""
+        """Without updates, the weight of the old value is 1 and of the new one 0."""
         number = float(momentum) if updates and momentum is not None else 1.0
         self._live.update(momentum=number, rest=1 - number, update=float(updates))
 
@@ -164,7 +164,7 @@ class MovingStatistics(keras.layers.Layer):
         self._update_statistics = value
 
     def _refresh(self) -> None:
-        """Follows what a restored state has made of the switches."""
+        """Takes over the switches from a restored state."""
         if self._live.refresh():
             self._take_over()
 
@@ -175,16 +175,16 @@ class MovingStatistics(keras.layers.Layer):
 
     @property
     def skipped_batches(self) -> int:
-        """How many batches left the moving statistics as they were: not finite, or no weight."""
+        """Number of batches that left the moving statistics unchanged: not finite, or no weight."""
         return self._live.counted
 
     @property
     def variables(self) -> list[Any]:
-        """The weights, and the state that compiled functions read the switches from."""
+        """The weights, and the state from which compiled functions read the switches."""
         return [*super().variables, *self._live.variables]
 
     def _track_variables(self) -> None:
-        """PyTorch's: the parameters of a layer are its weights, and the live numbers are none."""
+        """For PyTorch: a layer's parameters are its weights, which the live numbers are not."""
         super()._track_variables()
         for variable in self._live.variables:
             self._torch_params.pop(variable.path)
@@ -194,14 +194,14 @@ class MovingStatistics(keras.layers.Layer):
         self._let_tensorflow_save(self._live.variables)
 
     def _let_tensorflow_save(self, variables: Iterable[Any]) -> None:
-        """A SavedModel holds what is an attribute; as Keras variables they would be weights."""
+        """Makes them attributes, for SavedModels; as Keras variables they would be weights."""
         if hasattr(self, "_track_trackable"):
             for variable in variables:
                 if variable._value is not None:
                     setattr(self, f"_{variable.name}", variable._value)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
-        """TensorFlow's: a SavedModel holds the switches, a checkpoint does not."""
+        """For TensorFlow: a SavedModel contains the switches, a checkpoint does not."""
         children = super()._trackable_children(save_type, **kwargs)
         if save_type != "checkpoint":
             return children
@@ -232,10 +232,10 @@ class MovingStatistics(keras.layers.Layer):
             initializer=initializer,
             trainable=False,
             autocast=False,
-            aggregation="only_first_replica",  # they are equal: those of the replicas are merged
+            aggregation="only_first_replica",  # equal on all replicas, after merging
         )
 
     def _assign(self, variable: Any, value: Array, moves: Any) -> None:
-        """Where `moves` says so."""
+        """Assigns the value where `moves` is true."""
         value = in_dtype(value, variable.dtype)
         variable.assign(ops.where(moves, value, ops.convert_to_tensor(variable)))

@@ -22,7 +22,7 @@ TARGETS = ("normal", "uniform")
 
 
 class _Target(NamedTuple):
-    """The distribution that a channel is given: its quantiles, and where it ends."""
+    """The target distribution of a channel: its quantiles, and where it ends."""
 
     z: tuple[float, ...]  # z_k of (Q2)
     low: float  # of t_0 of (Q4): as far down as the target reaches
@@ -84,7 +84,7 @@ class _Ramp(NamedTuple):
         return self.rise * ops.where(t > self.high, ops.full_like(t, self.high), t)
 
     def backward(self, dy: Array, x: Array) -> tuple[Array, Array, Array]:
-        """g_k of every element, and what its two quantiles get. (Q7)"""
+        """g_k of every element, and the gradients of its two quantiles. (Q7)"""
         t = self.t(x)
         inside = ops.logical_and(t > self.low, t < self.high)
         g = ops.where(inside, dy * (self.rise / self.h), ops.zeros_like(dy))
@@ -113,14 +113,14 @@ def _by_ramps_backward(
 
 
 def _positions(n: Array, quantiles: int) -> list[Array]:
-    """p_k N - 1/2, where the quantiles stand among the sorted elements; scalars."""
+    """p_k N - 1/2, the positions of the quantiles among the sorted elements; scalars."""
     last = ops.relu(n - 1)
     at = [ops.relu(((k + 0.5) / quantiles) * n - 0.5) for k in range(quantiles)]
     return [ops.where(v > last, last, v) for v in at]
 
 
 def _order(x: Array, counted: Array | None) -> Array:
-    """The elements of each column in ascending order; last those that do not count."""
+    """The elements of each column in ascending order, with those that do not count last."""
     x = ops.stop_gradient(x)
     if counted is not None:
         x = ops.where(ops.expand_dims(counted, -1), x, ops.full_like(x, np.inf))
@@ -174,21 +174,21 @@ def quantile_normalization(
         axis: the axis of the channels, not 0. Default: the last.
         target: "normal", or "uniform" on [-sqrt 3, sqrt 3]; both of mean 0 and variance 1.
             Default: "normal".
-        quantiles: K >= 2, how finely the distribution is followed. Default: 16.
-        epsilon: > 0, in the unit of x: the slope dy / dx is at most 1 / epsilon. Elements
-            closer to each other than this, equal ones above all, share one value. Default: 1e-3.
+        quantiles: K >= 2, the number of quantiles that describe a distribution. Default: 16.
+        epsilon: > 0, in the unit of x: the slope dy / dx is at most 1 / epsilon. Elements closer
+            to each other than this, in particular equal ones, share one value. Default: 1e-3.
         mask: booleans, of x's rank, broadcastable to x, of size 1 on the axis of the channels:
-            what is False, or 0, does not count among the ranks. Default: all count.
+            positions where it is False, or 0, have no rank. Default: all count.
 
     Returns:
         (y, q): y of the shape and dtype of x; q the quantiles of each channel, (K, C), in at
         least float32. Differentiable, also through the quantiles, and y also twice.
 
     Raises:
-        ValueError: for an unknown target, less than 2 quantiles, and an epsilon that is not > 0.
+        ValueError: for an unknown target, fewer than 2 quantiles, and an epsilon that is not > 0.
 
     Numerics:
-        In float32, or float64 if x is. Exact at the quantiles but for epsilon, and straight
+        In float32, or float64 if x is. Exact at the quantiles, except for epsilon, and linear
         between them. The normal target ends at 4 standard deviations: no gradient flows beyond.
 
     Example:
@@ -235,7 +235,7 @@ def quantile_normalize(
     target: str = "normal",
     epsilon: float = 1e-3,
 ) -> Array:
-    """Gives every channel the distribution of the target by given quantiles, (Q2) to (Q6).
+    """Gives every channel the distribution of the target, by given quantiles, (Q2) to (Q6).
 
     Args:
         x, gamma, beta, axis, target, epsilon: as in `quantile_normalization`.
@@ -315,7 +315,7 @@ def _affine_ramps_backward(
 
 @keras.saving.register_keras_serializable(package="keras_norm")
 class QuantileNormalization(NormalizationByRows):
-    """Gives each channel a normal or uniform distribution, by its own distribution function.
+    """Maps each channel to a normal or uniform distribution, by its own distribution function.
 
     The probability integral transform: if F is the distribution function of a channel and G that
     of the target, G^-1(F(x)) has the distribution G. In training, equations (Q1) to (Q6) of
@@ -324,35 +324,35 @@ class QuantileNormalization(NormalizationByRows):
 
         y = gamma G^-1(F(x)) + beta
 
-    The batch's quantiles move the moving quantiles, moving <- momentum moving + (1 - momentum)
+    The batch's quantiles update the moving quantiles, moving <- momentum moving + (1 - momentum)
     batch's, which take their place in inference. The gradient is the hand-derived one, (Q7) and
     (Q8), and flows through the quantiles as well.
 
-    When it helps: where channels have heavy tails, outliers or several modes, that a mean and a
-    variance describe badly: an outlier moves a variance without bound, but a rank by one. It
-    suits tabular inputs best, on the way into a net. On ordinary activations it gives little over
-    batch normalization at a much higher cost; and a monotone transform of each channel can undo
-    no correlation. Ranks need batches: some ten elements for each quantile.
+    When it helps: where channels have heavy tails, outliers or several modes, which a mean and a
+    variance describe badly: an outlier changes a variance without bound, but a rank by one. It
+    suits tabular inputs best, before the first layer of a net. On ordinary activations it gains
+    little over batch normalization at a much higher cost; and a monotone transform of each channel
+    cannot undo correlation. Ranks need large batches: some ten elements for each quantile.
 
-    What it costs: sorting each channel, and K sweeps over x forward and 3 K backward, against 3
-    and 5 for batch normalization. (XLA makes one sweep of the K.)
+    What it costs: sorting each channel, and K passes over x forward and 3 K backward, compared
+    with 3 and 5 for batch normalization. (XLA merges the K into one.)
 
     Args:
         axis: int, the axis of the channels, not 0. Default: -1.
         target: "normal", or "uniform" on [-sqrt 3, sqrt 3]; both of mean 0 and variance 1.
             Default: "normal".
-        quantiles: int K >= 2, how finely the distribution is followed. Default: 16.
+        quantiles: int K >= 2, the number of quantiles that describe a distribution. Default: 16.
         momentum: float in [0, 1], weight of the old value in the moving quantiles; None for the
             average over all batches so far. Can be changed at any time. Default: 0.99.
-        epsilon: float > 0, in the unit of x: the slope is at most 1 / epsilon, and elements
-            closer to each other, equal ones above all, share one value. Default: 1e-3.
+        epsilon: float > 0, in the unit of x: the slope is at most 1 / epsilon, and elements closer
+            to each other than epsilon, in particular equal ones, share one value. Default: 1e-3.
         **kwargs: as in `DecorrelatedBatchNormalization`.
 
     Call arguments:
         inputs: array of any rank >= 2; (N, C), (N, T, C), (N, H, W, C), ...
         training: bool. True normalizes by the batch and updates the moving quantiles, unless
             `trainable` is False, as in `BatchNormalization`.
-        mask: bool array, what is False does not count among the ranks: of the inputs' first
+        mask: bool array; positions where it is False have no rank. Either for the inputs' first
             axes, as Keras's masks, or of their rank, with size 1 on the axis of the channels.
 
     Returns:
@@ -361,17 +361,17 @@ class QuantileNormalization(NormalizationByRows):
     State:
         gamma (C,), beta (C,): trained. moving_quantiles (K, C), at first those of the standard
         normal distribution: updated in training; with `momentum=None` or `debiased` moving_count
-        (). The average of quantile functions is that of the distribution half-way in transport
-        cost (their Wasserstein barycentre), so that shapes are kept; those of small batches are
-        less far out than the population's. Replicas of a data-parallel step rank each its own
-        batch; the moving quantiles are the mean of theirs, by counts. Batches with values that
-        are not finite or without any weight leave them as they are, and are counted in
-        `skipped_batches`.
+        (). The average of quantile functions is that of the distribution halfway in transport
+        cost (the Wasserstein barycentre), so that shapes are kept; quantiles of small batches are
+        less extreme than the population's. In a data-parallel step each replica ranks its own
+        batch; the moving quantiles follow the mean of theirs, weighted by counts. Batches with
+        values that are not finite or without any weight leave them as they are, and are counted
+        in `skipped_batches`.
 
     Raises:
         ValueError: for an unknown target, numbers out of their range, an axis that the inputs do
             not have or that is 0, unknown channels, an integer dtype, masks that differ between
-            channels, and sample weights: ranks have none.
+            channels, and sample weights, which ranks cannot have.
 
     Example:
         >>> layer = QuantileNormalization(momentum=0.0, quantiles=32)

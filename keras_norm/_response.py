@@ -32,12 +32,12 @@ def filter_response_normalization(
         x: array of any rank >= 3, of a floating dtype; (N, T, C), (N, H, W, C), ...
         gamma, beta: scale and offset of each channel, (C,). Default: none.
         threshold: tau, (C,): the thresholded linear unit y -> max(y, tau). Default: none.
-        learned_epsilon: (C,), added to epsilon by its absolute value. Default: none.
+        learned_epsilon: (C,), whose absolute value is added to epsilon. Default: none.
         axis: the axis of the channels, not 0. Default: the last.
         epsilon: >= 0, added to the mean square. Default: 1e-6.
 
     Returns:
-        y, of the shape and dtype of x; differentiable in every array that was given, and again.
+        y, of the shape and dtype of x; twice differentiable in every array that was given.
 
     Raises:
         ValueError: for an x without positions, and a negative epsilon.
@@ -120,21 +120,21 @@ class FilterResponseNormalization(_ByChannel):
         y = gamma x / sqrt(mean of x^2 over the positions + epsilon) + beta
         z = max(y, tau)
 
-    The second line is the thresholded linear unit, the activation that the normalization needs:
-    without a mean subtracted, a ReLU's fixed threshold at 0 may cut off all of a channel, or
+    The second line is the thresholded linear unit, the activation that this normalization needs:
+    because no mean is subtracted, a ReLU's fixed threshold at 0 may cut off all of a channel, or
     nothing. Use no other activation after the layer. The gradient is the hand-derived one.
 
     When it helps: in convolutional nets with small batches, down to 1, where batch normalization
-    fails; it depends on no other example and has no moving statistics. The published figures want
+    fails; it depends on no other example and has no moving statistics. The published figures need
     a slow warm-up of the learning rate. What it costs: about as much as `InstanceNormalization`;
-    with the threshold it saves the activation.
+    the threshold replaces the activation.
 
     Args:
         axis: int, the axis of the channels, not 0. Default: -1.
         epsilon: float >= 0, added to the mean square. Default: 1e-6.
         threshold: bool, whether there is a tau. Default: True.
-        learn_epsilon: bool, whether there is a learned epsilon for each channel, added by its
-            absolute value, at first 1e-4: for feature maps with few positions, above all one.
+        learn_epsilon: bool, whether there is a learned epsilon for each channel, initially 1e-4,
+            whose absolute value is added: for feature maps with few positions, above all one.
             Default: False.
         threshold_initializer: Keras initializer of tau. Default: zeros.
         **kwargs: `center`, `scale`, `beta_initializer`, `gamma_initializer`, `beta_regularizer`,
@@ -149,7 +149,7 @@ class FilterResponseNormalization(_ByChannel):
         Array of the inputs' shape, in the layer's compute dtype.
 
     State:
-        gamma (C,), beta (C,), threshold (C,), learned_epsilon (C,), as far as asked for: trained.
+        gamma (C,), beta (C,), threshold (C,), learned_epsilon (C,), those requested: trained.
 
     Raises:
         ValueError: for inputs without positions, an axis that the inputs do not have or that is
@@ -162,8 +162,8 @@ class FilterResponseNormalization(_ByChannel):
         [[[1.0, 1.0], [0.0, 1.0]]]
 
     Numerics:
-        Accumulated, and parameters kept, in at least float32; under a mixed policy float32 inputs
-        are normalized as they are. Gradients within 1e-9 of numerical ones in float64.
+        Sums and parameters are at least float32; under a mixed policy, float32 inputs are
+        normalized in float32. Gradients within 1e-9 of numerical ones in float64.
 
     Reference:
         Singh and Krishnan, 2020, Filter Response Normalization Layer: Eliminating Batch

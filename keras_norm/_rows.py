@@ -1,6 +1,6 @@
-"""An array as rows of channels, and the layers that normalize rows by statistics of their own.
+"""An array as rows of channels, and what layers that normalize such rows have in common.
 
-Beneath `keras_norm.research`: decorrelated batch and quantile normalization.
+For decorrelated batch normalization and quantile normalization in `keras_norm.research`.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     """x as a matrix: a row for each position of each example, the channels in columns."""
 
     shape: tuple[Any, ...]  # of x, with the channels last
-    channel: int  # where they are
+    channel: int  # the axis of the channels in x
 
     @classmethod
     def of(cls, x: Array, axis: int) -> "Rows":
@@ -87,7 +87,7 @@ def share_of(rows: Array, weights: Array | None) -> Array:
 
 
 class NormalizationByRows(MovingStatistics):
-    """What decorrelated batch and quantile normalization have in common: their statistics."""
+    """What decorrelated batch and quantile normalization have in common."""
 
     def __init__(
         self,
@@ -129,17 +129,17 @@ class NormalizationByRows(MovingStatistics):
         self.gamma: Any = None
         self.beta: Any = None
         self.moving_count: Any = None
-        self._traced = False  # whether a compiled function holds this layer
+        self._traced = False  # whether a compiled function contains this layer
         self._live = LiveNumbers(momentum=0.0, rest=1.0, update=1.0)
         self.momentum = momentum
         self.update_statistics = update_statistics
         self.use_batch_statistics = use_batch_statistics
 
-    # What may be changed after a function was compiled ----------------------------------------
+    # What may change after a function was compiled --------------------------------------------
 
     @property
     def use_batch_statistics(self) -> bool | None:
-        """Whether the batch's statistics normalize; None where `training` decides."""
+        """Whether to normalize by the batch's statistics; None: `training` decides."""
         return self._use_batch_statistics
 
     @use_batch_statistics.setter
@@ -192,7 +192,7 @@ class NormalizationByRows(MovingStatistics):
         weights = weights_of(mask, sample_weight, x)
         y, *batch = self._by_batch(x, weights)
         if not by_batch:
-            y = self._by_moving(x)  # as they are before this batch moves them
+            y = self._by_moving(x)  # by the statistics before this batch moves them
         if updates and not is_repeated():
             self._update([ops.stop_gradient(v) for v in batch], self._weight_of_batch(x, weights))
         return y
@@ -208,7 +208,7 @@ class NormalizationByRows(MovingStatistics):
         raise NotImplementedError
 
     def _merged(self, batch: list[Array], share: Array) -> list[Array]:
-        """The statistics of all replicas' batches, of which this one has a share of the weight."""
+        """The statistics of all replicas' batches; `share` is this replica's part of the weight."""
         return [distributed.all_sum(v * share) for v in batch]
 
     def _weight_of_batch(self, x: Array, weights: Array | None) -> Array:

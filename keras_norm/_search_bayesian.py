@@ -1,13 +1,13 @@
-"""Proposals of a Bayesian search: a Gaussian process over the trials, asked at many points.
+"""Proposals of a Bayesian search: a Gaussian process over the trials, evaluated at many points.
 
-It is KerasTuner's oracle, asked in another way. A proposal depends on the trials, the seed and its
-number alone. What differs:
+This is KerasTuner's oracle, evaluated in another way. A proposal depends only on the trials, the
+seed and its number. What differs:
 
-    scores are taken as noisy, and a pruned trial counts by what it might have come to;
-    kinds are as far from one another as they are different, not as they stand in a list;
+    scores are taken as noisy, and a pruned trial counts by the score it might have reached;
+    different kinds are equally far from one another, whatever their order in a list;
     the confidence bound is compared at many points at once, anywhere and around the best trials
     (its gradient by finite differences, from 50 points, is a staircase and takes minutes);
-    what would be hardly another trial, or likely fail or be refused, is passed over.
+    proposals that nearly repeat a trial, or would likely fail or be refused, are skipped.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["Bayesian", "Cube", "curve"]
 Array = npt.NDArray[Any]
 
 _ANYWHERE, _NEARBY, _BEST = 500, 200, 5  # points; points around each of so many of the best
-_MOVED = 2  # hyperparameters of a point nearby that differ, on average
-_STEP = 0.2  # by which a number moves, of its range
-_ALIKE = 0.1  # of its range at most: a number that differs by less makes no other trial
-_CHOICES = 10  # points, the most promising, before the proposal is a random one
-_LEAST = 3  # scores, before a process is fitted to them: trials that failed have none
+_MOVED = 2  # hyperparameters in which a point nearby differs, on average
+_STEP = 0.2  # part of its range by which a number moves
+_ALIKE = 0.1  # part of its range, at most, by which a number must differ to make another trial
+_CHOICES = 10  # most promising points to try before the proposal is a random one
+_LEAST = 3  # scores needed before a process is fitted to them; trials that failed have none
 
 
 class Bayesian:
-    """Goes in front of KerasTuner's Bayesian oracle, and of what makes that durable."""
+    """A mixin in front of KerasTuner's Bayesian oracle and of the one that makes it durable."""
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """The next proposal, in KerasTuner's form."""
@@ -47,7 +47,7 @@ class Bayesian:
         return dict(oracle._random_populate_space())
 
     def _promising(self, number: int, done: list[Any]) -> list[dict[str, Any]]:
-        """Where a lower confidence bound of the loss is lowest."""
+        """The points at which a lower confidence bound of the loss is lowest."""
         oracle: Any = self
         cube = Cube(oracle.hyperparameters.space)
         sign = -1.0 if oracle.objective.direction == "max" else 1.0
@@ -73,10 +73,10 @@ class Bayesian:
         return [cube.values(point) for point in points[lowest]]
 
     def _prospects(self, done: list[Any]) -> Array:
-        """Scores; of a pruned trial, what it might have come to, not what it had then.
+        """The scores; for a pruned trial the one it might have reached, not the one it had.
 
-        That is as much better as the others became from the same epoch on, in the median. A score
-        of one epoch beside those of all would teach that whatever has been pruned is hopeless.
+        It is better by the median improvement of the others from the same epoch on. A score after
+        one epoch among scores after all epochs would teach that anything pruned is hopeless.
         """
         oracle: Any = self
         name = oracle.objective.name
@@ -98,11 +98,11 @@ class Bayesian:
         return np.array(scores)
 
     def _likely_to_succeed(self, cube: Cube, points: Array) -> Array:
-        """Without those that would fail or that the budget would refuse, as far as is known.
+        """The points without those that would likely fail or be refused by the budget.
 
-        The most promising nets are often the largest ones, of the largest learning rate: the next
-        to those that are refused or diverge. A failed trial has no score, so the process does not
-        hear of it; a low one in its place would make its good neighbours look bad.
+        The most promising nets are often the largest ones with the largest learning rate: close to
+        those that are refused or diverge. A failed trial has no score, so the process does not see
+        it; giving it a low score would make its good neighbours look bad.
         """
         oracle: Any = self
         trials = list(oracle.trials.values())
@@ -121,8 +121,8 @@ class Bayesian:
 class Cube:
     """A space of KerasTuner's hyperparameters as a unit cube, for many points at a time.
 
-    Each hyperparameter that is not fixed is an axis. On the axes of those that a point has not,
-    since their conditions are not fulfilled, it stands at the default.
+    Each hyperparameter that is not fixed is an axis. On the axes of hyperparameters that a point
+    does not have, because their conditions are not met, it is at the default.
     """
 
     def __init__(self, space: Sequence[Any]) -> None:
@@ -133,12 +133,12 @@ class Cube:
         self.is_kind = self.is_choice & [not getattr(hp, "ordered", False) for hp in self.axes]
 
     def points(self, values: Sequence[Mapping[str, Any]]) -> Array:
-        """Of values, (N, axes)."""
+        """The points that stand for values, (N, axes)."""
         rows = [[hp.value_to_prob(v.get(hp.name, hp.default)) for hp in self.axes] for v in values]
         return np.array(rows, dtype=float).reshape(len(rows), self.size)
 
     def snapped(self, points: Array) -> Array:
-        """To the middle of the value that each coordinate stands for."""
+        """The points moved to the middle of the value that each coordinate stands for."""
         columns, is_there = self._columns(points)
         places = [
             [hp.value_to_prob(v if there else hp.default) for v, there in zip(c, t, strict=True)]
@@ -147,7 +147,7 @@ class Cube:
         return np.array(places).T.reshape(points.shape)
 
     def values(self, point: Array) -> dict[str, Any]:
-        """Hyperparameter -> value at a point, of those that it has."""
+        """Hyperparameter -> value at a point, for those that it has."""
         found: dict[str, Any] = {}
         coordinates = iter(point)
         for hp in self.space:
@@ -173,12 +173,12 @@ class Cube:
         if not len(others):
             return np.zeros(len(points), dtype=bool)
         apart = np.abs(points[:, None] - others[None])  # (N, M, axes)
-        spacing = len(others) ** (-1 / self.size)  # of so many points, evenly spread
+        spacing = len(others) ** (-1 / self.size)  # of that many evenly spread points
         least = np.where(self.is_choice, 1e-9, min(_ALIKE, 0.3 * spacing))
         return np.asarray((apart <= least).all(axis=2).any(axis=1))
 
     def features(self, points: Array) -> Array:
-        """Coordinates for a distance: kinds are 1 apart, whichever they are."""
+        """Coordinates for distances: any two different kinds are 1 apart."""
         columns, is_there = self._columns(points)
         found = []
         for j, hp in enumerate(self.axes):
@@ -206,7 +206,7 @@ class Cube:
             if is_axis:
                 columns.append(values)
                 is_there.append(there)
-            if hp.name in known:  # of one name, under several conditions
+            if hp.name in known:  # one name may occur under several conditions
                 earlier, had = known[hp.name]
                 values = [a if h else b for a, b, h in zip(earlier, values, had, strict=True)]
                 known[hp.name] = values, had | there
@@ -236,6 +236,6 @@ def _fitted(x: Array, y: Array) -> Any:
     process = GaussianProcessRegressor(
         kernel, normalize_y=True, n_restarts_optimizer=3, random_state=0
     )
-    with warnings.catch_warnings():  # a scale at its bound, as where scores are nothing but noise
+    with warnings.catch_warnings():  # a scale at its bound, as when scores are mere noise
         warnings.simplefilter("ignore", ConvergenceWarning)
         return process.fit(x, y)

@@ -1,19 +1,19 @@
 """The chief of a search: KerasTuner's oracles, made durable, behind KerasTuner's gRPC service.
 
-What the oracles get here that they have not:
+What this module adds to the oracles:
 
-    files are written whole or not at all, and put in order after a crash between two of them;
-    whatever a worker tells twice counts once, so that it may ask again when the chief was away;
-    a trial counts by its last epoch, not by its best;
-    metrics of each epoch come in, and hopeless trials are stopped by the median rule;
+    files are written whole or not at all, and repaired after a crash between two of them;
+    a message that a worker sends twice counts once, so that it may repeat it if the chief was away;
+    a trial is scored by its last epoch, not by its best;
+    the metrics of each epoch are reported, and the median rule stops hopeless trials;
     a budget refuses proposals before they become trials;
-    trials of workers that went silent are given to others;
-    Hyperband goes on where trials fail, and knows the bracket of what goes on;
-    seed 0 is a seed, and a resumed Bayesian search proposes what an undisturbed one would.
+    the trials of workers that fell silent are given to others;
+    Hyperband continues when trials fail, and keeps track of the bracket of each promoted trial;
+    0 is a valid seed, and a resumed Bayesian search proposes what an undisturbed one would.
 
-Beside KerasTuner's service stands one of ours, `keras_norm.Search`, in JSON: a failed trial's
-reason, which KerasTuner's messages have no room for, a sign of life, and the settings for a
-worker that joins from another machine.
+Next to KerasTuner's service there is one of ours, `keras_norm.Search`, in JSON. It carries the
+reason of a failed trial, for which KerasTuner's messages have no room, signs of life, and the
+settings for a worker that joins from another machine.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from keras_norm._search_settings import Settings, record_of
 __all__ = ["make_oracle", "run"]
 
 SERVICE = "keras_norm.Search"
-RUNNING, IDLE, STOPPED = "RUNNING", "IDLE", "STOPPED"  # KerasTuner's, of a trial
+RUNNING, IDLE, STOPPED = "RUNNING", "IDLE", "STOPPED"  # KerasTuner's states of a trial
 COMPLETED, FAILED = "COMPLETED", "FAILED"
-_REFUSALS = 200  # in a row, before the budget is taken to leave nothing
+_REFUSALS = 200  # in a row, before the budget is taken to allow nothing
 _TICK = 0.2  # seconds
 _STARTS = 10  # random trials at most, before the first Bayesian proposal
 
 
 class _Durable:
-    """Goes in front of an oracle of KerasTuner's; see the module."""
+    """A mixin in front of one of KerasTuner's oracles; see the module."""
 
     settings: Settings
     admit: Callable[[dict[str, Any]], str | None]
 
     def start(self, settings: Settings, folder: Path, admit: Any = None) -> None:
-        """To be called once, before anything else."""
+        """Prepares the oracle; to be called once, before anything else."""
         oracle: Any = self
         self.settings = settings
         self.admit = admit or (lambda values: None)
@@ -86,10 +86,10 @@ class _Durable:
         self.refused = state["refused"]
 
     def reload(self) -> None:
-        """From the folder, whenever its last writer died.
+        """Loads the state from the folder, at whatever point its last writer died.
 
         A trial is written before the oracle is. So there may be a trial that the oracle does not
-        know: it will propose the same again. And one that has ended, and is going on for it.
+        have: it will propose the same again. And a trial that has ended may still run for it.
         """
         oracle: Any = self
         super().reload()  # type: ignore[misc]
@@ -138,7 +138,7 @@ class _Durable:
             return trial
 
     def release(self, tuner_id: str) -> None:
-        """Gives the trial of a worker that is gone to the next who asks."""
+        """Gives the trial of a worker that is gone to the next one that asks."""
         oracle: Any = self
         with self.lock:
             trial = oracle.ongoing_trials.pop(tuner_id, None)
@@ -154,7 +154,7 @@ class _Durable:
     # Results
 
     def update_trial(self, trial_id: str, metrics: Mapping[str, float], step: int = 0) -> Any:
-        """Takes in the metrics of one epoch. A trial that comes back as STOPPED is to end."""
+        """Takes in the metrics of one epoch. If the trial is returned as STOPPED, it must end."""
         oracle: Any = self
         with self.lock:
             trial = oracle.trials[trial_id]
@@ -170,7 +170,7 @@ class _Durable:
             return answer
 
     def hopeless(self, trial: Any, step: int) -> bool:
-        """The median rule: its best so far is worse than the median of the others then."""
+        """The median rule: whether its best so far is worse than the others' median then."""
         oracle: Any = self
         if step < self.settings.prune_after or step >= self.settings.epochs:
             return False
@@ -186,9 +186,9 @@ class _Durable:
         return max(own) < statistics.median(sign * v for v in others)
 
     def score_trial(self, trial: Any) -> None:
-        """By the last epoch, which `retrain` trains to and schedules end in; KerasTuner, the best.
+        """Scores a trial by its last epoch, which `retrain` trains to and where schedules end.
 
-        `best_step` is the best epoch.
+        KerasTuner would take the best one. `best_step` is the best epoch.
         """
         oracle: Any = self
         super().score_trial(trial)  # type: ignore[misc]
@@ -197,7 +197,7 @@ class _Durable:
             trial.score = values[max(values)]
 
     def finish(self, tuner_id: str, trial_id: str, status: str, message: str) -> bool:
-        """Ends a trial; does nothing, and says so, if it has ended or is another worker's now."""
+        """Ends a trial; returns False if it has already ended or is another worker's now."""
         oracle: Any = self
         with self.lock:
             if trial_id in oracle.end_order or not self.works_on(tuner_id, trial_id):
@@ -213,7 +213,7 @@ class _Durable:
             return True
 
     def tell(self, trial: Any, **more: Any) -> None:
-        """For the display."""
+        """Adds an event for the display."""
         record = record_of(trial.get_state())
         event = {
             "number": record.number,
@@ -243,7 +243,7 @@ def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
         "hyperparameters": whole,
         "allow_new_entries": False,
         "seed": int(np.random.SeedSequence([settings.seed, 0]).generate_state(1)[0]),
-        "max_consecutive_failed_trials": None,  # one trial that fails is one trial that failed
+        "max_consecutive_failed_trials": None,  # failed trials do not end the search
     }
     if settings.tuner == "hyperband":
         kind = keras_tuner.oracles.HyperbandOracle
@@ -253,7 +253,7 @@ def make_oracle(settings: Settings, space: Mapping[str, Any]) -> Any:
         options |= {"max_trials": settings.trials}
     if settings.tuner == "bayesian":
         kind = keras_tuner.oracles.BayesianOptimizationOracle
-        # KerasTuner begins with 3 random trials per hyperparameter: all there are in most searches.
+        # KerasTuner starts with 3 random trials per hyperparameter: all trials of most searches.
         first = min(3 * len(whole.space), round(0.4 * settings.trials), _STARTS)
         options |= {"num_initial_points": max(3, first)}
     ours = {"bayesian": (Bayesian, _Durable), "hyperband": (Hyperband, _Durable)}
@@ -276,9 +276,9 @@ def _write(path: Path, state: Any) -> None:
 
 
 class _Attendance:
-    """Which workers are there. It counts ticks: time in which the chief stood still is none.
+    """Keeps track of the workers. It counts ticks: time when the chief was halted does not count.
 
-    Where the chief is alone, with no workers that its owner has started, none need come.
+    If its owner has started no workers for the chief, none need come.
     """
 
     def __init__(self, patience: float, *, alone: bool = False) -> None:
@@ -290,7 +290,7 @@ class _Attendance:
         self.silent[worker] = 0
 
     def tick(self) -> list[str]:
-        """Workers that have just been given up."""
+        """Counts one tick; returns the workers that have just been given up."""
         for worker in self.silent:
             self.silent[worker] += 1
         gone = [w for w, ticks in self.silent.items() if ticks > self.patience]
@@ -299,9 +299,9 @@ class _Attendance:
         return gone
 
     def over(self, *, closing: bool = False) -> bool:
-        """Whether there were workers, and all that are left know that there is no more.
+        """Whether there were workers, and all that are left know that there are no more trials.
 
-        With `closing`, when no new trial begins, also whether nobody is there, or has to come.
+        With `closing`, when no new trial begins, also if no worker is there or has to come.
         """
         if closing and self.alone and not self.silent:
             return True
@@ -309,7 +309,7 @@ class _Attendance:
 
 
 def _servicer(oracle: Any, attendance: _Attendance) -> Any:
-    """KerasTuner's service, which notes who was there, and who was sent home."""
+    """KerasTuner's service, extended to note which workers were there and which were sent home."""
     from keras_tuner.engine.trial import TrialStatus
     from keras_tuner.src.distribute.oracle_chief import OracleServicer
 
@@ -354,8 +354,8 @@ def _handlers(oracle: Any, attendance: _Attendance, about: dict[str, Any]) -> An
 def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of the chief.
 
-    Sends {"listening": port}, then events, and last {"over": ...}; takes {"close": true}, after
-    which no new trial is begun.
+    Sends {"listening": port}, then events, and last {"over": ...}; accepts {"close": true}, after
+    which no new trial begins.
     """
     import grpc
     from keras_tuner.src import protos
@@ -396,14 +396,14 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
 
 
 def _attend(channel: Channel, oracle: Any, attendance: _Attendance) -> None:
-    """Until all is done: passes events on, and sees who is missing."""
+    """Passes events on and watches for missing workers until everything is done."""
     while True:
         message = channel.receive(_TICK)
         if message is not None and message.get("close"):
             oracle.closing = True
         while oracle.events:
             channel.send(oracle.events.popleft())
-        if oracle.lock.acquire(blocking=False):  # else nobody could be heard at present
+        if oracle.lock.acquire(blocking=False):  # otherwise no worker could be heard now
             try:
                 for worker in attendance.tick():
                     oracle.release(worker)
@@ -419,7 +419,7 @@ def _attend(channel: Channel, oracle: Any, attendance: _Attendance) -> None:
 
 
 def _budget(nursery: Nursery, spec: dict[str, Any]) -> Callable[[dict[str, Any]], str | None]:
-    """Measures each proposal in a process of its own, whose memory goes back to the system."""
+    """Measures each proposal in its own process, so that the memory goes back to the system."""
 
     def admit(values: dict[str, Any]) -> str | None:
         log = Path(spec["folder"]) / "processes.txt"

@@ -1,10 +1,10 @@
 """Hyperband in front of KerasTuner's: trials that fail have ended too, as the worst of their round.
 
-KerasTuner's oracle lets the best of a round go on once more have completed than are thrown out, so
-each that failed takes the place of one that would have gone on. It notes the bracket that was
-begun last, which with several workers need not be that of a trial that goes on. And where a space
-has fewer values than a bracket wants, it ends with all of them at the shortest training: here the
-best go on, the same share of them.
+KerasTuner's oracle promotes the best of a round once more have completed than are dropped, so each
+failed trial takes the place of one that would have been promoted. It notes the bracket that was
+started last, which with several workers need not be that of a promoted trial. And if a space has
+fewer values than a bracket needs, it ends with all of them at the shortest training; here the best
+are promoted, in the same proportion.
 
 Reference: Li et al., 2018, Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization.
 """
@@ -19,14 +19,14 @@ __all__ = ["Hyperband"]
 
 
 class Hyperband:
-    """Goes in front of `keras_tuner.oracles.HyperbandOracle`, and says what it proposes next."""
+    """A mixin in front of `keras_tuner.oracles.HyperbandOracle`: decides what it proposes next."""
 
     settings: Any
     exhausted: str
     no_new_values = False  # none were found, and none are looked for again
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """Values of the trial that is to be made, for KerasTuner's `create_trial`."""
+        """Values of the trial to be made, for KerasTuner's `create_trial`."""
         oracle: Any = self
         oracle._remove_completed_brackets()
         for bracket in oracle._brackets:
@@ -37,7 +37,7 @@ class Hyperband:
             if values := self._onward(trial_id, bracket):
                 return {"status": "RUNNING", "values": values}
         if oracle._current_bracket > 0 and not self.no_new_values:
-            oracle._increment_bracket_num()  # of one iteration, in which they count down
+            oracle._increment_bracket_num()  # within one iteration the numbers count down
             oracle._start_new_bracket()
             if proposal := self._new(trial_id, oracle._brackets[-1]):
                 return proposal
@@ -57,16 +57,16 @@ class Hyperband:
         return None if self.no_new_values else proposal
 
     def _places(self, bracket: Mapping[str, Any], number: int) -> int:
-        """How many trials a round may have: of a first round that found fewer, their share."""
+        """How many trials a round may have; fewer in proportion if the first round found fewer."""
         oracle: Any = self
         whole, first = (oracle._get_size(bracket["bracket_num"], n) for n in (number, 0))
         return math.ceil(len(bracket["rounds"][0]) * whole / first)
 
     def _onward(self, trial_id: str, bracket: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Values of a trial that goes on from one of the round before, if one may by now.
+        """Values of a trial that continues one of the round before, if one may be promoted by now.
 
-        It is the best of those that have completed, and goes on when whatever is still to come of
-        its round, were it better, would leave it a place.
+        It is the best of those that have completed. It may be promoted if there is a place for it
+        even if all trials still to come in its round are better.
         """
         oracle: Any = self
         bracket_num, rounds = bracket["bracket_num"], bracket["rounds"]

@@ -1,13 +1,14 @@
-"""Processes that cost no import: one process imports Keras once, and forks all the others.
+"""Processes that need no import: one process imports Keras once, and forks all the others.
 
 A trial of a search runs in a process of its own, so that its memory goes back to the system and
-a crash is its own. A new Python would spend seconds in importing TensorFlow; so a *nursery*
+a crash affects no other. A new Python would spend seconds importing TensorFlow; so a *nursery*
 imports everything and then does nothing but fork. It computes nothing, so TensorFlow has started
-no threads in it, which makes the fork safe. Where it is not, on other systems than Linux, or where
-somebody's module starts threads when it is imported, each process is a new Python.
+no threads in it, which makes the fork safe. Where a fork is not safe, on systems other than Linux
+or when a user's module starts threads at import, each process is a new Python.
 
-Parent and child talk in lines of JSON over a socket. Whoever holds the other end of a nursery's
-socket owns it: when the owner dies, in whatever way, the nursery kills its children and goes.
+Parent and child exchange lines of JSON over a socket. The process that holds the other end of a
+nursery's socket owns it: when the owner dies, in whatever way, the nursery kills its children and
+ends.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ _PATIENCE = 10.0  # seconds for a nursery to end by itself
 
 
 class Channel:
-    """Messages, dicts, one line of JSON each, over a connected socket."""
+    """Messages over a connected socket: dicts, each one line of JSON."""
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
         self._buffer = b""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Raises OSError if nobody is there."""
+        """Sends a message; raises OSError if the other end is gone."""
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
@@ -74,7 +75,7 @@ class Channel:
         return dict(json.loads(line))
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Sends, and waits for the answer."""
+        """Sends a message and waits for the answer."""
         self.send(message)
         answer = self.receive()
         return {} if answer is None else answer
@@ -90,7 +91,7 @@ class Child:
         self.nursery, self.pid, self.channel = nursery, pid, channel
 
     def kill(self) -> None:
-        """At once; the process has no say."""
+        """Kills the process at once."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -101,7 +102,7 @@ class Child:
 
 
 class Nursery:
-    """A process that has imported everything, and forks; see the module."""
+    """A process that has imported everything and forks others; see the module."""
 
     def __init__(self, channel: Channel, process: Any) -> None:
         self.channel = channel
@@ -110,7 +111,7 @@ class Nursery:
 
     @classmethod
     def new(cls, environment: dict[str, str], log: Path) -> Nursery:
-        """A new Python: from a process that may have threads, or has imported nothing."""
+        """A new Python, for a process that may have threads or that has imported nothing."""
         ours, theirs = socket.socketpair()
         with theirs, open(log, "ab") as file:
             process = subprocess.Popen(
@@ -126,7 +127,7 @@ class Nursery:
 
     @classmethod
     def forked(cls, *to_close: Channel) -> Nursery:
-        """A fork of this process, which a nursery has made and which has no threads yet."""
+        """A nursery forked from this process, which came from a nursery and has no threads yet."""
         if not can_fork():
             return cls.new(dict(os.environ), Path(os.devnull))
         ours, theirs = socket.socketpair()
@@ -141,7 +142,7 @@ class Nursery:
         return cls(Channel(ours), pid)
 
     def start(self, name: str, target: str, spec: dict[str, Any], log: Path) -> Child:
-        """A process that runs `target`, "module:function", with (its channel, spec)."""
+        """Starts a process that runs `target`, "module:function", with (its channel, spec)."""
         self._asked = True
         ours, theirs = socket.socketpair()
         request = {"name": name, "target": target, "spec": spec, "log": str(log)}
@@ -154,7 +155,7 @@ class Nursery:
         return Child(self, int((answer or {})["pid"]), Channel(ours))
 
     def preload(self, target: str, spec: dict[str, Any]) -> str | None:
-        """Runs `target` in the nursery itself, for what all children shall share.
+        """Runs `target` in the nursery itself, to prepare what all children share.
 
         Returns:
             None, or what went wrong.
@@ -162,7 +163,7 @@ class Nursery:
         return self.channel.ask({"preload": target, "spec": spec}).get("error")
 
     def close(self) -> None:
-        """The nursery kills its children, and ends."""
+        """Ends the nursery, which kills its children."""
         self.channel.close()
         if isinstance(self._process, int):
             os.waitpid(self._process, 0)
@@ -174,7 +175,7 @@ class Nursery:
 
 
 def can_fork() -> bool:
-    """Whether this process is the only thread in it; a lock that another held would stay locked."""
+    """Whether this process has only one thread: a lock held by another would stay locked."""
     return sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
 
 
@@ -186,7 +187,7 @@ def serve(fd: str) -> None:
     channel = Channel(socket.socket(fileno=int(fd)))
     for name in _PRELOAD:
         importlib.import_module(name)
-    gc.freeze()  # the collector shall not write to pages that children share
+    gc.freeze()  # so that the collector does not write to pages that children share
     introduce("kn-nursery")
     _serve(channel)
 
@@ -225,9 +226,9 @@ def _serve(channel: Channel) -> None:
 
 
 def _is_closed(connected: socket.socket) -> bool:
-    """Whether the owner is gone, who may have left a request behind."""
+    """Whether the owner is gone; it may have left a request behind."""
     poll = select.poll()
-    poll.register(connected, 0)  # a hangup is always told
+    poll.register(connected, 0)  # a hangup is always reported
     return bool(poll.poll(0))
 
 
@@ -293,7 +294,7 @@ def _run(message: dict[str, Any], connected: socket.socket) -> None:
 
 
 def introduce(name: str) -> None:
-    """On Linux: a name for `top` and `pgrep`, and death with the parent, by the kernel."""
+    """On Linux: sets a name for `top` and `pgrep`, and lets the kernel end it with its parent."""
     if sys.platform == "linux":
         import ctypes
 

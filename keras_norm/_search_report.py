@@ -1,6 +1,6 @@
 """The report of a search: a page, plots, and all trials as a table in CSV.
 
-It reads the folder alone, so it can be made at any time, also while the search is running.
+It reads only the folder, so it can be made at any time, even while the search is running.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["importance", "own_seconds", "write_report"]
 
 _GREY = "#9a9a9a"
-_MOST_AXES = 8  # of the parallel coordinates
-_MOST_BARS = 15  # of the importance
+_MOST_AXES = 8  # in the parallel coordinates
+_MOST_BARS = 15  # in the plot of importance
 _LEAST_FOR_IMPORTANCE = 12  # trials
 _METRICS = ("val_accuracy", "val_loss", "accuracy", "loss", "seconds", "parameters", "flops")
 
@@ -85,7 +85,7 @@ def own_seconds(trials: Sequence[TrialRecord]) -> dict[int, float]:
     """Number -> seconds of training that the trial took itself.
 
     A trial that Hyperband promotes has the epochs of an earlier one in its history; those were
-    trained once. (Where it could not go on from them, as on another machine, they are its own.)
+    trained once. (If it could not resume from them, as on another machine, they are its own.)
     """
     numbered = {t.number: t for t in trials}
     found = {}
@@ -107,16 +107,16 @@ def importance(trials: Sequence[TrialRecord]) -> dict[str, tuple[float, float]]:
     """How much worse a random forest predicts the score without each hyperparameter.
 
     For each of five parts of the trials, a forest is fitted to the others; then the values of one
-    hyperparameter are shuffled in the part, and the mean squared error of the predictions rises,
-    in units of the score's variance.
+    hyperparameter are shuffled in the part. The importance is the rise of the mean squared error
+    of the predictions, in units of the score's variance.
 
     Args:
         trials: with scores.
 
     Returns:
         Hyperparameter -> mean and standard deviation over the parts and ten shuffles, the largest
-        mean first; under "" the forest's R² on the parts. Empty for less than 12 trials, or where
-        all scores are equal.
+        mean first; under "" the forest's R² on the parts. Empty for less than 12 trials, or if all
+        scores are equal.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.model_selection import KFold
@@ -173,7 +173,7 @@ def _is_logarithmic(numbers: Sequence[float]) -> bool:
 
 
 def _draw(path: Path, draw: Callable[[], Figure | None]) -> bool:
-    """Whether there was something to draw."""
+    """Writes a plot; returns whether there was something to draw."""
     from keras_norm.plotting import finish, style
 
     with style():
@@ -196,7 +196,7 @@ def _words(name: str) -> str:
 
 
 def _metric(search: Search) -> str:
-    """What the plots show: the objective, but accuracy where that is a rate."""
+    """The metric that the plots show: the objective, or accuracy if the objective is a rate."""
     objective = search.settings.objective
     return "val_accuracy" if objective == "accuracy_per_second" else objective
 
@@ -221,7 +221,7 @@ def _curves(search: Search) -> Figure:
         y = [steps[e] for e in x]
         if trial in best:
             continue
-        marker = "." if len(x) == 1 else ""  # a line through one point would not be seen
+        marker = "." if len(x) == 1 else ""  # a line through one point is invisible
         axes.plot(x, y, color=_GREY, linewidth=0.8, alpha=0.6, marker=marker, zorder=1)
         if trial.status in ("pruned", "failed"):
             axes.plot(x[-1:], y[-1:], "x", color=_GREY, markersize=5)
@@ -238,7 +238,7 @@ def _curves(search: Search) -> Figure:
 
 
 def _short(trial: TrialRecord) -> str:
-    """What matters most, for a legend."""
+    """A trial's most important hyperparameters, for a legend."""
     names = ("family", "normalization", "optimizer", "learning_rate", "sgd_learning_rate")
     own = {n: v for n, v in trial.hyperparameters.items() if n in names}
     return describe(own or trial.hyperparameters).replace("learning_rate", "rate")[:70]
@@ -281,7 +281,7 @@ _PARETO = (
 
 def _pareto(search: Search) -> Figure | None:
     front = search.pareto()
-    if not front:  # of pruned trials alone there is none
+    if not front:  # if all trials are pruned, there is none
         return None
     figure, axes = _axes()
     rest = [t for t in search.trials if t.score is not None and t not in front]
@@ -301,7 +301,7 @@ def _pareto(search: Search) -> Figure | None:
     low, high = min(sizes), max(sizes)
     norm = LogNorm(low, high if high > low else low * 1.1)
     drawn = axes.scatter(x, y, c=sizes, s=70, norm=norm, edgecolors="black", zorder=3)
-    sides = [("left", (6, -9)), ("right", (-6, 4))]  # in turns: neighbours do not overlap
+    sides = [("left", (6, -9)), ("right", (-6, 4))]  # in turn, so that neighbours do not overlap
     for k, i in enumerate(np.argsort(x)):
         side, offset = sides[k % 2]
         axes.annotate(f"#{front[i].number}", (x[i], y[i]), xytext=offset, ha=side,
@@ -346,7 +346,7 @@ def _rates(search: Search) -> Figure | None:
 
 
 def _spread_ticks(axes: Axes) -> None:
-    """Labels of a logarithmic axis that do not meet: decades; for want of two, some between."""
+    """Labels a logarithmic axis without overlap: decades, or, if there are not two, also others."""
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -404,7 +404,7 @@ def _parallel(search: Search, weights: dict[str, tuple[float, float]]) -> Figure
 
 
 def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
-    """Where a value stands, between 0 and 1, NaN for none; and the marks of the axis."""
+    """A function from a value to its place between 0 and 1, NaN for none; and the axis marks."""
     present = [v for v in values if v is not None]
     if all(map(is_number, present)) and len(set(present)) > 1:
         scale = math.log if _is_logarithmic(present) else float

@@ -4,10 +4,10 @@ retrained/plan.json                 what is to be trained
 retrained/trial_07/seed_0/          model.keras, result.json; while it trains, checkpoint.npz
 retrained/model.keras               that of the best trial (by validation) and the first seed
 retrained/model_card.md, .json      what it is, what it was trained on, how good it is
-retrained/next/                     the same, of a training that is to replace it when it is done
+retrained/next/                     the same, for trainings that replace it when they are done
 
 In the folder of the search, tested.json says for which choice the test set has been used, and where
-what came of it lies. It says so before the first net is tested.
+the results are. It is written before the first net is tested.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_retrained(
     with locked(out):
         folder = _folder(search, out, whole, overwrite)
         with _Runs(out, folder, settings, saved["space"], names, count, progress) as runs:
-            runs.prepare(chosen, seeds)  # from here on the data and the space are known to be there
+            runs.prepare(chosen, seeds)  # from here on the data and the space are known to exist
             _begin(search, out, folder, whole)
             runs.testing = lambda: _note(search, out, whole, tested=True)
             results = [[runs.result(trial, seed) for seed in range(seeds)] for trial in chosen]
@@ -95,7 +95,7 @@ def write_retrained(
 def _space_of(
     settings: Settings, space: str | None, saved: Mapping[str, Any]
 ) -> tuple[Settings, list[str] | None]:
-    """Settings with the space where it is now, and names to compare if it may be another one."""
+    """Settings with the present place of the space, and names to check if it may be another one."""
     moved = settings.space if space is None else absolute_space(space)
     if moved != settings.space and not is_moved(settings.space, moved):
         raise SearchError(
@@ -110,7 +110,7 @@ def _space_of(
 
 
 def _origin(search: Search, chosen: list[TrialRecord]) -> dict[str, Any]:
-    """What the trainings depend on, beside the numbers of the trials."""
+    """What the trainings depend on, besides the numbers of the trials."""
     names = ("data", "space", "objective", "seed", "families")
     settings = search.settings.to_dict()
     own = {name: settings[name] for name in names}
@@ -118,7 +118,7 @@ def _origin(search: Search, chosen: list[TrialRecord]) -> dict[str, Any]:
 
 
 def _check_out(out: Path) -> None:
-    """Refuses a folder of something else, whose files would be replaced."""
+    """Refuses a folder that holds something else, because its files would be replaced."""
     if (out / "search.json").exists():
         raise SearchError(
             f"out must be a folder of its own, and {str(out)!r} holds a search: leave it out, or "
@@ -134,12 +134,12 @@ def _check_out(out: Path) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether a training leaves it that is killed before it has begun."""
+    """Whether this may be left over from a training that was killed before it began."""
     return path.name in (".lock", "processes.txt") or path.match(".plan.*.json")
 
 
 def _folder(search: Search, out: Path, plan: dict[str, Any], overwrite: bool) -> Path:
-    """Where to train: beside what is to be replaced, if there is something."""
+    """Where to train: next to the results to be replaced, if there are any."""
     earlier = _read(out / "plan.json")
     if overwrite:
         return out if earlier is None else out / "next"
@@ -174,7 +174,7 @@ def _used(out: Path) -> str:
 
 
 def _adds_seeds(earlier: dict[str, Any] | None, plan: dict[str, Any]) -> bool:
-    """Whether the choice is the same, of at least as many seeds."""
+    """Whether the choice is the same, with at least as many seeds."""
     if earlier is None:
         return False
     return {**earlier, "seeds": 0} == {**plan, "seeds": 0} and plan["seeds"] >= earlier["seeds"]
@@ -183,9 +183,9 @@ def _adds_seeds(earlier: dict[str, Any] | None, plan: dict[str, Any]) -> bool:
 def _begin(search: Search, out: Path, folder: Path, plan: dict[str, Any]) -> None:
     earlier = _read(folder / "plan.json")
     if folder != out and not _adds_seeds(earlier, plan):
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt to replace, by others
+        shutil.rmtree(folder, ignore_errors=True)  # left by an attempt with another plan
     noted = _read(search.out / "tested.json") or {}
-    if noted.get("tested"):  # written anew too, so that what cannot be noted is not trained
+    if noted.get("tested"):  # written again too, so that nothing is trained that cannot be noted
         _write_note(search, noted)
     else:
         _note(search, out, plan, tested=False)
@@ -193,9 +193,9 @@ def _begin(search: Search, out: Path, folder: Path, plan: dict[str, Any]) -> Non
 
 
 def _note(search: Search, out: Path, plan: dict[str, Any], *, tested: bool) -> None:
-    """In the folder of the search: for which choice the test set has been used, and where.
+    """Notes in the folder of the search for which choice the test set has been used, and where.
 
-    A place in that folder is noted as it is seen from there, for the search may be moved.
+    A place inside that folder is noted relative to it, because the search may be moved.
     """
     place, own = out.resolve(), search.out.resolve()
     where = place.relative_to(own) if place.is_relative_to(own) else place
@@ -212,7 +212,7 @@ def _write_note(search: Search, note: dict[str, Any]) -> None:
 
 
 def _replace(out: Path, folder: Path) -> None:
-    """Puts what has been made in the place of what there was; the card, which says so, last.
+    """Replaces the old results by the new ones; the card, which says that they are there, last.
 
     The plan comes first: it names the trials whose folders are ours.
     """
@@ -234,7 +234,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 class _Runs:
-    """Makes the trainings, one after the other, each in a process of its own."""
+    """Runs the trainings one after another, each in a process of its own."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class _Runs:
             self.nursery.close()
 
     def prepare(self, chosen: list[TrialRecord], seeds: int) -> None:
-        """Reads the data and the space, if there is something to train."""
+        """Loads the data and the space if there is something to train."""
         if not all(self._result(t, s).exists() for t in chosen for s in range(seeds)):
             self._nursery()
 
@@ -273,7 +273,7 @@ class _Runs:
         return self.folder / f"trial_{trial.number}" / f"seed_{seed}" / "result.json"
 
     def result(self, trial: TrialRecord, seed: int) -> dict[str, Any]:
-        """Trains, if that has not been done."""
+        """The result of one training; trains if that has not been done."""
         path = self._result(trial, seed)
         folder = path.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ class _Runs:
         return dict(_read(path) or {})
 
     def _show(self, epoch: int) -> None:
-        """How many epochs there are by now, with those of the training that is going on."""
+        """Shows how many epochs are done, including those of the current training."""
         self.bar.n = self.settings.epochs * self.done + epoch
         self.bar.refresh()
 
@@ -337,7 +337,7 @@ class _Runs:
 def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of one training.
 
-    Sends {"epoch": n} after each, and {"testing": true} before the test, where it waits for an
+    Sends {"epoch": n} after each epoch, and {"testing": true} before the test, when it waits for an
     answer; last {"failed": reason}.
     """
     from keras_norm._search_trial import brief, print_traceback
@@ -361,7 +361,7 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
 
 
 def _trained(channel: Channel, spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains, tests and saves one net; goes on where an earlier attempt was stopped."""
+    """Trains, tests and saves one net; resumes where an earlier attempt was stopped."""
     import keras
 
     from keras_norm import _search_trial as trial
@@ -454,7 +454,7 @@ def _finish(
     chosen: list[TrialRecord],
     results: list[list[dict[str, Any]]],
 ) -> None:
-    """Writes the card last: it says that the test set has been used."""
+    """Writes the results, and last the card, which says that the test set has been used."""
     first = out / f"trial_{chosen[0].number}" / "seed_0" / "model.keras"
     clear_remains(out / "model.keras")
     with replace_file(out / "model.keras") as temporary:
@@ -565,7 +565,7 @@ Machine: {card["machine"]["summary"]}.
 
 
 def _count(number: float) -> str:
-    """In millions, where it is at least one."""
+    """A number as text: in millions if it is at least one million."""
     return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 

@@ -1,13 +1,13 @@
-"""The process that a user has started: it owns all others, restarts what dies, and shows the table.
+"""The process that the user starts: it owns all others, restarts those that die, shows the table.
 
-It imports no TensorFlow and trains nothing, so it stays small however many trials there are.
+It does not import TensorFlow and trains nothing, so it stays small however many trials there are.
 
     this process
       nursery             has imported everything; forks
         chief             KerasTuner's oracle behind gRPC
         worker-0          asks for trials
           nursery         of this worker
-            trial         one after the other
+            trial         one after another
         worker-1 ...
 """
 
@@ -54,7 +54,7 @@ from keras_norm._search_settings import (
 
 __all__ = ["describe", "printable", "run_search"]
 
-_PATIENCE = 5 * BEAT  # seconds at least: a busy machine may lose a sign of life or two
+_PATIENCE = 5 * BEAT  # seconds at least: a busy machine may miss a sign of life or two
 _RESTARTS = 5  # of one process, before any trial has ended since
 _PREFERRED = ("family", "normalization", "optimizer", "learning_rate", "sgd_learning_rate")
 
@@ -114,9 +114,9 @@ def run_search(
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """Holds the folder; one that was made for a search that did not begin goes again.
+    """Holds the folder; removes it if it was made for a search that did not begin.
 
-    In that of a worker that has joined, `search_…` holds trials, whose logs are nowhere else.
+    In the folder of a worker that has joined, `search_…` holds trials, whose logs exist only there.
     """
     was_there = out.exists()
     with locked(out):  # only who holds it may remove it: another search may have begun meanwhile
@@ -139,7 +139,7 @@ def _join(
     patience: float,
     progress: bool,
 ) -> None:
-    """Workers for a chief elsewhere, who knows all settings but those of this machine."""
+    """Runs workers for a chief elsewhere, which has all settings except those of this machine."""
     here = {"data_dir", "trial_timeout", "trial_memory", "space"}
     if foreign := sorted(set(options) - here):
         raise SearchError(f"The chief decides on {foreign[0]}: leave it out when joining.")
@@ -186,9 +186,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], is_new: bool) -> str:
-    """Name of a hyperparameter that is not the same in two spaces, or "".
+    """Name of a hyperparameter that differs between two spaces, or "".
 
-    Searches once saw less of a space; one of them goes on with what it saw.
+    Searches once saw less of a space; such a search continues with what it saw.
     """
     before, after = saved["space"], now["space"]
     gone = [e for e in before if e not in after]
@@ -197,7 +197,7 @@ def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], is_new: bool) 
 
 
 class _Process:
-    """One that is restarted when it dies."""
+    """A process that is restarted when it dies."""
 
     def __init__(self, name: str, target: str, spec: dict[str, Any], log: Path) -> None:
         self.name, self.target, self.spec, self.log = name, target, spec, log
@@ -207,7 +207,7 @@ class _Process:
 
 
 class _Owner:
-    """Owns the processes of one search; when it leaves its `with` block, they are gone."""
+    """Owns the processes of one search; when its `with` block ends, they are gone."""
 
     def __init__(
         self, out: Path, settings: Settings, workers: int, threads: int | None, progress: bool
@@ -267,7 +267,7 @@ class _Owner:
             raise SearchError(" ".join(error.split()))
 
     def _answer(self, target: str, spec: dict[str, Any]) -> dict[str, Any]:
-        """What a process answers that has only that to do."""
+        """The answer of a process that is started only for it."""
         child = self.nursery.start("kn-helper", target, spec, self.out / "processes.txt")
         answer: dict[str, Any] | None = None
         with contextlib.suppress(EOFError):
@@ -280,7 +280,7 @@ class _Owner:
         return answer
 
     def _last_words(self, who: str) -> str:
-        """The end of what the processes have printed."""
+        """The last lines that the processes have printed."""
         lines: list[str] = []
         with contextlib.suppress(OSError):
             log = (self.out / "processes.txt").read_text(encoding="utf-8", errors="replace")
@@ -315,7 +315,7 @@ class _Owner:
             self.display.note(f"Others may join: keras-norm tune --join {host}:{spec['port']}")
 
     def _interrupted(self) -> list[str]:
-        """Local workers whose trials an earlier run has left unfinished."""
+        """Local workers whose trials were left unfinished by an earlier run."""
         with contextlib.suppress(OSError, ValueError):
             state = json.loads((self.out / "oracle.json").read_text(encoding="utf-8"))
             return [w for w in state["ongoing_trials"] if w.startswith("worker-")]
@@ -382,7 +382,7 @@ class _Owner:
     # During the search
 
     def watch(self) -> None:
-        """Until the chief, and all workers, are done."""
+        """Watches the processes until the chief and all workers are done."""
         while not (self._chief_over() and all(w.over for w in self.workers)):
             if self.chief is not None and not self.chief.over:
                 self._hear(self.chief, 0.2)
@@ -406,7 +406,7 @@ class _Owner:
             self.chief.spec["closed"] = True
 
     def _hear(self, process: _Process, timeout: float) -> None:
-        """All that a process has to say by now."""
+        """Takes in all messages that a process has sent by now."""
         if process.over:
             return
         try:
@@ -418,7 +418,7 @@ class _Owner:
             self._restart(process)
 
     def _take_in(self, process: _Process, message: dict[str, Any]) -> bool:
-        """Returns whether the process has come to its end."""
+        """Takes in one message; returns whether the process has ended."""
         if "over" in message:
             process.over = True
             if process is self.chief:
@@ -446,7 +446,7 @@ class _Owner:
 
 
 def share(k: int, workers: int, threads: int | None) -> list[int]:
-    """The cores of worker k; where there are too few for all, others have them too."""
+    """The cores of worker k; if there are too few for all, workers share them."""
     cores = _cores()
     each = threads or max(1, len(cores) // workers)
     return [cores[(k * each + i) % len(cores)] for i in range(each)]
@@ -472,7 +472,7 @@ def _gpus() -> list[int]:
 
 
 class _Display:
-    """A row for each trial that ends, and under them a bar with what is going on."""
+    """Shows a row for each trial that ends, and below them a bar with what is running."""
 
     def __init__(self, settings: Settings, show: bool) -> None:
         self.settings, self.show = settings, show
@@ -488,7 +488,7 @@ class _Display:
             self._write(text)
 
     def known(self, records: list[TrialRecord]) -> None:
-        """What an earlier run has left."""
+        """Takes in the trials of an earlier run."""
         for record in records:
             if record.status != "running":
                 self.ended.add(record.number)
@@ -569,7 +569,7 @@ class _Display:
 
     @contextlib.contextmanager
     def _while_read(self) -> Iterator[None]:
-        """The search goes on where nobody reads any more, as in a terminal that was closed."""
+        """Lets the search continue when nobody reads any more, as after a terminal was closed."""
         try:
             yield
         except OSError:
@@ -595,13 +595,13 @@ def _line(*cells: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """With what the output's encoding has not as "?": a reason may hold anything."""
+    """The text, with "?" for what the output's encoding lacks: a reason may contain anything."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """Hyperparameters in one line, the telling ones first."""
+    """Hyperparameters in one line, the most informative first."""
     names = [n for n in _PREFERRED if n in values]
     names += [n for n in values if n not in names]
     shown = {n: f"{v:.3g}" if isinstance(v, float) else str(v) for n, v in values.items()}

@@ -1,11 +1,11 @@
-"""What a search is asked to do, the folder it lives in, and what can be read from that folder.
+"""The settings of a search, its folder, and what can be read from that folder.
 
-Nothing here needs Keras: a command line that is wrong, or a report, costs no import of TensorFlow.
+Nothing here needs Keras: a wrong command line, or a report, does not cost an import of TensorFlow.
 
     search.json             settings, space, its code's digest, versions, and a number of its own
     oracle.json             KerasTuner's oracle
     trial_07/trial.json     KerasTuner's trial: values, metrics of each epoch, status, reason
-    trial_07/checkpoint.npz while it runs: model, optimizer, callbacks and history after an epoch
+    trial_07/checkpoint.npz while running: model, optimizer, callbacks and history after an epoch
     trial_07/log.txt        what the trial printed
 """
 
@@ -77,14 +77,14 @@ OBJECTIVES = {
 
 BEAT = 2.0  # seconds between a worker's signs of life
 
-PACKAGES = ("keras_tuner", "tensorboard")  # without which no process of a search can begin
+PACKAGES = ("keras_tuner", "tensorboard")  # needed by every process of a search
 
-# What may differ when a search is resumed: it changes no trial that has been made.
+# What may differ when a search is resumed: settings that change no existing trial.
 CHANGEABLE = {"trials", "trial_timeout", "trial_memory", "data_dir", "tensorboard"}
 
 
 class SearchError(ValueError):
-    """What a user can put right: a wrong option, a folder, an address. One line."""
+    """An error that the user can correct: a wrong option, a folder, an address. One line."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Settings:
     data_dir: str | None = None
     tensorboard: bool = False
     scoring: str = "last"
-    # Not an option: "best" is that of searches which were begun before there was another. They
-    # count by the best epoch, take val_loss as it was compiled, and seconds with compilation.
+    # Not an option: "best" is for searches that were begun before there was any other value. They
+    # score by the best epoch, take val_loss as compiled, and count seconds with compilation.
 
     def __post_init__(self) -> None:
         _one_of("data", self.data, DATA)
@@ -179,9 +179,9 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
-        """From a mapping, such as the one in search.json; of an unknown name, an error.
+        """Settings from a mapping, such as the one in search.json; unknown names are an error.
 
-        Scalars of NumPy, which JSON does not take, become Python's.
+        NumPy scalars, which JSON does not accept, become Python numbers.
         """
         names = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(options) - names)
@@ -197,17 +197,17 @@ class Settings:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The settings as JSON values."""
         return {**dataclasses.asdict(self), "families": list(self.families)}
 
     @property
     def direction(self) -> str:
-        """Of the objective, "max" or "min"."""
+        """The direction of the objective, "max" or "min"."""
         return OBJECTIVES[self.objective]
 
     @property
     def planned(self) -> int:
-        """Number of trials; for Hyperband that of one full iteration."""
+        """Number of trials; for Hyperband the number in one full iteration."""
         return self.trials if self.tuner != "hyperband" else hyperband(self.epochs, self.factor)
 
 
@@ -230,7 +230,7 @@ def _one_of(name: str, value: Any, allowed: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Of a scalar of NumPy the Python number; of anything else itself."""
+    """The Python number for a NumPy scalar; anything else as it is."""
     is_scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
     return value.item() if is_scalar else value
 
@@ -247,11 +247,11 @@ def at_least(name: str, value: Any, least: int) -> None:
 
 
 def require(who: str, *modules: str) -> None:
-    """Refuses at once what could not go on, for want of packages.
+    """Raises an error at once if packages are missing.
 
     Args:
-        who: what needs them, the beginning of a sentence.
-        modules: their names, which with "-" for "_" are those of the packages.
+        who: what needs them, as the beginning of a sentence.
+        modules: names of the modules; with "-" for "_" they are those of the packages.
     """
     missing = [m.replace("_", "-") for m in modules if importlib.util.find_spec(m) is None]
     if missing:
@@ -262,7 +262,7 @@ def require(who: str, *modules: str) -> None:
 
 
 def check_address(text: str) -> tuple[str, int]:
-    """HOST and PORT of "HOST:PORT"; port 0 is any that is free."""
+    """HOST and PORT of "HOST:PORT"; port 0 means any free port."""
     host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
         raise SearchError(f"An address is HOST:PORT, such as 192.0.2.7:8100. Received: {text!r}")
@@ -273,9 +273,9 @@ def check_address(text: str) -> tuple[str, int]:
 
 
 def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Settings:
-    """The settings to run with, and a folder that holds nothing else.
+    """Returns the settings to run with, and makes sure that the folder holds nothing else.
 
-    With `resume`, what is not given comes from the folder; what is given must agree with it.
+    With `resume`, options that are not given come from the folder; those given must agree with it.
     """
     if resume and overwrite:
         raise SearchError("resume and overwrite exclude each other.")
@@ -299,7 +299,7 @@ def prepare(out: Path, options: Mapping[str, Any], *, resume: bool, overwrite: b
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether a search leaves it that is killed before it has begun."""
+    """Whether this may be left over from a search that was killed before it began."""
     return path.name in (".lock", "processes.txt") or path.match(".search.*.json")
 
 
@@ -321,7 +321,7 @@ def _check_trials(settings: Settings, options: Mapping[str, Any]) -> None:
 
 
 def _check_effects(settings: Settings, options: Mapping[str, Any]) -> None:
-    """Refuses what would have no effect: whoever asks for it expects one."""
+    """Refuses options that would have no effect, because the user expects one."""
     needs = {
         "prune_after": (settings.prune, "prune"),
         "prune_least": (settings.prune, "prune"),
@@ -357,7 +357,7 @@ def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:
     merged = with_absolute_paths(Settings.of({**saved.to_dict(), **options}))
     for name in saved.to_dict():
         old, new = getattr(saved, name), getattr(merged, name)
-        moved = name == "space" and is_moved(old, new)  # whether it is the same will be seen
+        moved = name == "space" and is_moved(old, new)  # whether it is the same is checked later
         if old != new and name not in CHANGEABLE and not moved:
             raise SearchError(
                 f"A search cannot be resumed with another {name}: it began with {old!r}, and now "
@@ -368,13 +368,13 @@ def _resumed(out: Path, options: Mapping[str, Any]) -> Settings:
 
 
 def is_moved(old: str, new: str) -> bool:
-    """Whether both name a function of one name in a file or module of the user's own."""
+    """Whether both name a function of the same name in a file or module of the user."""
     functions = [space.rpartition(":")[1:] for space in (old, new)]
     return functions[0] == functions[1] and functions[0][0] == ":"
 
 
 def code_of(space: str) -> str:
-    """Digest of the file of a space of one's own: its comments and its layout do not count.
+    """Digest of the file of the user's own space, without its comments and layout.
 
     Nothing is imported. "" for the space of this package, and for a file that cannot be read.
     """
@@ -398,7 +398,7 @@ def code_of(space: str) -> str:
 
 
 def warn_of_code(space: str, code: str, consequence: str) -> bool:
-    """Says on the error stream if the space's code is not what it was; returns that."""
+    """Warns on the error stream if the space's code has changed; returns whether it has."""
     now = code_of(space)
     if not (code and now) or now == code:
         return False
@@ -409,7 +409,7 @@ def warn_of_code(space: str, code: str, consequence: str) -> bool:
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """As texts, which mean the same in every process and when the search is resumed elsewhere."""
+    """Settings with absolute paths, as texts: valid in every process, and if resumed elsewhere."""
     changes: dict[str, Any] = {}
     for name in ("data_dir", "refine"):
         if (path := getattr(settings, name)) is not None:
@@ -419,7 +419,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 
 def absolute_space(space: str) -> str:
-    """The same space; of a file, by its whole path."""
+    """The reference of the same space; if it is in a file, with the absolute path."""
     file, colon, function = space.rpartition(":")
     if colon and file.endswith(".py"):
         return f"{Path(file).expanduser().absolute()}:{function}"
@@ -429,8 +429,8 @@ def absolute_space(space: str) -> str:
 def clear(out: Path) -> None:
     """Removes what a search has made, and nothing else.
 
-    The folders of its trials, "report", "retrained" and "tensorboard" go whole, with whatever has
-    been put into them.
+    The folders of its trials, "report", "retrained" and "tensorboard" are removed whole, with
+    whatever has been put into them.
     """
     made = ["oracle.json", "report", "retrained", "tensorboard", "tested.json"]
     trials = [p for p in out.iterdir() if re.fullmatch(r"trial_\d+", p.name) and p.is_dir()]
@@ -455,7 +455,7 @@ def locked(out: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(file, out / ".lock"):  # its holder has removed the folder by now
+            if not _is_at(file, out / ".lock"):  # its holder has since removed the folder
                 raise BlockingIOError
         except BlockingIOError:
             raise SearchError(f"Another search is running in {str(out)!r}.") from None
@@ -463,14 +463,14 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is still the one of that path."""
+    """Whether an open file is still the one at that path."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 
 
 def new_identity() -> str:
-    """What tells one search from all others, in search.json and in its checkpoints."""
+    """An identity that distinguishes a search from all others, in search.json and checkpoints."""
     return secrets.token_hex(6)
 
 
@@ -482,7 +482,7 @@ def write_search(
     identity: str = "",
     code: str = "",
 ) -> None:
-    """Writes search.json: the space as it is searched, and the whole one that it is a part of."""
+    """Writes search.json, with the space that is searched and the whole one that it is part of."""
     content = {
         "identity": identity,
         "code": code,
@@ -496,7 +496,7 @@ def write_search(
 
 
 def read_search(out: Path) -> dict[str, Any]:
-    """What `write_search` wrote; of an earlier search, with what it went by.
+    """What `write_search` wrote; for an earlier search, completed by the rules of its time.
 
     The identity of a search that was made without one is "".
     """
@@ -522,15 +522,15 @@ def read_search(out: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial of a search, as it lies in its folder.
+    """One trial of a search, as stored in its folder.
 
     Attributes:
         number: from 0, in the order in which the trials were made.
         status: "completed", "pruned", "failed" or "running".
         reason: why it failed or was pruned, or "".
-        score: value of the objective after the last epoch, None if it failed or runs. (Of the best
-            epoch in searches that were begun before that was so.)
-        values: hyperparameter -> value; what the tuner adds ("tuner/epochs") included.
+        score: value of the objective after the last epoch; None if it failed or is running. (For
+            the best epoch in searches that were begun before this was the rule.)
+        values: hyperparameter -> value, including what the tuner adds ("tuner/epochs").
         history: metric -> epoch -> value. Epochs count from 1.
     """
 
@@ -557,7 +557,7 @@ class TrialRecord:
         return (max if direction == "max" else min)(values) if values else None
 
     def reached(self, metric: str, settings: Settings) -> float | None:
-        """The value that the trial counts by: of its last epoch; in earlier searches, its best."""
+        """The value that the trial is scored by: of its last epoch, or its best in old searches."""
         if settings.scoring == "last":
             return self.last(metric)
         return self.best(metric, OBJECTIVES.get(metric, "max"))
@@ -570,7 +570,7 @@ class TrialRecord:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The values, without those that the tuner adds."""
+        """The values without those that the tuner adds."""
         return {k: v for k, v in self.values.items() if not k.startswith("tuner/")}
 
 
@@ -589,7 +589,7 @@ def read_trials(out: Path) -> list[TrialRecord]:
 
 
 def record_of(state: Mapping[str, Any]) -> TrialRecord:
-    """From KerasTuner's `Trial.get_state()`."""
+    """The record of a trial from KerasTuner's `Trial.get_state()`."""
     message = state["message"] or ""
     status = {"COMPLETED": "completed", "FAILED": "failed"}.get(state["status"], "running")
     if status == "completed" and message:
@@ -609,9 +609,9 @@ def record_of(state: Mapping[str, Any]) -> TrialRecord:
 
 
 def checkpoints_done_with(trial_id: str, values: Mapping[str, Any]) -> list[str]:
-    """The trials whose checkpoints nobody needs once this one has ended.
+    """The trials whose checkpoints are no longer needed once this one has ended.
 
-    A trial of Hyperband may be gone on from by another, of the next round of its bracket.
+    Another trial may continue a trial of Hyperband in the next round of its bracket.
     """
     needless = [values["tuner/trial_id"]] if "tuner/trial_id" in values else []
     if values.get("tuner/round", 0) == values.get("tuner/bracket", 0):
@@ -620,16 +620,16 @@ def checkpoints_done_with(trial_id: str, values: Mapping[str, Any]) -> list[str]
 
 
 def remove_checkpoint(trial: Path) -> None:
-    """From the folder of a trial that has ended; also what a killed process left of one."""
+    """Removes the checkpoint of a trial that has ended, and what a killed process left of one."""
     (trial / "checkpoint.npz").unlink(missing_ok=True)
     clear_remains(trial / "checkpoint.npz")
 
 
 def clear_checkpoints(out: Path, settings: Settings, *, is_over: bool) -> None:
-    """Removes what nobody goes on from, once all trials have ended and no other will be made.
+    """Removes unneeded checkpoints once all trials have ended and no other will be made.
 
-    That is so when all that were planned are there, or when the oracle has no more (`is_over`):
-    a worker that was killed may have left some, and of Hyperband there are those not gone on from.
+    That is so when all planned trials exist, or when the oracle has no more (`is_over`). Killed
+    workers may have left some, and Hyperband leaves those of trials that were not continued.
     """
     records = read_trials(out)
     is_over = is_over or len(records) >= settings.planned
@@ -639,18 +639,18 @@ def clear_checkpoints(out: Path, settings: Settings, *, is_over: bool) -> None:
 
 
 def ranked(records: list[TrialRecord], direction: str) -> list[TrialRecord]:
-    """Those that have a score, the best first; of equals the one made first."""
+    """The trials that have a score, the best first; among equals the one made first."""
     sign = -1 if direction == "max" else 1
     scored = [r for r in records if r.score is not None]
     return sorted(scored, key=lambda r: (sign * float(r.score or 0), r.number))
 
 
 def environment() -> dict[str, str]:
-    """For the processes of a search: quiet, and one result for one seed."""
+    """Environment variables for the processes of a search: few messages, reproducible results."""
     return {
         **os.environ,
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
         "TF_DETERMINISTIC_OPS": os.environ.get("TF_DETERMINISTIC_OPS", "1"),
         "KERAS_BACKEND": os.environ.get("KERAS_BACKEND", "tensorflow"),
-        "OPENBLAS_NUM_THREADS": "1",  # its threads would be there before the first fork
+        "OPENBLAS_NUM_THREADS": "1",  # its threads would exist before the first fork
     }

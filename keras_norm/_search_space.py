@@ -1,8 +1,7 @@
 """Hypermodels: functions from KerasTuner's hyperparameters to a model and how it is trained.
 
-A space is a function `space(hp, task) -> Candidate`. It may be called many times, also to find
-out which hyperparameters there are; so it should leave the building of the model to
-`Candidate.model`.
+A space is a function `space(hp, task) -> Candidate`. It may be called many times, including to find
+out which hyperparameters there are, so it should leave building the model to `Candidate.model`.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ __all__ = [
     "unchanged",
 ]
 
-_MOST_CALLS = 2000  # of a space, before no more is begun to find what it hides
-_FEW = 6  # values of a whole number that are all tried, to see what they bring forth
-_ROUNDING = 1e-6  # of a step: values beside a point of a grid by less are on it
+_MOST_CALLS = 2000  # calls of a space after which the search for hidden parts stops
+_FEW = 6  # so few values of a whole number are all tried, to see what they reveal
+_ROUNDING = 1e-6  # of a step: values closer than this to a grid point are on it
 
 
 CROSSENTROPY = "crossentropy"  # a metric without penalties and smoothing, for comparisons
@@ -54,7 +53,7 @@ CROSSENTROPY = "crossentropy"  # a metric without penalties and smoothing, for c
 
 @dataclass(frozen=True)
 class Task:
-    """What a space may know of the task.
+    """What a space may use about the task.
 
     Attributes:
         data: name of the data set, as in `keras_norm.datasets.load`.
@@ -79,23 +78,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to train, and how; what a space returns.
+    """A model to train and how to train it; a space returns this.
 
     Args:
         model: a function that makes the model: functional or Sequential, with its input shape, and
-            compiled, with the metric "accuracy". (Or the model itself: then it is built also where
-            only its hyperparameters are asked for.) With a metric named "crossentropy", that is
-            what the objective "val_loss" and the test loss are taken from: the compiled loss has
-            the penalties and the label smoothing of the trial in it, and says little about another
-            trial's.
+            compiled, with the metric "accuracy". (Or the model itself: it is then built even when
+            only its hyperparameters are needed.) A metric named "crossentropy" is used for the
+            objective "val_loss" and the test loss, because the compiled loss includes the trial's
+            penalties and label smoothing, and cannot be compared with that of another trial.
         batch_size: images per batch.
         augment: of `Split.batches`. Default: None.
-        callbacks: of `fit`, a list or tuple, in front of those of the search. Where a trial goes on
-            after an interruption, or in a later round of Hyperband, their `variables`, a list of
-            `keras.Variable` such as the slow weights of `callbacks.Lookahead`, are what they
-            were, after a call of `build(model)` where there is one. All else that callbacks know
-            begins anew: the patience of `ReduceLROnPlateau` and `EarlyStopping`, the average of
-            `AverageWeights`. Default: none.
+        callbacks: of `fit`, a list or tuple, placed before those of the search. When a trial
+            resumes after an interruption, or continues in a later round of Hyperband, their
+            `variables`, a list of `keras.Variable` such as the slow weights of
+            `callbacks.Lookahead`, are restored, after a call of `build(model)` if there is one.
+            All other state of callbacks starts again: the patience of `ReduceLROnPlateau` and
+            `EarlyStopping`, the average of `AverageWeights`. Default: none.
         begin: called with (model, training images) before the first epoch. Default: None.
     """
 
@@ -112,7 +110,7 @@ class Candidate:
 
 @keras.saving.register_keras_serializable(package="keras_norm")
 class SmoothedCrossentropy(keras.losses.Loss):  # type: ignore[misc]
-    """Cross entropy of logits with class numbers whose certainty is reduced.
+    """Cross entropy of logits and class numbers, with label smoothing.
 
         loss = -(1 - s) log p[y] - s mean_k log p[k],    p = softmax(logits)
 
@@ -141,7 +139,7 @@ class SmoothedCrossentropy(keras.losses.Loss):  # type: ignore[misc]
         self.label_smoothing = label_smoothing
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Loss of each example, (N,)."""
+        """The loss of each example, (N,)."""
         log_p = ops.log_softmax(y_pred)  # (N, K)
         y = ops.reshape(ops.cast(y_true, "int32"), (-1, 1))  # (N, 1)
         true = ops.squeeze(ops.take_along_axis(log_p, y, axis=-1), -1)  # (N,)
@@ -256,7 +254,7 @@ def _fast(hp: Any) -> Callable[..., keras.Model]:
 
 
 def _augmentation(hp: Any, task: Task) -> Any:
-    """Mirror images of digits are no digits."""
+    """The augmentation of a trial; digits are never flipped."""
     mirrored = task.data in ("cifar10", "fashion_mnist")
     kinds = ["none", "shift", "flip", "flip_shift"] if mirrored else ["none", "shift"]
     kind = hp.Choice("augmentation", kinds)
@@ -270,7 +268,7 @@ def _augmentation(hp: Any, task: Task) -> Any:
 
 def _optimizer(hp: Any, steps: int) -> Callable[[], keras.optimizers.Optimizer]:
     kind = hp.Choice("optimizer", ["sgd", "rmsprop", "adam", "adamw"], default="adam")
-    rates = (  # of two names: KerasTuner loses a value whose name stands under two conditions
+    rates = (  # two names, because KerasTuner loses a value whose name is under two conditions
         hp.Float("sgd_learning_rate", 1e-3, 1.0, sampling="log", default=0.05,
                  parent_name="optimizer", parent_values=["sgd"]),
         hp.Float("learning_rate", 1e-4, 3e-2, sampling="log", default=1e-3,
@@ -311,7 +309,7 @@ def count_flops(model: keras.Model) -> int:
 
 
 def space_of(reference: str) -> Callable[[Any, Task], Candidate]:
-    """The function that "images", "module:function" or "file.py:function" names."""
+    """The function named by "images", "module:function" or "file.py:function"."""
     if reference == "images":
         return images
     place, colon, name = reference.rpartition(":")
@@ -346,13 +344,13 @@ def _takes_two(found: Any) -> bool:
         inspect.signature(found).bind(None, None)
     except TypeError:
         return False
-    except ValueError:  # of what is written in C there may be none
+    except ValueError:  # functions written in C may have no signature
         return True
     return True
 
 
 def _what(found: Any) -> str:
-    """In a message."""
+    """How an object is named in a message."""
     if callable(found):
         return f"a function of {inspect.signature(found)}"
     return f"of type {type(found).__name__}"
@@ -374,7 +372,7 @@ def _reason(place: str, error: BaseException) -> str:
 
 
 def _from_file(path: Path) -> Any:
-    """The module of a file, whose neighbours it can import, as `python FILE` would let it."""
+    """The module of a file, which can import its neighbours, as with `python FILE`."""
     name, folder = f"keras_norm_space_{path.stem}", str(path.absolute().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -393,10 +391,10 @@ def _from_file(path: Path) -> Any:
 
 
 def explore(settings: Settings, task: Task) -> dict[str, Any]:
-    """All hyperparameters of the space, also those that only some values bring forth.
+    """All hyperparameters of the space, including those that appear only with some values.
 
-    First KerasTuner's own way: it calls the space with each condition fulfilled in turn. Then with
-    other values than the defaults, for what stands in a loop or behind a Python `if`.
+    First as KerasTuner does: the space is called with each condition fulfilled in turn. Then it is
+    called with values other than the defaults, to find what is in a loop or behind a Python `if`.
 
     Returns:
         The config of `keras_tuner.HyperParameters`, without values.
@@ -419,7 +417,7 @@ def explore(settings: Settings, task: Task) -> dict[str, Any]:
 
 
 def _check_steps(settings: Settings, space: Mapping[str, Any]) -> None:
-    """KerasTuner divides by the step of a number."""
+    """Refuses a step of 0 or below: KerasTuner divides by the step of a number."""
     for entry in space["space"]:
         step = entry["config"].get("step")
         if step is not None and step <= 0:
@@ -430,7 +428,7 @@ def _check_steps(settings: Settings, space: Mapping[str, Any]) -> None:
 
 
 def _called(space: Callable[[Any, Task], Any], task: Task, hp: Any) -> None:
-    """As far as it goes: values that do not go together are a failed trial, not a failed search."""
+    """Calls a space; if values do not fit together, that is a failed trial, not a failed search."""
     with contextlib.suppress(Exception):
         space(hp, task)
 
@@ -438,8 +436,8 @@ def _called(space: Callable[[Any, Task], Any], task: Task, hp: Any) -> None:
 def _with_hidden(call: Callable[[Any], None], space: dict[str, Any]) -> dict[str, Any]:
     """The space with what appears when a number, choice or switch is not at its default.
 
-    One at a time is changed, from the defaults, and from the last values of each with which
-    something appeared: so loops in loops are seen to their end.
+    They are changed one at a time, from the defaults and from the last values of each with which
+    something appeared, so that nested loops are explored to their end.
     """
     starts: dict[str, dict[str, Any]] = {"": {}}
     seen: set[str] = set()
@@ -465,7 +463,7 @@ def _with_hidden(call: Callable[[Any], None], space: dict[str, Any]) -> dict[str
 
 
 def _to_try(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Name and values on which a program may branch; of many numbers, the first and the last."""
+    """Names and values on which a program may branch; for many numbers, the first and the last."""
     config, kind = entry["config"], entry["class_name"]
     values: Sequence[Any] = []
     if kind == "Boolean":
@@ -482,7 +480,7 @@ def _to_try(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _conditions(space: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with which the hyperparameter is there."""
+    """Values with which the hyperparameter exists."""
     found: dict[str, Any] = {}
     for condition in (c["config"] for c in entry["config"]["conditions"]):
         parent = next(e for e in space["space"] if e["config"]["name"] == condition["name"])
@@ -506,7 +504,7 @@ def hyperparameters(space: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
 
 
 def defaults(space: Mapping[str, Any]) -> dict[str, Any]:
-    """The default of each hyperparameter that there is when all have theirs."""
+    """The default of each hyperparameter that exists when all are at their defaults."""
     hp = hyperparameters({"space": []}, {})
     for entry in hyperparameters(space, {}).space:
         hp.merge([entry])
@@ -541,7 +539,7 @@ def pin(space: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _coerced(entry: Mapping[str, Any], value: Any) -> Any:
-    """The value as the hyperparameter has it, or None if it cannot have it."""
+    """The value in the hyperparameter's type, or None if it cannot have that value."""
     config, kind = entry["config"], entry["class_name"]
     try:
         if kind in ("Choice", "Fixed"):
@@ -559,7 +557,7 @@ def _coerced(entry: Mapping[str, Any], value: Any) -> Any:
 
 
 def _is_on_grid(config: Mapping[str, Any], value: float) -> bool:
-    """Whether a value of the range is one of those that its step leaves."""
+    """Whether a value in the range is on the grid of its step."""
     low, high, step = config["min_value"], config["max_value"], config["step"]
     if not step:
         return True
@@ -598,10 +596,10 @@ def _constant(entry: Mapping[str, Any], value: Any) -> dict[str, Any]:
 def narrow(space: Mapping[str, Any], best: Sequence[TrialRecord]) -> dict[str, Any]:
     """The space around the best trials of an earlier search.
 
-    Of a choice, the values that they have (of ordered ones, those between); of a range, from the
-    smallest to the largest that they have, and a tenth of the whole range beyond: on its
-    logarithmic scale, if it has one, and of whole numbers and steps those that lie in there. What
-    none of them used stays as it is.
+    A choice keeps the values that the trials have (ordered ones also those between). A range goes
+    from the smallest to the largest value that they have, and a tenth of the whole range beyond, on
+    its logarithmic scale if it has one; whole numbers and steps keep the values inside. A
+    hyperparameter that none of the trials used stays as it is.
     """
     entries = []
     for entry in space["space"]:
@@ -617,7 +615,7 @@ def narrow(space: Mapping[str, Any], best: Sequence[TrialRecord]) -> dict[str, A
 
 
 def unchanged(space: Mapping[str, Any], best: Sequence[TrialRecord], earlier: str) -> str:
-    """Why to narrow a space around these trials leaves it as it is."""
+    """Explains why narrowing a space around these trials leaves it as it is."""
     names = {e["config"]["name"] for e in space["space"]}
     if not any(names & set(r.values) for r in best):
         own = sorted({n for r in best for n in r.hyperparameters})
@@ -668,12 +666,12 @@ def _narrowed_range(config: Mapping[str, Any], own: Sequence[Any], whole: bool) 
 
 
 def _on_grid(config: Mapping[str, Any], values: Sequence[float]) -> tuple[float, float]:
-    """Ends of a narrower range with a step, which is a factor where the sampling is logarithmic.
+    """Ends of a narrower range with a step, which is a factor if the sampling is logarithmic.
 
     Args:
-        config: of the whole range, whose points from its minimum on are the grid.
-        values: where the range may begin, where it must have begun, where it must not have ended,
-            and where it may.
+        config: of the whole range; its points from the minimum on are the grid.
+        values: the earliest and the latest place for the range to begin, and the earliest and the
+            latest place for it to end.
     """
     low, high, step = config["min_value"], config["max_value"], config["step"]
     is_log = config["sampling"] == "log"
@@ -704,7 +702,7 @@ def _can_be(entry: Mapping[str, Any], value: Any) -> bool:
 
 
 def _possible(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Without the hyperparameters whose conditions no value fulfils any more."""
+    """The space without the hyperparameters whose conditions no value fulfils any more."""
     kept: list[Mapping[str, Any]] = []
     left: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries:

@@ -13,15 +13,16 @@ __all__ = ["Log"]
 
 
 class Log:
-    """The log of one trial: a file, which begins with the hyperparameters.
+    """The log of one trial: a file that begins with the hyperparameters.
 
     TensorBoard reads the files of a folder in the order of their names, and draws a line from each
-    point to the next. So the log of an earlier process, which may lack its last epoch, or have
-    epochs that are trained again, is removed: who goes on with a trial writes its history first.
+    point to the next. So the log of an earlier process, which may lack its last epoch or have
+    epochs that are trained again, is removed: a process that resumes a trial writes its history
+    first.
 
     Args:
-        folder: of the logs of all trials.
-        number: of the trial.
+        folder: folder of the logs of all trials.
+        number: number of the trial.
         values: its hyperparameters.
     """
 
@@ -40,7 +41,7 @@ class Log:
         self._append({"step": 0, "summary": Summary.FromString(summary)})
 
     def write(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Adds epochs."""
+        """Adds the metrics of epochs."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         for metrics in history:

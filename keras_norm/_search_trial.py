@@ -1,7 +1,7 @@
 """One trial: a model is built, trained and judged in a process of its own.
 
-After each epoch the whole state, model, optimizer, callbacks' variables and history, is written to
-one file; so a trial that was killed goes on from there, and ends in the same numbers to the last
+After each epoch the whole state (model, optimizer, callbacks' variables and history) is written to
+one file. So a trial that was killed resumes from there, and ends with the same numbers to the last
 bit: the seed comes from the search and the trial's number, and the order of the images from seed
 and epoch.
 """
@@ -80,7 +80,7 @@ __all__ = [
 EVALUATION_BATCH = 500
 _REESTIMATED_FROM = 10_000  # images
 
-# Lines of messages of Keras and TensorFlow in front of the one that says what is wrong.
+# Lines in messages of Keras and TensorFlow that come before the one that says what is wrong.
 _SAYS_NOTHING = re.compile(
     r"Exception encountered when calling .*|Graph execution error:|<stack traces unavailable>"
     r"|Detected at node .*:|File \".*|Could not automatically infer .* Error encountered:|"
@@ -93,14 +93,14 @@ class TrialError(Exception):
 
 
 class StateError(Exception):
-    """The state of the trial cannot be written: no fault of the trial."""
+    """The state of the trial cannot be written, which is not the trial's fault."""
 
 
 # Data and model -----------------------------------------------------------------------------
 
 
 def load(settings: Settings, *, all_images: bool = False) -> datasets.Data:
-    """The data of a search; with `all_images`, validation images are among those to train on."""
+    """The data of a search; with `all_images`, the validation images are trained on too."""
     return _load(*_key(settings, all_images))
 
 
@@ -123,10 +123,10 @@ _LOADED: dict[tuple[Any, ...], datasets.Data] = {}
 
 
 def preload(spec: dict[str, Any]) -> None:
-    """In a nursery: the data and the space, for all its children.
+    """In a nursery: loads the data and the space for all its children.
 
-    To read the data may start threads; so a child does that, and leaves it in a file, from which
-    the nursery maps it into its memory. The file has no name: whoever is killed, nothing stays.
+    Reading the data may start threads, so a child does it and writes them to a file, which the
+    nursery maps into its memory. The file has no name, so a killed process leaves nothing behind.
     """
     settings, all_images = Settings.of(spec["settings"]), spec.get("all_images", False)
     space_of(settings.space)
@@ -140,7 +140,7 @@ def preload(spec: dict[str, Any]) -> None:
 
 
 def _made_elsewhere(make: Callable[[], Any], arrays: IO[bytes], folder: str) -> Any:
-    """What a child makes; its arrays, in a file, are mapped, read-only."""
+    """What a child makes; its arrays are in a file that is mapped read-only."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -162,7 +162,7 @@ def _made_elsewhere(make: Callable[[], Any], arrays: IO[bytes], folder: str) -> 
 
 
 def _leave(make: Callable[[], Any], arrays: IO[bytes], writing: int, folder: str) -> None:
-    """Writes the arrays of what is made into a file, and the rest into a pipe; never returns.
+    """Writes the arrays of what is made to a file and the rest to a pipe; never returns.
 
     The rest is (pickle, where the arrays begin and end), or (what went wrong, None).
     """
@@ -186,7 +186,7 @@ def _leave(make: Callable[[], Any], arrays: IO[bytes], writing: int, folder: str
 
 
 def _appended(raw: memoryview, file: IO[bytes]) -> tuple[int, int]:
-    """Where it begins, at a multiple of 64 bytes, and ends."""
+    """Appends an array to a file; returns where it begins, a multiple of 64 bytes, and ends."""
     start = -(-file.tell() // 64) * 64
     file.seek(start)
     file.write(raw)
@@ -194,7 +194,7 @@ def _appended(raw: memoryview, file: IO[bytes]) -> tuple[int, int]:
 
 
 def task_of(settings: Settings, data: datasets.Data) -> Task:
-    """What the space may know."""
+    """What the space may use: the `Task`."""
     return Task(
         data=data.name,
         input_shape=data.input_shape,
@@ -206,7 +206,7 @@ def task_of(settings: Settings, data: datasets.Data) -> Task:
 
 
 def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
-    """A process that sends the search's space: of the task, narrowed and with what is fixed."""
+    """A process that sends the search's space for the task, narrowed and with fixed values."""
 
     settings = Settings.of(spec["settings"])
     try:
@@ -227,16 +227,16 @@ def describe_space(channel: Channel, spec: dict[str, Any]) -> None:
 def make_candidate(
     settings: Settings, space: Mapping[str, Any], values: Mapping[str, Any], data: datasets.Data
 ) -> Candidate:
-    """What the hyperparameters stand for.
+    """The `Candidate` that the hyperparameters stand for.
 
     Raises:
-        SearchError: if the function asks for one that the search does not have; it would stand at
-            its default in every trial, and in no table.
+        SearchError: if the function asks for one that the search does not have; it would be at its
+            default in every trial, and in no table.
     """
     hp = hyperparameters(space, values)
     candidate = space_of(settings.space)(hp, task_of(settings, data))
     unknown = strangers(hp, space)
-    if unknown and settings.scoring == "last":  # a search that began before goes on as it did
+    if unknown and settings.scoring == "last":  # an older search continues as it did
         raise SearchError(
             f"The space asks for {unknown[0]!r}, which the search does not know: it appears with "
             "these values, and did not where each was changed alone. Ask for it always, also "
@@ -246,7 +246,7 @@ def make_candidate(
 
 
 def check_names(settings: Settings, names: list[str], data: datasets.Data) -> None:
-    """Whether the function has the hyperparameters of the search.
+    """Checks that the function has the hyperparameters of the search.
 
     Raises:
         SearchError: if not.
@@ -260,7 +260,7 @@ def check_names(settings: Settings, names: list[str], data: datasets.Data) -> No
 
 
 def require_candidate(settings: Settings, space: Mapping[str, Any], data: datasets.Data) -> None:
-    """Refuses a space none of whose trials could succeed, by the one of all defaults."""
+    """Refuses a space if the trial with all defaults shows that no trial could succeed."""
     if settings.space == "images":
         return
     where = f"the space {settings.space!r}, with the default of each hyperparameter"
@@ -309,7 +309,7 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
         raise SearchError(f"{rule}{type(model).__name__} that is not built.")
     try:
         count_flops(model)
-        model.run_eagerly = True  # to trace it would take longer than the answer
+        model.run_eagerly = True  # tracing it would take longer than the answer
         told = scalars(model.test_on_batch(data.train.x[:2], data.train.y[:2], return_dict=True))
     except Exception as error:
         print_traceback()
@@ -326,8 +326,8 @@ def require_candidate(settings: Settings, space: Mapping[str, Any], data: datase
 
 
 def _input_misfit(model: keras.Model, expected: tuple[int, ...]) -> str | None:
-    """What is wrong with the input of a model that does not take the images, if that is."""
-    shape = getattr(model, "input_shape", None)  # a list or dict, where there are several
+    """What is wrong with the input of a model that does not take the images; None if it does."""
+    shape = getattr(model, "input_shape", None)  # a list or dict, if there are several
     own = shape[1:] if isinstance(shape, tuple) else ()
     if len(own) != len(expected) or all(
         size in (None, there) for size, there in zip(own, expected, strict=True)
@@ -337,9 +337,9 @@ def _input_misfit(model: keras.Model, expected: tuple[int, ...]) -> str | None:
 
 
 def _outputs(model: keras.Model) -> int | None:
-    """Number of a model's outputs where each must stand for a class; None where that is not known.
+    """Number of a model's outputs if each must stand for a class; None if that is not known.
 
-    It is known of one output with a loss of Keras or this package that takes all class numbers.
+    It is known for one output with a loss of Keras or this package that takes all class numbers.
     """
     loss, shape = model.loss, getattr(model, "output_shape", None)
     kinds = keras.losses.SparseCategoricalCrossentropy, SmoothedCrossentropy
@@ -350,7 +350,7 @@ def _outputs(model: keras.Model) -> int | None:
 
 
 def _types(callbacks: Any) -> str:
-    """Of a list or tuple those of its members."""
+    """The type as text; for a list or tuple, the types of its members."""
     if not isinstance(callbacks, list | tuple):
         return type(callbacks).__name__
     return f"[{', '.join(type(callback).__name__ for callback in callbacks)}]"
@@ -364,7 +364,7 @@ def measure(channel: Channel, spec: dict[str, Any]) -> None:
 
 
 def over_budget(settings: Settings, parameters: int, flops: float) -> str | None:
-    """Why a model of that size is not wanted, or None."""
+    """Why a model of that size is over the budget, or None."""
     if settings.max_parameters is not None and parameters > settings.max_parameters:
         return f"{parameters:,} parameters, more than {settings.max_parameters:,}"
     if settings.max_flops is not None and flops > settings.max_flops:
@@ -373,7 +373,7 @@ def over_budget(settings: Settings, parameters: int, flops: float) -> str | None
 
 
 def trial_seed(settings: Settings, number: int) -> int:
-    """From the seed of the search and the number of the trial."""
+    """The seed of a trial, from the seed of the search and the number of the trial."""
     return int(np.random.SeedSequence([settings.seed, 2, number]).generate_state(1)[0] >> 1)
 
 
@@ -381,7 +381,7 @@ def trial_seed(settings: Settings, number: int) -> int:
 
 
 def origin_of(identity: str, values: Mapping[str, Any], seed: int) -> str:
-    """Of a checkpoint: search, hyperparameters and seed, which Hyperband's later trials share."""
+    """Digest of a checkpoint's search, hyperparameters, seed; Hyperband's later trials share it."""
     own = {k: v for k, v in values.items() if not k.startswith("tuner/")}
     text = json.dumps([identity, own, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -394,9 +394,9 @@ def save_state(
     origin: str = "",
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Model, optimizer, seed generators, callbacks and history in one file, whole or not at all.
+    """Saves model, optimizer, seed generators, callbacks and history in one file, whole or not.
 
-    Of callbacks the `variables`, where they have such.
+    Of callbacks, the `variables` are saved, if they have any.
     """
     named = {f"v{i}": v for i, v in enumerate(_variables(model))}
     for k, callback in enumerate(callbacks):
@@ -409,9 +409,9 @@ def save_state(
 def load_state(
     path: Path, model: keras.Model, callbacks: Sequence[Any] = ()
 ) -> list[dict[str, float]]:
-    """Puts a model, just built, and callbacks to where `save_state` found their twins.
+    """Restores a newly built model and callbacks to the state that `save_state` saved.
 
-    Files that were once written hold nothing of callbacks: these begin anew.
+    Older files hold nothing of callbacks, which then start again.
     """
     with np.load(path) as file:
         for i, variable in enumerate(_variables(model)):
@@ -419,7 +419,7 @@ def load_state(
         for k, callback in enumerate(callbacks):
             if f"c{k}_0" not in file:
                 continue
-            if hasattr(callback, "build"):  # variables that it would make in `fit`
+            if hasattr(callback, "build"):  # makes the variables that `fit` would make
                 callback.build(model)
             for i, variable in enumerate(_variables_of(callback)):
                 variable.assign(file[f"c{k}_{i}"])
@@ -427,7 +427,7 @@ def load_state(
 
 
 def is_from(path: Path, origin: str, is_new: bool) -> bool:
-    """Whether a checkpoint is there, and of that origin; searches once wrote none into theirs."""
+    """Whether a checkpoint exists and has that origin; older searches wrote no origin."""
     if not path.exists():
         return False
     with np.load(path) as file:
@@ -442,21 +442,21 @@ def _variables(model: keras.Model) -> list[Any]:
 
 
 def _variables_of(callback: Any) -> list[keras.Variable]:
-    """Of a callback; what else somebody's own one has under that name is none."""
+    """The `variables` of a callback; none if a user's callback has something else of that name."""
     own = getattr(callback, "variables", None)
     return [v for v in own if isinstance(v, keras.Variable)] if isinstance(own, list) else []
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process works on this trial, such as one that is being killed."""
+    """Waits until no other process, such as one being killed, works on this trial."""
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def has_moving_statistics(model: keras.Model) -> bool:
-    """Whether there is something to re-estimate."""
+    """Whether the model has statistics to re-estimate."""
     return any(has_statistics(layer) for layer in model.layers)
 
 
@@ -474,7 +474,7 @@ class Reporter(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, trial: Trial) -> None:
         super().__init__()
         self.trial = trial
-        self.marks: list[float] = []  # of this process's first epoch, and where each step ended
+        self.marks: list[float] = []  # start of this process's first epoch, and end of each step
         self.started = 0.0
         self.trained = 0.0
 
@@ -503,7 +503,7 @@ def first_excess(marks: list[float]) -> float:
     """Seconds of the first step beyond those of the others, in which it was compiled.
 
     Args:
-        marks: when the first step began, and when each ended. Of less than three, nothing is known.
+        marks: when the first step began, and when each ended. Fewer than three say nothing.
     """
     steps = np.diff(marks)
     return float(max(0.0, steps[0] - np.median(steps[1:]))) if len(steps) > 2 else 0.0
@@ -517,7 +517,7 @@ class Trial:
         self.settings = Settings.of(spec["settings"])
         self.space, self.values = spec["space"], spec["values"]
         self.folder, self.number = Path(spec["folder"]), int(spec["number"])
-        self.root = int(spec["root"])  # the trial of Hyperband that this one goes on from
+        self.root = int(spec["root"])  # the trial of Hyperband that this one continues
         self.identity = spec["identity"]
         self.origin = origin_of(self.identity, self.values, trial_seed(self.settings, self.root))
         self.ancestor = spec["ancestor"]  # its folder
@@ -588,7 +588,7 @@ class Trial:
         counted = ["loss", "val_loss", "val_accuracy"]
         if self.settings.scoring == "last":
             counted.append(f"val_{CROSSENTROPY}")
-        for name in counted:  # the oracle could compare no other values
+        for name in counted:  # the oracle could not compare other values
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise TrialError(f"diverged: {name} is {metrics[name]} in epoch {epoch}")
         missing = {"val_accuracy", "val_loss"} - set(metrics)
@@ -626,7 +626,7 @@ class Trial:
         self._report(metrics)
 
     def _log(self) -> None:
-        """The last epoch; with the first of this process also those before, of other processes."""
+        """Logs the last epoch; the first time, also the earlier epochs of other processes."""
         from keras_norm._search_tensorboard import Log
 
         if self.log is None:
@@ -645,16 +645,16 @@ def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def comparable_loss(metrics: Mapping[str, float], prefix: str = "") -> float:
-    """The plain cross entropy, where the model reports it; else the loss as it was compiled."""
+    """The plain cross entropy if the model reports it; else the loss as it was compiled."""
     return float(metrics.get(f"{prefix}{CROSSENTROPY}", metrics[f"{prefix}loss"]))
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
     """The process of a trial.
 
-    Sends {"report": metrics} after each epoch, also after those of an earlier attempt, and waits
-    for {"go": whether to go on}; last {"done": true}, {"failed": reason}, or {"stopped": reason}
-    where the trial cannot go on for what is none of its faults.
+    Sends {"report": metrics} after each epoch, including those of an earlier attempt, and waits for
+    {"go": whether to go on}; last {"done": true}, {"failed": reason}, or {"stopped": reason} if the
+    trial cannot go on through no fault of its own.
     """
     folder = Path(spec["folder"])
     try:
@@ -675,13 +675,13 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
 
 
 def print_traceback() -> None:
-    """Into the log, where there is room for it."""
+    """Prints the traceback to the log, if there is room for it."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 
 
 def brief(error: BaseException) -> str:
-    """One line."""
+    """An error in one line."""
     if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
         return f"out of memory: {_first_line(error) or type(error).__name__}"
     if isinstance(error, datasets.DataUnavailableError) or type(error).__name__ == "SearchError":
@@ -690,7 +690,7 @@ def brief(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first that says what is wrong."""
+    """The first line of an error that says what is wrong."""
     lines = [line.strip() for line in _COLOURS.sub("", str(error)).strip().splitlines()]
     telling = (line for line in lines if not _SAYS_NOTHING.fullmatch(line))
     return next(telling, lines[0] if lines else "")[:300]

@@ -1,7 +1,7 @@
 """A worker: asks the chief for trials, runs each in a process of its own, and reports.
 
-All that a worker tells the chief may be told again; so when the chief is away, killed and being
-restarted, the worker asks until it answers.
+Every message of a worker to the chief may be repeated. So when the chief is away, because it was
+killed and is being restarted, the worker asks until it answers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from keras_norm._search_settings import BEAT, Settings, checkpoints_done_with, r
 __all__ = ["about", "run"]
 
 _LOOK = 0.5  # seconds between looks at a trial that says nothing
-_RAISED = "Exception calling application: "  # gRPC's, before what a service raised
-_AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # gRPC's, when the chief cannot be reached
+_RAISED = "Exception calling application: "  # gRPC's text before what a service raised
+_AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # gRPC's codes if the chief cannot be reached
 
 
 class Chief:
-    """The chief, as a worker sees it: KerasTuner's client, and the service beside it."""
+    """The chief, as a worker sees it: KerasTuner's client, and our own service."""
 
     def __init__(
         self, host: str, port: int, worker: str, patience: float, identity: str | None = None
@@ -53,17 +53,17 @@ class Chief:
         return dict(trial.hyperparameters.values)
 
     def report(self, trial_id: str, metrics: dict[str, float], epoch: int) -> bool:
-        """Returns whether the trial is to go on."""
+        """Reports the metrics of an epoch; returns whether the trial is to go on."""
         answer = self._until_there(lambda: self.oracle.update_trial(trial_id, metrics, step=epoch))
         return bool(answer.status != STOPPED)
 
     def finish(self, trial_id: str, status: str, message: str) -> bool:
-        """Returns whether that has ended the trial; not if it was another worker's by now."""
+        """Ends a trial; returns False if it was another worker's by now."""
         ask = {"worker": self.worker, "trial": trial_id, "status": status, "message": message}
         return bool(self.ask("Finish", ask)["ended"])
 
     def owns(self, trial_id: str | None) -> bool:
-        """A sign of life. Returns whether the trial is still this worker's."""
+        """Gives a sign of life; returns whether the trial is still this worker's."""
         return bool(self.ask("Beat", {"worker": self.worker, "trial": trial_id})["yours"])
 
     def ask(self, method: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -74,13 +74,13 @@ class Chief:
         return dict(json.loads(call(json.dumps(message).encode(), timeout=60)))
 
     def _check_identity(self) -> None:
-        """Whoever answers after a while may be the chief of another search."""
+        """Checks the search, because after a while the chief of another may answer."""
         theirs = self._ask_once("About", {}).get("identity", "")
         if theirs != self.identity:
             raise ConnectionError("another search is there now: join that one anew")
 
     def _until_there(self, call: Callable[[], Any]) -> Any:
-        """Calls, and again while the chief is away, for as long as there is patience."""
+        """Calls, and while the chief is away calls again until patience runs out."""
         import grpc
 
         attempts = 0
@@ -99,7 +99,7 @@ class Chief:
 
 
 def _failed(details: str) -> str:
-    """Of a chief that has answered with an error."""
+    """The message about a chief that has answered with an error."""
     told = f"the chief failed: {details.removeprefix(_RAISED)}"
     if any(f"[Errno {code}]" in details for code in NO_ROOM):
         return f"{told}. Make room on its disk: the search goes on with --resume."
@@ -141,7 +141,7 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
 
 
 def _assign(cores: list[int] | None, gpu: int | None) -> None:
-    """The resources of this worker and all its trials. (TensorFlow counts the cores it may use.)"""
+    """Sets the cores and GPU of this worker and all its trials; TensorFlow counts those cores."""
     if cores is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     elif cores is not None:
@@ -163,7 +163,7 @@ class Attempt:
         self.end: tuple[str, str] | None = None
 
     def run(self) -> tuple[str, str]:
-        """Returns status and reason."""
+        """Runs the process; returns status and reason."""
         folder = self._folder(self.trial.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").touch()
@@ -172,7 +172,7 @@ class Attempt:
         try:
             self._watch(child)
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            pass  # the process is gone: its status says more
+            pass  # the process is gone: its exit status says more
         except OSError:
             child.kill()
             child.wait()
@@ -185,7 +185,7 @@ class Attempt:
         return FAILED, _why(code)
 
     def clear(self) -> None:
-        """Removes the states that no trial goes on from any more, now that this one has ended."""
+        """Removes the states that no trial can continue from, now that this one has ended."""
         for trial_id in checkpoints_done_with(
             self.trial.trial_id, self.trial.hyperparameters.values
         ):
@@ -196,7 +196,7 @@ class Attempt:
 
     def _spec(self) -> dict[str, Any]:
         values = self.trial.hyperparameters.values
-        ancestor = values.get("tuner/trial_id")  # the trial that this one of Hyperband goes on from
+        ancestor = values.get("tuner/trial_id")  # the trial of Hyperband that this one continues
         root, before = self.trial.trial_id, ancestor
         while before is not None:
             root = before
@@ -213,14 +213,14 @@ class Attempt:
         }
 
     def _watch(self, child: Child) -> None:
-        """Until the process has said how it ended, or is to be killed; EOFError if it is gone."""
+        """Watches until the process says how it ended or must be killed; EOFError if it is gone."""
         began, beaten = time.monotonic(), time.monotonic()
         while self.end is None:
             message = child.channel.receive(_LOOK)
             if message is not None:
                 self._hear(child, message)
             now = time.monotonic()
-            if self.end is None:  # also of a trial that never falls silent
+            if self.end is None:  # even if the trial never falls silent
                 self._check_limits(child, now - began)
             if self.end is None and now - beaten > BEAT:
                 beaten = now
@@ -262,7 +262,7 @@ def _gibibytes(pid: int) -> float:
 
 
 def _why(code: int) -> str:
-    """Of a process that went without a word."""
+    """The reason for a process that ended without a message."""
     if code >= 0:
         return f"the process ended with status {code}: see log.txt"
     name = signal.Signals(-code).name

@@ -1,11 +1,12 @@
 """Numbers of a layer that may change after a function was traced, and still take effect.
 
-A Python number that a compiled function reads is baked into it. These are kept twice: as Python
-numbers, for everyone who asks, and in a variable, which compiled functions read when they run.
-The variable is state but no weight, as that of a seed generator: it stands in `layer.variables`
-(JAX passes it through its training step), but not in `layer.weights`, and is not saved; the
-numbers are in the layer's configuration. PyTorch runs eagerly, and `torch.compile` watches
-Python numbers by itself: they have no variable there. The counter is such a variable everywhere.
+A Python number that a compiled function reads is baked into it. The numbers here are kept twice:
+as Python numbers, for ordinary code, and in a variable, which compiled functions read when they
+run. The variable is state but not a weight, like that of a seed generator: it is in
+`layer.variables` (JAX passes it through its training step), but not in `layer.weights`, and is not
+saved; the numbers are in the layer's configuration. PyTorch runs eagerly, and `torch.compile`
+watches Python numbers by itself, so they have no variable there. The counter is such a variable on
+every backend.
 """
 
 from typing import Any
@@ -22,10 +23,10 @@ Array = Any
 
 
 def as_of_now(variable: Any) -> Array:
-    """The variable's value as it is now.
+    """The variable's present value.
 
-    On PyTorch a copy where gradients are taken: an assignment would change the tensor that the
-    backward pass reads later.
+    On PyTorch, a copy if gradients are recorded, because an assignment would change the tensor that
+    the backward pass reads later.
     """
     value = variable.value
     if keras.backend.backend() == "torch":
@@ -36,7 +37,7 @@ def as_of_now(variable: Any) -> Array:
 
 
 def synchronized(model: Any) -> None:
-    """Gives the variables their values of now: in the middle of `fit` on JAX its step has them."""
+    """Updates the variables' values: in the middle of `fit` on JAX only the step holds them."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
 
@@ -60,7 +61,7 @@ class LiveNumbers:
         options["aggregation"] = "only_first_replica"  # all replicas hold the same
         self._count = keras.Variable("zeros", shape=(), name="skipped_batches", **options)
         if traced:
-            # A callable, for variables may be made in a scope that initializes them later.
+            # A callable, because a scope may initialize the variables it creates later.
             self._vector = keras.Variable(
                 lambda shape, dtype: ops.convert_to_tensor(self._as_array(), dtype),
                 shape=(len(self._values),),
@@ -70,29 +71,29 @@ class LiveNumbers:
 
     @property
     def variables(self) -> list[Any]:
-        """What a stateless step must pass through: on PyTorch the counter alone."""
+        """The variables that a stateless step must pass through: on PyTorch only the counter."""
         return [v for v in (self._vector, self._count) if v is not None]
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]
 
     def refresh(self) -> bool:
-        """Takes over what others have assigned to the variable, and says whether they had.
+        """Reads what others have assigned to the variable, and returns whether they had.
 
-        Whoever restores the state of a model restores the switches: compiled functions follow
-        them, and so must the numbers here.
+        Restoring the state of a model also restores this variable. Compiled functions follow it,
+        and so must the Python numbers.
         """
         found = None if self._vector is None else autodiff.peek(self._vector)
-        if found is None or len(found) < len(self._values):  # made while a function is traced
+        if found is None or len(found) < len(self._values):  # created while a function is traced
             return False
         if np.array_equal(found, self._as_array().astype(found.dtype)):
             return False
-        # The shortest text that stands for a number of float32: .99, not .9900000095.
+        # The shortest text for a float32 number: .99, not .9900000095.
         self._values = {name: float(str(v)) for name, v in zip(self._values, found, strict=True)}
         return True
 
     def update(self, **values: float) -> None:
-        """Changes some of the numbers, for every function, traced or not.
+        """Changes some of the numbers, for all functions, traced or not.
 
         Raises:
             ValueError: in the middle of an epoch of `fit` on JAX, whose step holds the state.
@@ -108,14 +109,14 @@ class LiveNumbers:
             self._vector.assign(self._as_array())
 
     def read(self) -> dict[str, Array]:
-        """The numbers as a function must use them: scalars of a tensor; floats on PyTorch."""
+        """The numbers in the form that functions must use: scalar tensors; floats on PyTorch."""
         if self._vector is None:
             return dict(self._values)
         return dict(zip(self._values, ops.unstack(self._vector.value), strict=True))
 
     @property
     def vector(self) -> Array:
-        """What `read` takes apart, in the order of the names; not on PyTorch."""
+        """The tensor that `read` splits, in the order of the names; not on PyTorch."""
         return self._vector.value
 
     @property
@@ -143,5 +144,5 @@ class LiveNumbers:
 
 
 def _detached(variable: Any) -> bool:
-    """Whether Keras's JAX trainer took the value away for the time of an epoch."""
+    """Whether Keras's JAX trainer has taken the value away for the length of an epoch."""
     return variable._value is None and variable._initializer is None

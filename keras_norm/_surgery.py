@@ -1,16 +1,16 @@
-"""Models rebuilt with other layers in the place of some; the original stays as it is.
+"""Models rebuilt with some layers replaced by others; the original is not changed.
 
-The engine of `keras_norm.models.swap_normalization`, and `fold_batch_normalization`. In inference
-batch normalization is one factor and one offset for each channel c,
+This is the engine of `keras_norm.models.swap_normalization`, and `fold_batch_normalization`. In
+inference, batch normalization is one factor and one offset for each channel c,
 
     (S1)  s_c = gamma_c / sqrt(moving_variance_c + epsilon)
     (S2)  t_c = beta_c - moving_mean_c s_c
 
-and a dense layer or convolution z = W x + b before it takes them in:
+and a dense layer or convolution z = W x + b before it absorbs them:
 
     (S3)  s (W x + b) + t = W' x + b'  with  W'_c = s_c W_c,  b'_c = s_c b_c + t_c
 
-where W_c is all of the kernel that makes channel c.
+where W_c is the part of the kernel that makes channel c.
 """
 
 import functools
@@ -51,21 +51,22 @@ Floats = npt.NDArray[np.float64]
 def rebuild(
     model: keras.Model, replacements: Mapping[int, Callable[[], Layer | None]]
 ) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
-    """A model of new layers, with the same weights but in those that were replaced.
+    """A model of new layers, with the same weights except in the replaced ones.
 
-    It is compiled if the model was, and so are models within it; a class with a `compile` of its
-    own only if it has `compile_from_config`.
+    It is compiled if the model was, and so are models within it; a class with its own `compile`
+    is compiled only if it has `compile_from_config`.
 
     Args:
-        model: functional or Sequential, built; models within it are rebuilt likewise.
-        replacements: for the id of a layer what makes the one in its place, None for none.
+        model: functional or Sequential, built; models within it are rebuilt in the same way.
+        replacements: id of a layer -> function that makes the layer in its place, or returns None
+            to leave the layer out.
 
     Returns:
-        (new model, pairs): the pairs of each replaced layer and the one in its place, built.
+        (new model, pairs): each pair is a replaced layer and the one in its place, built.
 
     Raises:
         ValueError: for a model that cannot be rebuilt layer by layer, a layer to replace that is
-            not in its graph, and an optimizer or metric without a configuration to make it by.
+            not in its graph, and an optimizer or metric without a configuration to make it from.
     """
     builder = _Builder(replacements)
     new = builder.model(model)
@@ -75,7 +76,7 @@ def rebuild(
         if id(old) in replacements:
             pairs.append((old, made))
             if not old.trainable:
-                made.trainable = False  # also what it made in `build`
+                made.trainable = False  # including what it made in `build`
         else:
             _copy_variables(old, made)
             _copy_adapted(old, made)
@@ -117,7 +118,7 @@ class _Builder:
                 f"Received: model={model.name!r} of the class {type(model).__name__}. Construct "
                 "it anew with another normalization, or pass keras.Model(inputs, outputs)."
             )
-        rebuilt._trainable = model.trainable  # `trainable` would reach all that is in it
+        rebuilt._trainable = model.trainable  # `trainable` would set all inner layers too
         self.models.append((model, rebuilt))
         return rebuilt
 
@@ -146,7 +147,7 @@ class _Builder:
     def _call(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if id(layer) in self.left_out:
             return args[0] if args else kwargs["inputs"]
-        if id(layer) in self.in_place:  # it may not know the `mask` of the one before
+        if id(layer) in self.in_place:  # it may not take the `mask` that the old layer took
             known = inspect.signature(layer.call).parameters
             kwargs = {name: value for name, value in kwargs.items() if name in known}
         return layer(*args, **kwargs)
@@ -155,7 +156,7 @@ class _Builder:
 def clone(model: Any, *args: Any, **options: Any) -> Any:
     """As `keras.models.clone_model`, but not compiled.
 
-    Keras compiles from a configuration, in which a loss that is a function of the user's is lost.
+    Keras compiles from a configuration, which loses a loss that is the user's own function.
     """
     compiled, model.compiled = model.compiled, False
     try:
@@ -165,9 +166,9 @@ def clone(model: Any, *args: Any, **options: Any) -> Any:
 
 
 def same(layer: Layer) -> Layer:
-    """A new layer, or operation, of the same configuration.
+    """A new layer, or operation, with the same configuration.
 
-    A function of the user's is handed on as it is: its configuration would not bring it back.
+    The user's own functions are passed on as they are: a configuration would not restore them.
     """
     if type(layer) is keras.layers.Lambda:
         options = keras.layers.Layer.get_config(layer)  # name, trainable, dtype
@@ -194,7 +195,7 @@ def _holds_a_lambda(layer: Layer) -> bool:
 
 
 def _same_operation(operation: Any) -> Any:
-    """Of the same attributes, functions among them; it has no variables, and was not called."""
+    """A new operation with the same attributes and functions, without variables and not called."""
     new = object.__new__(type(operation))
     vars(new).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return new
@@ -213,7 +214,7 @@ def _like_input(tensor: Any) -> Any:
 
 
 def _own_options(model: Any) -> dict[str, Any]:
-    """What the constructor of its class takes beside a graph, if it takes a graph."""
+    """The arguments that the constructor of its class takes besides a graph, if it takes one."""
     names = _own_arguments(type(model))
     if not names:
         return {}
@@ -291,7 +292,7 @@ def paired_variables(old: Layer, new: Layer) -> list[tuple[Any, Any]]:
     shapes = [tuple(v.shape) for v in sources]
     named, named_new = ({v.name: v for v in variables} for variables in (sources, targets))
     if len(named) == len(sources) and set(named) == set(named_new):
-        targets = [named_new[v.name] for v in sources]  # quantized, they are in another order
+        targets = [named_new[v.name] for v in sources]  # in a quantized layer the order differs
     if shapes != [tuple(v.shape) for v in targets]:
         raise ValueError(
             "A layer must be rebuilt from its configuration with the same variables. Received: "
@@ -310,7 +311,7 @@ def _copy_variables(old: Layer, new: Layer) -> None:
 
 
 def _copy_adapted(old: Layer, new: Layer) -> None:
-    """What `adapt` has measured and a layer keeps beside its variables, as Keras saves it."""
+    """Copies what `adapt` measured and a layer keeps besides its variables, as Keras saves it."""
     sources, targets = (
         [y for y in layer._flatten_layers() if hasattr(y, "adapt") or hasattr(y, "load_assets")]
         for layer in (old, new)
@@ -336,14 +337,14 @@ def _copy_adapted(old: Layer, new: Layer) -> None:
 
 
 def _copy_trainable(old: Layer, new: Layer) -> None:
-    """Of the layer and each one in it; to assign `trainable` would set all of them alike."""
+    """Copies `trainable` layer by layer, because assigning it sets all inner layers alike."""
     for source, target in zip(old._flatten_layers(), new._flatten_layers(), strict=False):
         if type(source) is type(target):
             target._trainable = source.trainable
 
 
 def _compile_like(old: Any, new: Any) -> None:
-    """With the same losses, and an optimizer and metrics of the same configuration."""
+    """Compiles with the same losses, and an optimizer and metrics of the same configuration."""
     kind = type(old)
     if kind.compile is keras.Model.compile:
         new.compile(**keras.tree.map_structure(fresh, old._compile_config.config))
@@ -352,13 +353,13 @@ def _compile_like(old: Any, new: Any) -> None:
 
 
 def fresh(x: Any) -> Any:
-    """A new optimizer or metric of the same configuration; anything else as it is."""
+    """A new optimizer or metric with the same configuration; anything else as it is."""
     if not isinstance(x, keras.optimizers.Optimizer | keras.metrics.Metric):
         return x
     try:
         if isinstance(x, keras.optimizers.Optimizer):
             return _fresh_optimizer(x)
-        if type(x) is keras.metrics.MeanMetricWrapper:  # its function, too, is handed on
+        if type(x) is keras.metrics.MeanMetricWrapper:  # its function is passed on too
             options = keras.metrics.Metric.get_config(x)  # name, dtype
             return keras.metrics.MeanMetricWrapper(x._fn, **options, **x._fn_kwargs)
         return type(x).from_config(x.get_config())
@@ -372,7 +373,7 @@ def fresh(x: Any) -> Any:
 
 
 def _fresh_optimizer(x: Any) -> Any:
-    """With the same schedule, which has no state and need not be registered."""
+    """A new optimizer with the same schedule, which has no state and need not be registered."""
     if type(x) is keras.optimizers.LossScaleOptimizer:
         options = {"initial_scale": x.initial_scale, "name": x.name}
         options["dynamic_growth_steps"] = x.dynamic_growth_steps
@@ -380,7 +381,7 @@ def _fresh_optimizer(x: Any) -> Any:
     rate = x._learning_rate
     if not callable(rate):
         return type(x).from_config(x.get_config())
-    vars(x)["_learning_rate"] = 0.0  # for the time of get_config, which would serialize it
+    vars(x)["_learning_rate"] = 0.0  # during get_config, which would serialize the schedule
     try:
         config = x.get_config()
     finally:
@@ -391,7 +392,7 @@ def _fresh_optimizer(x: Any) -> Any:
 
 
 def inner_layers(model: Any) -> Iterator[tuple[Layer, Layer]]:
-    """(layer, model or layer that it stands in), each layer once, also those of inner models."""
+    """(layer, the model or layer it is in): each layer once, including those of inner models."""
     yield from _inner(model, set())
 
 
@@ -404,9 +405,9 @@ def _inner(parent: Any, seen: set[int]) -> Iterator[tuple[Layer, Layer]]:
 
 
 def copied_whole(model: Any) -> dict[int, Layer]:
-    """For the id of each layer that is inside of one that is no model, that one.
+    """Id of each layer that is inside a layer (not a model) -> that outer layer.
 
-    `rebuild` makes the outer one from its configuration, and replaces nothing in it.
+    `rebuild` makes the outer layer from its configuration, and replaces nothing in it.
     """
     outer: dict[int, Layer] = {}
     for layer in getattr(model, "layers", []):
@@ -426,12 +427,13 @@ class FoldReport:
     """What `fold_batch_normalization` did, and how far the outputs moved.
 
     Attributes:
-        folded: pairs of names: a batch normalization, and the layer that took it in. Where models
-            within the model have layers of one name, theirs stand before it: "block1/norm".
+        folded: pairs of names: a batch normalization, and the layer that absorbed it. If a name
+            occurs more than once, the names of the models that a layer is in are put in front:
+            "block1/norm".
         skipped: pairs of the name of a batch normalization that stayed, and the reason.
         largest_difference: the largest absolute difference between outputs of the two models.
-        largest_output: the largest absolute output of the original, to compare that with.
-        examples: on how many examples they were compared.
+        largest_output: the largest absolute output of the original, for comparison.
+        examples: the number of examples on which the models were compared.
     """
 
     folded: tuple[tuple[str, str], ...]
@@ -451,7 +453,7 @@ class FoldReport:
 
 
 class _Linear(NamedTuple):
-    """Where a layer keeps what makes its output channels."""
+    """Where a layer keeps the kernel and bias that make its output channels."""
 
     kernel: str
     channels: tuple[int, ...]  # axes of the kernel, slowest first, that make up the channels
@@ -487,7 +489,7 @@ class _Step(NamedTuple):
     layer: Layer
     before: Layer | None  # whose output it takes; None for an input of the model
     alone: bool  # whether nothing else takes that output
-    training: bool | None  # what the call itself says, whatever the mode of the model
+    training: bool | None  # the argument of the call itself, whatever the mode of the model
 
 
 def fold_batch_normalization(
@@ -501,25 +503,25 @@ def fold_batch_normalization(
     equations (S1) to (S3). The layer gets a bias if it had none. Train the original, not the copy.
 
     Args:
-        model: functional or Sequential, built; models within it are folded likewise.
-        inputs: an array, or the list or dict of arrays that the model takes, to compare outputs
-            on. Default: 8 random examples; sizes that the model leaves open are 32, strings are
-            empty.
+        model: functional or Sequential, built; models within it are folded in the same way.
+        inputs: an array, or the list or dict of arrays that the model takes, on which to compare
+            the outputs. Default: 8 random examples; sizes that the model leaves open are 32,
+            strings are empty.
 
     Returns:
-        (new model, `FoldReport`), compiled like the original, with a fresh optimizer, if that was
-        compiled (of a class with a `compile` of its own, only if it has `get_compile_config` and
-        `compile_from_config`). What cannot be folded stays as it is, and the report says why:
-        something stands between, such as an activation; the output before the normalization is
-        used elsewhere; one of the two layers is used in several places; its axis is not that of
-        the channels; it normalizes by the batch in inference; it computes in another dtype than
-        the layer before it; it is inside of another layer. The original is left as it is, to the
-        last bit.
+        (new model, `FoldReport`). The model is compiled like the original, with a fresh optimizer,
+        if that was compiled (a class with its own `compile` only if it has `get_compile_config`
+        and `compile_from_config`). What cannot be folded stays as it is, and the report says why:
+        something is in between, such as an activation; the output before the normalization is
+        used elsewhere; one of the two layers is used in several places; the normalization's axis
+        is not that of the channels; it normalizes by the batch in inference; it computes in
+        another dtype than the layer before it; it is inside another layer. The original is not
+        changed, to the last bit.
 
     Raises:
         ValueError: for a subclassed or unbuilt model, a model class whose get_config() lacks
             arguments of its constructor, a `Lambda` in a layer that cannot be made again, an
-            optimizer or metric that cannot, and inputs that the model does not take.
+            optimizer or metric that cannot be, and inputs that the model does not take.
 
     Example:
         >>> model = keras.Sequential(
@@ -534,8 +536,8 @@ def fold_batch_normalization(
 
     Numerics:
         The factors are computed in float64 and the kernel and bias rounded once, to their dtype:
-        outputs move by some units in the last place, more under a mixed policy. Channels with a
-        tiny moving variance have large factors, and may move further: hence the report.
+        outputs change by a few units in the last place, more under a mixed policy. Channels with a
+        tiny moving variance have large factors and may change more: hence the report.
 
     Reference:
         Jacob et al., 2018, Quantization and Training of Neural Networks for Efficient
@@ -559,7 +561,7 @@ def fold_batch_normalization(
 
 
 def _names(model: Any) -> dict[int, str]:
-    """Of every layer; of one of several of that name, with those of what it is inside of."""
+    """The name of every layer by id; if several share a name, with those of what they are in."""
     layers = list(inner_layers(model))
     count = Counter(layer.name for layer, _ in layers)
     paths = {id(model): ""}
@@ -569,7 +571,7 @@ def _names(model: Any) -> dict[int, str]:
 
 
 def _choose(model: Any) -> tuple[list[tuple[Layer, Layer]], list[tuple[Layer, str]]]:
-    """What can be folded into what, and what cannot, and why."""
+    """The pairs of layers that can be folded, and the layers that cannot, with the reason."""
     outer = copied_whole(model)
     inner = [y for y, _ in inner_layers(model) if id(y) not in outer]
     graphs = [model, *(y for y in inner if isinstance(y, keras.Model))]
@@ -625,7 +627,7 @@ def _training_of(node: Any) -> bool | None:
 
 
 def _in_training(model: Any, told: bool | None = None) -> Iterator[int]:
-    """The ids of layers that a call tells to train; that of a model overrules those in it."""
+    """Ids of layers that a call puts in training mode; a call of a model overrules those in it."""
     for step in _steps(model):
         training = step.training if told is None else told
         if isinstance(step.layer, keras.Model) and _shows_its_steps(step.layer):
@@ -690,7 +692,7 @@ def _host(x: Any) -> Floats:
 
 
 def _fold(norm: Layer, old: Layer, new: Layer) -> None:
-    """(S1) to (S3)."""
+    """Folds one normalization into the new layer, (S1) to (S3)."""
     mean, variance = _host(norm.moving_mean), _host(norm.moving_variance)
     scale = 1 / np.sqrt(variance + norm.epsilon)
     scale = scale if norm.gamma is None else scale * _host(norm.gamma)  # (S1)

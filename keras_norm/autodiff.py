@@ -1,12 +1,12 @@
 """Attach a hand-derived backward pass to a function, on TensorFlow, JAX and PyTorch.
 
 The mathematics of this package is written as pairs of pure functions: a forward pass that
-returns its outputs and what the backward pass needs of it (the residuals), and a backward
+returns its outputs and what the backward pass needs from it (the residuals), and a backward
 pass that turns the gradients of the outputs into the gradients of the inputs. `custom_vjp`
-joins such a pair into one differentiable function on the backend that Keras runs on.
+joins such a pair into one differentiable function on Keras's backend.
 
-`keras.ops.custom_gradient` is not used: it takes one output only on PyTorch, hides every
-error of the forward pass there, and its gradient cannot be differentiated again.
+`keras.ops.custom_gradient` is not used: on PyTorch it takes only one output and hides every
+error of the forward pass, and its gradient cannot be differentiated again.
 """
 
 import functools
@@ -24,21 +24,21 @@ Backward = Callable[[tuple[Array, ...], tuple[Array, ...]], Sequence[Array | Non
 
 
 def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> tuple[Array, ...]:
-    """Calls `forward` on the inputs, and lets `backward` be its gradient.
+    """Calls `forward` on the inputs, with `backward` as its gradient.
 
     Second derivatives work: the backward pass is differentiated like any other code, with
-    the residuals as functions of the inputs. (On PyTorch they are computed a second time
-    for it, and only then.) Forward-mode differentiation is not defined; JAX refuses it with
-    a `TypeError`.
+    the residuals as functions of the inputs. (On PyTorch the residuals are computed a second
+    time for this, and only for this.) Forward-mode differentiation is not defined; JAX refuses
+    it with a `TypeError`.
 
     Args:
-        forward: `forward(*inputs) -> (outputs, residuals)`, two tuples of arrays. It must
-            reach every array that it uses through its inputs, none through a closure.
+        forward: `forward(*inputs) -> (outputs, residuals)`, two tuples of arrays. It must get
+            every array that it uses through its inputs, none through a closure.
         backward: `backward(residuals, upstream) -> gradients`; `upstream` has one array for
-            every output (zeros for an output that was not used); the result has one entry
-            for every input, `None` where the input is a constant. They are cast to the
-            dtypes of the inputs.
-        *inputs: arrays, or `None` for an input that was left out; both functions see it so.
+            every output (zeros for an output that was not used); `gradients` has one entry for
+            every input, `None` if the input is a constant, and is cast to the dtypes of the
+            inputs.
+        *inputs: arrays, or `None` for an omitted input; both functions see it as `None`.
 
     Returns:
         The outputs of `forward`, a tuple of arrays.
@@ -57,14 +57,14 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
         >>> float(y[0])
         9.0
     """
-    # What the functions below need of the inputs: of JAX's tracers nothing may outlive the trace.
+    # All that the functions below need from the inputs: no JAX tracer may outlive its trace.
     present = [x is not None for x in inputs]
     arrays = [ops.convert_to_tensor(x) for x in inputs if x is not None]
     dtypes = [x.dtype for x in arrays]
 
     def forward_of_given(*given: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         remaining = iter(given)
-        # A list: `torch.compile` does not pass on what a generator gives.
+        # A list: `torch.compile` does not pass on the items of a generator.
         return forward(*[next(remaining) if is_present else None for is_present in present])
 
     def backward_of_given(residuals: Any, upstream: Any) -> list[Array | None]:
@@ -80,16 +80,16 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
 
 @functools.lru_cache(maxsize=1024)
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays as one program, which XLA compiles; on TensorFlow only.
+    """A function of arrays as one program that XLA compiles; on TensorFlow only.
 
-    It is compiled when it first runs with arguments of these shapes, inside of another compiled
-    function, too, and differentiable like any other. Those who pass the same function share what
-    was compiled: hand over one that is kept, not one that is made for each call.
+    It is compiled when it first runs with arguments of these shapes, even inside another compiled
+    function, and is differentiable like any other. Callers that pass the same function share the
+    compiled program: pass a function that is kept, not one that is made anew for each call.
 
-    Compiling takes much longer than running. Where the first size of the first array is
-    not known while the function around it is traced, the batches of a graph's nodes or of what a
-    detector found may all be of different sizes: only those that `is_usual` says yes to are
-    compiled, and the others run as TensorFlow runs any function.
+    Compiling takes much longer than running. If the first size of the first array is unknown
+    while the surrounding function is traced, every batch may have another size (such as the nodes
+    of a graph, or the objects a detector found): only sizes that `is_usual` accepts are compiled,
+    and the others run as TensorFlow runs any function.
 
     Args:
         function: of arrays or None, returning a nest of them; Keras's operations, no variables.
@@ -110,13 +110,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         tf.function(function, jit_compile=compiles, autograph=False, reduce_retracing=True)
         for compiles in (True, None)
     )
-    # Many shapes are many programs here, on purpose: TensorFlow need not warn of them.
+    # Many shapes mean many programs here, on purpose: TensorFlow need not warn about them.
     program._omit_frequent_tracing_warning = uncompiled._omit_frequent_tracing_warning = True
 
     @functools.wraps(function)
     def call(*arrays: Array | None) -> Any:
-        # Within the gradient of `tf.cond`, an operation can take what the branch has computed, and
-        # the call of a function cannot.
+        # In the gradient of `tf.cond`, an operation can use what the branch has computed, but a
+        # function call cannot.
         given = [None if x is None else tf.identity(x) for x in arrays]
         first: Any = given[0]
         if first.shape[:1] != [None]:
@@ -127,7 +127,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# The sizes of batches that people choose: few in each octave, whatever comes of the others.
+# The batch sizes that people choose: few in each octave, whatever the other sizes are.
 _USUAL = sorted(
     {k * 2**j for k in range(1, 8) for j in range(22)}
     | {k * 10**j for k in (*range(1, 10), 15, 25) for j in range(7)}
@@ -135,7 +135,7 @@ _USUAL = sorted(
 
 
 def is_usual(size: Any) -> Any:
-    """Whether a batch of this size will come again: k 2^j with k < 8, or one such as 90 or 250.
+    """Whether a batch size is likely to recur: k 2^j with k < 8, or one such as 90 or 250.
 
     Args:
         size: an integer, or a tensor of TensorFlow.
@@ -153,7 +153,7 @@ def is_usual(size: Any) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def can_compile() -> bool:
-    """Whether `compiled` gives compiled functions: there are TensorFlows without XLA.
+    """Whether `compiled` returns compiled functions: not on a TensorFlow without XLA.
 
     Example:
         >>> can_compile() in (True, False)
@@ -172,7 +172,7 @@ def can_compile() -> bool:
 
 
 def in_graph() -> bool:
-    """Whether TensorFlow traces a function, in place of computing at once.
+    """Whether TensorFlow is tracing a function instead of computing at once.
 
     Example:
         >>> in_graph()
@@ -186,7 +186,7 @@ def in_graph() -> bool:
 
 
 def inside_xla() -> bool:
-    """Whether TensorFlow traces a function that XLA will compile as a whole (`jit_compile=True`).
+    """Whether TensorFlow is tracing a function to be compiled by XLA whole (`jit_compile=True`).
 
     Example:
         >>> inside_xla()
@@ -205,7 +205,7 @@ def inside_xla() -> bool:
 def is_traced(x: Array) -> bool:
     """Whether x stands for an array in a function that is being compiled, to run later.
 
-    Not so where Keras only infers shapes, nor on PyTorch.
+    False where Keras only infers shapes, and on PyTorch.
 
     Example:
         >>> is_traced(ops.ones(3))
@@ -224,7 +224,7 @@ def is_traced(x: Array) -> bool:
         while isinstance(x, jax.core.Tracer):
             if not hasattr(x, "primal"):
                 return True
-            x = x.primal  # of a derivative, which may be taken without `jit`
+            x = x.primal  # in a derivative, which may be taken without `jit`
         return False
     return False
 
@@ -238,10 +238,10 @@ def _infers_shapes() -> bool:
 
 
 def peek(variable: Any) -> Any:
-    """The present value of a Keras variable as a NumPy array, also while a function is traced.
+    """The present value of a Keras variable as a NumPy array, even while a function is traced.
 
     Returns:
-        `None` where it cannot be looked at: inside JAX's `jit`, where the value is not known yet.
+        The value, or `None` where it is not known yet: inside JAX's `jit`.
 
     Example:
         >>> peek(keras.Variable([1.0, 2.0])).tolist()
@@ -265,7 +265,7 @@ def peek(variable: Any) -> Any:
 
 
 def eagerly(function: Callable[[], Any]) -> Any:
-    """What a function of no tensors returns when it is called outside of any graph being traced."""
+    """Calls a function without tensors outside of any graph that is being traced."""
     if keras.backend.backend() != "tensorflow":
         return function()
     import tensorflow as tf
@@ -300,9 +300,9 @@ def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[A
     # Read the variables out here: `tf.custom_gradient` would want gradients for those it sees.
     inputs = tuple(tf.convert_to_tensor(x) for x in inputs)
     if tf.executing_eagerly() and not _is_recorded():
-        return tuple(forward(*inputs)[0])  # what follows takes longer than a small layer
+        return tuple(forward(*inputs)[0])  # the rest would take longer than a small layer
     if type(tf.compat.v1.get_default_graph()).__name__ == "CondBranchFuncGraph":
-        # In a branch of `tf.cond` two gradients can be had of what the branch has computed only.
+        # In a branch of `tf.cond`, only what the branch has computed can be differentiated twice.
         inputs = tuple(tf.identity(x) for x in inputs)
 
     @tf.custom_gradient
@@ -318,7 +318,7 @@ def _tensorflow(forward: Forward, backward: Backward, *inputs: Array) -> tuple[A
 
 
 def _is_recorded() -> bool:
-    """Whether a `tf.GradientTape` or a forward accumulator follows what is computed now."""
+    """Whether a `tf.GradientTape` or a forward accumulator is recording."""
     try:
         from tensorflow.python.eager.record import could_possibly_record
     except ImportError:
@@ -361,7 +361,7 @@ def _jax_zero(shape: tuple[int, ...], dtype: Any) -> Array:
 def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array, ...]:
     import torch
 
-    if in_transform():  # of `vmap` and `grad` a function like this one would need rules of its own
+    if in_transform():  # a function like this one would need its own rules for `vmap` and `grad`
         return tuple(forward(*inputs)[0])
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         with torch.no_grad():
@@ -372,7 +372,7 @@ def _torch(forward: Forward, backward: Backward, *inputs: Array) -> tuple[Array,
 def in_transform() -> bool:
     """Whether this runs inside one of PyTorch's function transforms, such as `torch.func.vmap`.
 
-    There arrays have no values to look at, and the backward pass is PyTorch's own.
+    There arrays have no values to inspect, and the backward pass is PyTorch's own.
     """
     if keras.backend.backend() != "torch":
         return False
@@ -398,7 +398,7 @@ def _make_torch_function() -> Any:
         @staticmethod
         def backward(ctx: Any, *upstream: Array) -> tuple[Array | None, ...]:
             forward, backward = ctx.halves
-            saved = ctx.saved_tensors  # once: what a checkpoint holds can be asked for once only
+            saved = ctx.saved_tensors  # once: a checkpoint gives out its tensors only once
             arrays, residuals = saved[: ctx.inputs], saved[ctx.inputs :]
             if torch.is_grad_enabled():
                 # The gradient will itself be differentiated: saved residuals are constants
@@ -409,8 +409,8 @@ def _make_torch_function() -> Any:
     return Function
 
 
-# One class for all, made at once: making it takes longer than a small layer, and `torch.compile`
-# cannot.
+# One class for all calls, made here: making it takes longer than a small layer, and
+# `torch.compile` cannot make it.
 _TORCH_FUNCTION: Any = _make_torch_function() if keras.backend.backend() == "torch" else None
 
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, ...]]] = {

@@ -1,4 +1,4 @@
-"""What happens during `fit`: Keras callbacks."""
+"""Keras callbacks: learning-rate range test, statistics and averaged weights during `fit`."""
 
 import csv
 import importlib
@@ -45,10 +45,10 @@ Floats = npt.NDArray[np.float64]
 class LearningRateSuggestion(NamedTuple):
     """Two learning rates read off a range test.
 
-    `steepest`: where the loss fell fastest per factor (or per unit, on a linear scale) of the
-    rate; a good constant rate. `lowest`: where the smoothed loss was lowest, the edge of
-    divergence; a tenth of it is a good constant rate too, and the maximum of a cyclical schedule
-    lies between the two.
+    `steepest`: the rate at which the loss fell fastest per factor (or per unit, on a linear scale)
+    of the rate; a good constant rate. `lowest`: the rate at which the smoothed loss was lowest,
+    the edge of divergence; a tenth of it is a good constant rate too. The maximum of a cyclical
+    schedule lies between `steepest` and `lowest`.
     """
 
     steepest: float
@@ -65,22 +65,21 @@ class LearningRateRangeTest(keras.callbacks.Callback):
 
     and its loss is recorded. The test stops early when the loss is not finite, or when its mean
     over the last `window` batches, m, has risen well above the lowest such mean, m_low: when
-    m > m_low + (divergence - 1) |m_low|. Then `fit` ends, and the model has the weights, the
-    state of the optimizer, the random seeds and the learning rate that it had before, whatever
-    the way it ends:
+    m > m_low + (divergence - 1) |m_low|. Then `fit` ends. However it ends, the model gets back the
+    weights, the state of the optimizer, the random seeds and the learning rate that it had before:
 
-    - after an exception or Ctrl-C in a training step, as soon as that passes through;
+    - after an exception or Ctrl-C in a training step, as soon as that is raised;
     - after one elsewhere (in the data, in another callback), when the `with` block of this
-      callback ends, or `restore()` is called: Keras does not tell callbacks about it.
+      callback ends or `restore()` is called, because Keras does not tell callbacks about it.
 
     Args:
         minimum: number > 0, the first learning rate. Default: 1e-6.
         maximum: number > minimum, the last learning rate. Default: 10.
-        steps: int >= 2, batches to train, within an epoch or over several: give `fit` enough
-            epochs. Default: 100.
+        steps: int >= 2, batches to train on, in one epoch or several: give `fit` enough epochs.
+            Default: 100.
         scale: "exponential" or "linear". Default: "exponential".
         window: odd int from 1 to `steps`, batches in a moving mean and in a fit of the slope.
-            Default: None, a tenth of `steps`, but at least 5 (if there are so many), made odd.
+            Default: None, a tenth of `steps`, but at least 5 (if there are that many), made odd.
         divergence: number > 1, see above. Default: 4.
 
     Attributes:
@@ -89,7 +88,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
 
     Raises:
         ValueError: for a number out of its range; from `fit`, if the model is not built, its logs
-            have no loss, or its optimizer has no part in its first batch.
+            have no loss, or its optimizer is not used in its first batch.
 
     Example:
         >>> import keras
@@ -107,7 +106,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         >>> round(float(model.optimizer.learning_rate.numpy()), 6), int(model.optimizer.iterations)
         (0.01, 0)
 
-    Numerics: the loss of a batch is that batch's alone, for which the model's metrics are reset
+    Numerics: the loss of a batch is that batch's alone. To this end the model's metrics are reset
     before each batch (so the progress bar shows single batches). With `steps_per_execution` > 1
     one execution counts as a batch. The moving means are centred: they do not lag behind.
 
@@ -169,7 +168,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     # What `fit` calls
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Keeps the state of the model, and begins at the minimum."""
+        """Saves the state of the model and starts at the minimum rate."""
         self.restore()
         self._rates, self._losses, self._lowest = [], [], math.inf
         self._snapshot = _Snapshot(self.model, self._sweep, self.restore)
@@ -184,7 +183,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         self._rates.append(self._snapshot.get_learning_rate())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Records the loss of the batch, and ends the test where it has to end."""
+        """Records the loss of the batch, and ends the test if it is time."""
         if self.status != "running":
             return
         if "loss" not in (logs or {}):
@@ -202,7 +201,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
             self._end("finished")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Puts the model back, once more after what `fit` itself did to the weights at the end."""
+        """Puts the model back again, because `fit` itself may change the weights at its end."""
         ended = self.status == "running"
         if ended:
             self.status = "data ended"
@@ -218,12 +217,12 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     def _end(self, status: str) -> None:
         self.status = status
         if self._snapshot is not None:
-            # Already here: what comes before on_train_end must not see (or save) these weights.
+            # Already here, so that nothing before on_train_end sees (or saves) these weights.
             self._snapshot.put_back()
         self.model.stop_training = True
 
     def _check_optimizer(self) -> None:
-        """After the first batch: another optimizer would train at rates of its own."""
+        """After the first batch: the model's optimizer must have made the step, at our rate."""
         synchronized(self.model)
         if self._snapshot is None or self._snapshot.has_stepped():
             return
@@ -236,7 +235,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         )
 
     def _sweep(self, step: Any) -> Any:
-        """The learning rate as a schedule, for an optimizer that has one of its own."""
+        """The learning rate as a schedule, for an optimizer that has a schedule."""
         u = keras.ops.cast(step, keras.config.floatx()) / (self.steps - 1)
         if self.scale == "linear":
             return self.minimum * (1 - u) + self.maximum * u
@@ -255,7 +254,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     # Putting things back
 
     def restore(self) -> None:
-        """Puts weights, optimizer, seeds and learning rate back; does nothing if they are.
+        """Puts weights, optimizer, seeds and learning rate back, unless that has been done.
 
         Example:
             >>> LearningRateRangeTest().restore()
@@ -281,8 +280,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
 
         Returns:
             Arrays of one length, that of the batches trained: "step" (int64), "learning_rate",
-            "loss" and "smoothed_loss" (float64), the centred moving mean over `window` batches,
-            over fewer at the ends.
+            "loss" and "smoothed_loss" (float64). The last is the centred moving mean over `window`
+            batches, and over fewer at the ends.
 
         Example:
             >>> sorted(LearningRateRangeTest().results())
@@ -300,9 +299,9 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     def suggestion(self) -> LearningRateSuggestion:
         """Reads learning rates off the curve.
 
-        `lowest` is the rate at the lowest smoothed loss. `steepest` is the rate up to there at
-        which the line fitted to the losses of `window` batches (over log rate, or over the rate
-        on a linear scale) falls most.
+        `lowest` is the rate at the lowest smoothed loss. `steepest` is the rate, up to that one,
+        at which the line fitted to the losses of `window` batches (over log rate, or over the rate
+        on a linear scale) falls most steeply.
 
         Returns:
             `LearningRateSuggestion(steepest, lowest)`, floats.
@@ -341,12 +340,12 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     def plot(
         self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
     ) -> "Figure":
-        """Draws loss against learning rate, with the suggestion where there is one.
+        """Draws loss against learning rate, with the suggestion if there is one.
 
         Args:
-            path: .png, .pdf or .svg file to write, whole or not at all. Default: None, the
-                figure is returned only.
-            title: above the plot, such as the net and its data. Default: None.
+            path: .png, .pdf or .svg file to write, whole or not at all. Default: None, only
+                return the figure.
+            title: text above the plot, such as the net and its data. Default: None.
 
         Returns:
             The Matplotlib figure.
@@ -390,16 +389,16 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss")
         note = f"range test over {len(rates)} batches, {self.status}"
-        figure.legend(title=note, ncols=2, loc="outside lower center")  # no line runs through it
+        figure.legend(title=note, ncols=2, loc="outside lower center")  # clear of the lines
         return figure
 
 
 class _Snapshot:
-    """State of a model before a range test, and the handle on its learning rate.
+    """State of a model before a range test, and access to its learning rate.
 
-    The optimizer's rate is set by assignment where it is a variable. A schedule cannot be
-    assigned to, and is traced into the training step: it is exchanged for the sweep, and the
-    step traced anew. The step is wrapped to notice what interrupts it.
+    If the optimizer's rate is a variable, it is set by assignment. A schedule cannot be assigned
+    to, and is traced into the training step, so it is replaced by the sweep and the step is traced
+    again. The step is wrapped to notice what interrupts it.
     """
 
     def __init__(
@@ -426,16 +425,16 @@ class _Snapshot:
         self._rule = _rule(optimizer)
         self._steps = [self._rule._iterations]
         if hasattr(optimizer, "dynamic_scale"):
-            self._steps.append(optimizer.dynamic_scale)  # halved where a step is left out
+            self._steps.append(optimizer.dynamic_scale)  # halved when a step is skipped
         self._before = [float(v.numpy()) for v in self._steps]
         self._variables = [*model.variables, *optimizer.variables]
         self._values = [np.array(variable.numpy()) for variable in self._variables]
         if keras.backend.backend() == "jax":
-            # An average that Keras has put into the weights is one buffer in two variables, and
-            # a step on JAX cannot be given that: each gets its own.
+            # An average that Keras has put into the weights is one buffer in two variables, which
+            # a step on JAX cannot take: each gets its own.
             for variable, value in zip(self._variables, self._values, strict=True):
                 variable.assign(value)
-        # Keras gives the rate's value to everyone, but the schedule itself to nobody.
+        # Keras has a public way to the value of the rate, but none to the schedule itself.
         self._schedule = self._rule._learning_rate
         if isinstance(self._schedule, keras.Variable):
             self._schedule = None
@@ -455,21 +454,21 @@ class _Snapshot:
         return float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(rate)))
 
     def has_stepped(self) -> bool:
-        """Whether the optimizer has been given gradients since."""
+        """Whether the optimizer has been given gradients since the snapshot."""
         return self._before != [float(v.numpy()) for v in self._steps]
 
     def put_back(self) -> None:
-        """Assigns the values, in the middle of an epoch too."""
+        """Assigns the values of the snapshot, even in the middle of an epoch."""
         if getattr(self._model, "_jax_state", None):
-            # On JAX the state is in the step's hands, or lost with a step that failed; from now
-            # on it is that of the variables again.
+            # On JAX the training step holds the state, or lost it when it failed; from now on the
+            # state is that of the variables again.
             self._model._jax_state_synced = True
             self._model.reset_metrics()
         for variable, value in zip(self._variables, self._values, strict=True):
             variable.assign(value)
 
     def release(self) -> None:
-        """Gives the optimizer its schedule and the model its training step back."""
+        """Gives back the optimizer's schedule and the model's training step."""
         if self._model.train_function is self._wrapper:
             self._model.train_function = self._train_function
         if self._schedule is not None:
@@ -495,7 +494,7 @@ def _watched(function: Callable[..., Any], restore: Callable[[], None]) -> Calla
         try:
             return function(*args)
         except BaseException as error:
-            # The end of the data comes as an exception too: Python's, or TensorFlow's.
+            # The end of the data is an exception too: Python's, or TensorFlow's.
             if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
                 restore()
             raise
@@ -504,7 +503,7 @@ def _watched(function: Callable[..., Any], restore: Callable[[], None]) -> Calla
 
 
 def _rule(optimizer: Any) -> Any:
-    """The optimizer that makes the steps: of a LossScaleOptimizer, the one inside."""
+    """The optimizer that makes the steps: the inner one of a LossScaleOptimizer."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
@@ -536,21 +535,21 @@ def _window(steps: int, window: int | None) -> int:
 
 
 def _moving_mean(values: Floats, size: int) -> Floats:
-    """Centred; over as many values as there are at the ends."""
+    """The centred moving mean; at the ends, over as many values as there are."""
     half = size // 2
     means = [values[max(0, k - half) : k + half + 1].mean() for k in range(len(values))]
     return np.array(means, "float64")
 
 
 def _slope(x: Floats, y: Floats) -> float:
-    """Of the least-squares line; not finite counts as rising."""
+    """Slope of the least-squares line; if it is not finite, it counts as rising."""
     x = x - x.mean()
     slope = float(x @ (y - y.mean()) / (x @ x))
     return slope if math.isfinite(slope) else math.inf
 
 
 def _view(loss: Floats, smoothed: Floats) -> tuple[float, float]:
-    """Limits that show the descent, however high the divergence went."""
+    """Limits of the y axis that show the descent, however high the loss rose afterwards."""
     finite = loss[np.isfinite(loss)]
     if not len(finite):
         return 0.0, 1.0
@@ -564,21 +563,21 @@ def _view(loss: Floats, smoothed: Floats) -> tuple[float, float]:
 
 
 class _Exchange(keras.callbacks.Callback):
-    """Gives the model other values for validation, and its own back for training.
+    """Gives the model other values for validation, and its own values back for training.
 
     In an epoch of `fit` with validation data:
 
-        on_test_begin       the values come in: validation sees them,
+        on_test_begin       the other values come in: validation sees them,
         on_epoch_end        and so do the callbacks that are listed before this one;
-                            then the model's own values go back in, for those that are listed
-                            after it, and for the next epoch.
+                            then the model's own values are put back, for the callbacks listed
+                            after it and for the next epoch.
 
-    Without validation data, the callbacks before this one see them if `in_order` made the list:
-    it puts one in front that brings the values in when an epoch ends. Of several exchanges the
-    last goes back first.
+    Without validation data, the callbacks before this one see the other values if `in_order` made
+    the list: it puts a callback in front that brings them in when an epoch ends. If several
+    callbacks exchange values, the last one in is put back first.
 
-    An exception in a validation step puts them back as it passes through; one elsewhere when the
-    `with` block of the callback ends, at the next `fit`, or by `restore()`.
+    After an exception in a validation step the model's own values are put back at once; after one
+    elsewhere, when the `with` block of the callback ends, at the next `fit`, or by `restore()`.
     """
 
     def __init__(self, every: int, keep: bool) -> None:
@@ -594,7 +593,7 @@ class _Exchange(keras.callbacks.Callback):
         self._exchanged_model: Any = None  # `model` is another in the next `fit`
 
     def _variables(self) -> list[Any]:
-        """What is exchanged."""
+        """The variables whose values are exchanged."""
         raise NotImplementedError
 
     def _come_in(self) -> None:
@@ -606,11 +605,11 @@ class _Exchange(keras.callbacks.Callback):
 
     @property
     def exchanged(self) -> bool:
-        """Whether the model has the other values at present."""
+        """Whether the model has the other values now."""
         return self._own is not None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Puts back what an interrupted `fit` has left."""
+        """Puts the model's own values back if an interrupted `fit` has not."""
         self.restore()
         self._fitting = True
 
@@ -619,23 +618,23 @@ class _Exchange(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Brings the values in, before validation."""
+        """Brings the other values in, before validation."""
         if not (self._fitting and self._due(self._epoch)) or self.exchanged:
             return
         self._bring_in()
         if any(other._watch is not None for other in _EXCHANGED[self._exchanged_model]):
-            return  # the first of them puts back those on top of it, too
+            return  # the first of them also puts back those that came in after it
         function = self.model.test_function
         wrapper = _watched(function, self.restore)
         self._watch = function, wrapper
         self.model.test_function = wrapper
 
     def on_test_end(self, logs: Any = None) -> None:
-        """Gives the model its step of validation back."""
+        """Gives the model its own validation step back."""
         self._unwatch()
 
     def before_epoch_end(self, epoch: int) -> None:
-        """Brings the values in if validation has not; before any callback's `on_epoch_end`."""
+        """Brings the other values in if validation has not, before any `on_epoch_end`."""
         if self._fitting and self._due(epoch) and not self.exchanged:
             self._bring_in()
 
@@ -644,14 +643,14 @@ class _Exchange(keras.callbacks.Callback):
         self._put_back()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Ends; with `keep`, the model gets the other values for good."""
+        """Ends the exchange; with `keep`, the model gets the other values for good."""
         self._put_back()
         self._fitting = False
         if self.keep:
             self._bring_in_for_good()
 
     def restore(self) -> None:
-        """Puts the model's own values back; does nothing if it has them.
+        """Puts the model's own values back, unless it has them already.
 
         Example:
             >>> AverageWeights().restore()
@@ -686,7 +685,7 @@ class _Exchange(keras.callbacks.Callback):
         if self._own is None:
             return
         exchanges = _EXCHANGED[self._exchanged_model]
-        while exchanges[-1] is not self:  # came in on top of these values
+        while exchanges[-1] is not self:  # those that came in after this one
             exchanges[-1]._put_back()
         exchanges.pop()
         own, self._own = self._own, None
@@ -699,7 +698,7 @@ class _Exchange(keras.callbacks.Callback):
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        synchronized(self._exchanged_model)  # interrupted, its step may still have the values
+        synchronized(self._exchanged_model)  # an interrupted step may still hold the values
         if self._exchanged_model.test_function is watch[1]:
             self._exchanged_model.test_function = watch[0]
 
@@ -709,7 +708,7 @@ _EXCHANGED: weakref.WeakKeyDictionary[Any, list[_Exchange]] = weakref.WeakKeyDic
 
 
 class _BeforeEpochEnd(keras.callbacks.Callback):
-    """Listed first, it brings the values of an exchange in for all that look at an epoch's end."""
+    """Listed first, it brings another callback's values in before all other `on_epoch_end`."""
 
     def __init__(self, exchange: _Exchange) -> None:
         super().__init__()
@@ -720,7 +719,7 @@ class _BeforeEpochEnd(keras.callbacks.Callback):
 
 
 def _made(data: Any) -> Any:
-    """The data, or what a function without arguments makes."""
+    """The data, or what it returns if it is a function without arguments."""
     return data() if callable(data) else data
 
 
@@ -733,23 +732,23 @@ def _statistics_in(model: Any) -> list[Any]:
 class ReestimateStatistics(_Exchange):
     """Validates with re-estimated batch normalization statistics.
 
-    Before the validation of every n-th epoch, `keras_norm.statistics.reestimate` replaces the
-    moving statistics; after it, training goes on with its own. List callbacks that shall see the
+    Before validation in every n-th epoch, `keras_norm.statistics.reestimate` replaces the moving
+    statistics; afterwards, training continues with its own. List the callbacks that should see the
     re-estimated ones (`ModelCheckpoint`, `EarlyStopping`) before this one, and `BackupAndRestore`
-    after it; `in_order` does.
+    after it; `in_order` does so.
 
     Args:
-        data: as in `reestimate`, usually the training data; of a generator, which has an end, a
-            function without arguments that makes one.
-        every: int >= 1, epochs. Default: 1.
+        data: as in `reestimate`, usually the training data; in place of a generator, which can be
+            used only once, a function without arguments that makes one.
+        every: int >= 1, n, in epochs. Default: 1.
         keep: whether the model ends `fit` with re-estimated statistics. Default: True.
         options: of `reestimate`.
 
     Attributes:
-        reports: epoch -> `keras_norm.statistics.Report`; "end" for that at the end.
+        reports: epoch -> `keras_norm.statistics.Report`; "end" for the one at the end of `fit`.
 
     Raises:
-        ValueError: for `every` out of range; from `fit`, as `reestimate`: the model then has its
+        ValueError: for `every` out of range; from `fit`, as `reestimate`. The model then has its
             own statistics.
 
     Example:
@@ -770,7 +769,7 @@ class ReestimateStatistics(_Exchange):
         self.reports: dict[int | str, statistics.Report] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forgets the reports of another `fit`."""
+        """Forgets the reports of an earlier `fit`."""
         super().on_train_begin(logs)
         self.reports = {}
 
@@ -788,13 +787,13 @@ class ReestimateStatistics(_Exchange):
 class AdaptStatistics(ReestimateStatistics):
     """Validates with statistics that are adapted to another domain.
 
-    As `ReestimateStatistics`, by `keras_norm.statistics.adapt`: what validation data of that
-    domain would show after adaptation.
+    Works as `ReestimateStatistics`, but with `keras_norm.statistics.adapt`: validation data of
+    that domain then show what the model would achieve after adaptation.
 
     Args:
         target: as in `adapt`, or a function without arguments that makes it.
         prior: N of `adapt`, number of pseudo-examples. Default: 0.
-        every: int >= 1, epochs. Default: 1.
+        every: int >= 1, epochs between two adaptations. Default: 1.
         keep: whether the model ends `fit` with adapted statistics. Default: False.
         options: of `adapt`.
 
@@ -820,35 +819,35 @@ class AdaptStatistics(ReestimateStatistics):
 
 
 class AverageWeights(_Exchange):
-    """Validates with the average of the weights, and with statistics of its own.
+    """Validates with an average of the weights, and with statistics that belong to it.
 
-    Exponential moving average, or the plain mean (stochastic weight averaging), of the trainable
-    weights w after each update of the average, k = 1, 2, ...:
+    The average a of the trainable weights w is an exponential moving average, or the plain mean
+    (stochastic weight averaging). Its updates k = 1, 2, ... are:
 
         "ema":  a <- d a + (1 - d) w,   d = min(decay, k / (k + 9))
         "swa":  a <- a + (w - a) / k
 
-    Before validation the model gets the average, and, if there is `data`, the batch
-    normalization statistics of it: those of the training weights belong to other activations.
-    List callbacks that shall see the average (`ModelCheckpoint`, `EarlyStopping`) before this
-    one, and `BackupAndRestore` after it; `in_order` does.
+    Before validation the model gets the average and, if there is `data`, batch normalization
+    statistics re-estimated for it, because those of the training weights belong to other
+    activations. List the callbacks that should see the average (`ModelCheckpoint`,
+    `EarlyStopping`) before this one, and `BackupAndRestore` after it; `in_order` does so.
 
     Args:
         kind: "ema" or "swa". Default: "ema".
-        decay: number in (0, 1), of "ema". Default: 0.999.
+        decay: number in (0, 1), for "ema". Default: 0.999.
         start: int >= 0, first epoch whose weights are averaged. Default: 0.
-        steps: int >= 1, batches between two updates of the average, or None: once at the end of
-            each epoch. Default: None for "swa", 1 for "ema" (given as "auto"). Where `fit` takes
+        steps: int >= 1, batches between two updates of the average, or None: one update at the end
+            of each epoch. Default: None for "swa", 1 for "ema" (given as "auto"). If `fit` takes
             several batches at once (`steps_per_execution`), the weights after them count for each
             update that was due.
         data: for the statistics, as in `ReestimateStatistics`; None to average the moving
             statistics like weights. Default: None.
         every: int >= 1, epochs. Default: 1.
         keep: whether the model ends `fit` with the average. If another callback has changed the
-            weights when training ended (`EarlyStopping` puts its best back), these stay.
+            weights at the end of training (`EarlyStopping` restores its best), those stay.
             Default: True.
-        backup: .npz file for the average, written at the end of each epoch and read when `fit` is
-            resumed by `BackupAndRestore`, removed when `fit` ends. Default: None.
+        backup: .npz file for the average, written at the end of each epoch, read when `fit` is
+            resumed by `BackupAndRestore`, and removed when `fit` ends. Default: None.
         options: of `keras_norm.statistics.reestimate`.
 
     Raises:
@@ -897,14 +896,14 @@ class AverageWeights(_Exchange):
         self.kind, self.decay, self.start, self.steps = kind, decay, start, steps
         self.data, self.backup, self.options = data, backup, options
         self.updates = 0
-        self._averages: list[Any] = []  # one variable for each of those that are averaged
+        self._averages: list[Any] = []  # one for each variable that is averaged
         self._averaged: list[Any] = []
-        self._batches = self._earlier = 0  # since `start`, and of these in earlier epochs
+        self._batches = self._earlier = 0  # since `start`; those of them in earlier epochs
         self._left: list[npt.NDArray[Any]] | None = None  # weights when the last epoch ended
-        self._updated = -1  # the last epoch with its one update
+        self._updated = -1  # the last epoch that had its one update
 
     def _variables(self) -> list[Any]:
-        if self._averaged:  # whatever is trained by now
+        if self._averaged:  # whatever is trained now
             return self._averaged
         model = self.model
         moving = model.non_trainable_variables if self.data is None else _statistics_in(model)
@@ -925,7 +924,7 @@ class AverageWeights(_Exchange):
             statistics.reestimate(self.model, _made(self.data), **self.options)
 
     def _update(self, times: int = 1) -> None:
-        """As many updates of the average, by the weights of now."""
+        """Updates the average with the present weights, `times` times."""
         synchronized(self.model)
         kept = 1.0
         for _ in range(times):
@@ -958,14 +957,14 @@ class AverageWeights(_Exchange):
         self._updated, self._batches = -1, 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Takes the average of a `fit` that is resumed here up again."""
+        """Reads the average from the backup if `fit` is resumed in this epoch."""
         super().on_epoch_begin(epoch, logs)
         if self.backup is not None and epoch > 0 and not self._averages:
             self._load(epoch)
         self._earlier = self._batches
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Updates the average, every so many batches."""
+        """Updates the average after every `steps` batches."""
         number = self._every_batches()
         if number is None or self._epoch < self.start:
             return
@@ -974,13 +973,13 @@ class AverageWeights(_Exchange):
             self._update(times)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Updates the average, once in an epoch, and brings it in."""
+        """Updates the average, if it is due once per epoch, and brings it in."""
         if self._fitting and not self.exchanged:
             self._update_in_epoch()
         super().on_test_begin(logs)
 
     def before_epoch_end(self, epoch: int) -> None:
-        """Updates the average, once in an epoch, and brings it in if validation has not."""
+        """Updates the average, if it is due once per epoch, and brings it in, if not yet done."""
         if self._fitting and not self.exchanged:
             self._update_in_epoch()
         super().before_epoch_end(epoch)
@@ -992,7 +991,7 @@ class AverageWeights(_Exchange):
             self._update()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Puts the weights of training back, and writes the backup."""
+        """Puts the training weights back and writes the backup."""
         super().on_epoch_end(epoch, logs)
         self._update_in_epoch()
         self._left = [np.array(v.numpy()) for v in self.model.trainable_variables]
@@ -1000,7 +999,7 @@ class AverageWeights(_Exchange):
             self._save(epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Gives the model the average, if it is to keep it."""
+        """Gives the model the average if it is to keep it."""
         self._put_back()
         now = [np.array(v.numpy()) for v in self.model.trainable_variables]
         changed = self._left is not None and not all(map(np.array_equal, now, self._left))
@@ -1046,37 +1045,37 @@ class AverageWeights(_Exchange):
 
 
 def _average(value: Any, variable: Any) -> Any:
-    """A variable for the average of another; in float32 where that has less."""
+    """A variable for the average of another; in float32 if the other has lower precision."""
     dtype = "float64" if variable.dtype == "float64" else "float32"
     return keras.Variable(ops.cast(value, dtype), dtype=dtype, trainable=False, name="average")
 
 
 def _use_ema(optimizer: Any) -> bool:
-    """Whether the optimizer, or one of several, puts its own average into the weights."""
+    """Whether the optimizer, or one of several, keeps its own average of the weights."""
     rule = _rule(optimizer)
     return any(getattr(one, "use_ema", False) for one in getattr(rule, "optimizers", [rule]))
 
 
 class Lookahead(keras.callbacks.Callback):
-    """Slow weights that follow the fast ones, and that the fast ones return to.
+    """Keeps slow weights that follow the fast ones, and resets the fast ones to them.
 
-    With w the weights after each `steps` batches, s the slow weights, and t of T steps done:
+    Let w be the weights after every `steps` batches, s the slow weights, and t of T steps done:
 
         (K1)  d = decay^steps (t / T)^power
         (K2)  s <- d s + (1 - d) w,    w <- s
 
-    so that averaging sets in towards the end of training. Moving statistics take part: they stay
-    those of weights that the model has. The last update leaves the model with the slow weights.
+    so that averaging sets in towards the end of training. Moving statistics are averaged too, so
+    that they match the model's weights. The last update leaves the model with the slow weights.
 
     Args:
-        total_steps: int >= 1, T, all steps of the training.
+        total_steps: int >= 1, T, number of steps of the whole training.
         steps: int >= 1, batches between two updates. Default: 5.
         decay: number in (0, 1), per step, at the end of training. Default: 0.95.
         power: number >= 0; 0 averages from the beginning. Default: 3.
 
     State: `variables`, the slow weights, one `keras.Variable` for each trainable weight and each
         moving statistic, from the first step on; a `fit` that trains other weights, of the same
-        model or another, begins with new ones. t is counted by the optimizer, as batches, also
+        model or another, starts with new ones. The optimizer counts t, in batches, including
         those whose gradients it only accumulates. Save and restore both with the model to resume
         a training exactly.
 
@@ -1113,7 +1112,7 @@ class Lookahead(keras.callbacks.Callback):
         self.variables: list[Any] = []
 
     def build(self, model: Any) -> None:
-        """Creates the slow weights, equal to the model's; `fit` does it where it has not been.
+        """Creates the slow weights, equal to the model's; otherwise `fit` does so.
 
         Args:
             model: a built `keras.Model`.
@@ -1126,7 +1125,7 @@ class Lookahead(keras.callbacks.Callback):
         ]
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Creates the slow weights, unless a training of the same weights goes on with them."""
+        """Creates the slow weights, unless there are some for the same weights."""
         averaged = [id(v) for v in _averaged_in(self.model)]
         if not self.variables or averaged != [id(v) for v in self._fast]:
             self.build(self.model)
@@ -1134,11 +1133,11 @@ class Lookahead(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes how many batches the optimizer has had."""
         synchronized(self.model)
-        # `iterations` is rounded down to whole accumulations, which may go on into this epoch.
+        # `iterations` counts whole accumulations only; one may continue into this epoch.
         self._before = self._step = int(_rule(self.model.optimizer)._iterations.numpy())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Updates slow and fast weights, every so many steps."""
+        """Updates slow and fast weights after every `steps` batches."""
         last, self._step = self._step, self._before + batch + 1
         if last // self.steps == self._step // self.steps:
             return
@@ -1148,11 +1147,11 @@ class Lookahead(keras.callbacks.Callback):
         for slow, fast in zip(self.variables, self._fast, strict=True):
             # Values: beside a variable, PyTorch's backend rounds a number to float32.
             slow.assign(d * slow.value + (1 - d) * fast.value)  # (K2)
-            fast.assign(ops.copy(slow))  # not the same array: a step on JAX gives its own away
+            fast.assign(ops.copy(slow))  # a copy, because a step on JAX donates its arrays
 
 
 def _averaged_in(model: Any) -> list[Any]:
-    """What a model trains, and the moving statistics of its layers."""
+    """A model's trainable variables and the moving statistics of its layers."""
     moving = [
         variable
         for _, layer in statistics._inside(model)
@@ -1166,24 +1165,24 @@ def _averaged_in(model: Any) -> list[Any]:
 def in_order(callbacks: Sequence[Any]) -> list[Any]:
     """Callbacks in the order that those which exchange weights or statistics need.
 
-    First `keras.callbacks.SwapEMAWeights`, for statistics are to be those of the weights that it
-    brings in; with swap_on_epoch=True these stay until the next epoch begins, for all that is
-    listed. Then one that brings the other values in where there is no validation to do so, for
-    each of those that have some. Then what looks at the model at the end of an epoch
+    First `keras.callbacks.SwapEMAWeights`, because statistics should be those of the weights that
+    it brings in; with swap_on_epoch=True these stay until the next epoch begins, for the whole
+    list. Next, for each callback that exchanges values, one that brings them in if there is no
+    validation to do so. Then the callbacks that look at the model at the end of an epoch
     (checkpoints, early stopping, and all others), then `AverageWeights`, `ReestimateStatistics`
-    and `AdaptStatistics`, whose statistics are those of averaged weights then. With the model's
-    own values back, `StatisticsMonitor`, and last `keras.callbacks.BackupAndRestore`, which is to
-    find the weights of training.
+    and `AdaptStatistics`, whose statistics are then those of averaged weights. After these the
+    model has its own values back, for `StatisticsMonitor` and last
+    `keras.callbacks.BackupAndRestore`, which must find the training weights.
 
     Args:
-        callbacks: of Keras.
+        callbacks: Keras callbacks.
 
     Returns:
         A new list; callbacks of one kind keep their order.
 
     Raises:
-        ValueError: if `SwapEMAWeights` is beside `AverageWeights`; or, with swap_on_epoch=False,
-            beside one of the others that exchange statistics.
+        ValueError: if `SwapEMAWeights` is used with `AverageWeights`; or, with
+            swap_on_epoch=False, with one of the others that exchange statistics.
 
     Example:
         >>> order = in_order([keras.callbacks.BackupAndRestore("/tmp/b"), AverageWeights()])
@@ -1228,20 +1227,20 @@ def _check_swaps(callbacks: Sequence[Any]) -> None:
 class StatisticsMonitor(keras.callbacks.Callback):
     """Records, per layer and epoch, how the moving statistics compare with those of data.
 
-    Of each batch normalization layer, root mean squares over its channels, in units of sigma:
+    For each batch normalization layer, root mean squares over its channels, in units of sigma:
 
         shift   moving mean against the exact mean of the data (`statistics.reestimate`)
         scale   geometric mean of sigma of the data / moving sigma
         drift   moving mean against that of the last record, or of the start
-        gamma_min, gamma_max, beta_rms    the parameters, 1 and 0 for a layer without
+        gamma_min, gamma_max, beta_rms    the parameters; 1 and 0 for a layer without them
 
-    Training is not touched: the statistics are put back, bit by bit.
+    Training is not affected: the statistics are put back, bit for bit.
 
     Args:
-        data: of which the statistics are taken, as in `reestimate`; a few hundred examples are
+        data: data to take the statistics of, as in `reestimate`; a few hundred examples are
             enough. None to record only what needs no data. Default: None.
-        every: int >= 1, epochs. Default: 1.
-        csv: file for the record, written anew, whole, after each epoch. Default: None.
+        every: int >= 1, epochs between two records. Default: 1.
+        csv: file for the record, written again as a whole after each epoch. Default: None.
         tensorboard: folder for TensorBoard events, one scalar "layer/quantity" each; needs the
             package tensorboard. Default: None.
 
@@ -1279,12 +1278,12 @@ class StatisticsMonitor(keras.callbacks.Callback):
         self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Notes where the statistics start."""
+        """Notes the statistics at the start of training."""
         self.records = []
         self._before = statistics.snapshot(self.model)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Records, and writes."""
+        """Records the statistics and writes the files."""
         if (epoch + 1) % self.every:
             return
         now = statistics.snapshot(self.model)
@@ -1311,7 +1310,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
         self._write(new, epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Closes the events of TensorBoard."""
+        """Closes the file of TensorBoard events."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -1356,8 +1355,8 @@ class StatisticsMonitor(keras.callbacks.Callback):
         """Draws shift (with data), drift, and the range of gamma over the epochs.
 
         Args:
-            path: .png, .pdf or .svg file to write, whole or not at all. Default: None, the
-                figure is returned only.
+            path: .png, .pdf or .svg file to write, whole or not at all. Default: None, only
+                return the figure.
 
         Returns:
             The Matplotlib figure.

@@ -1,8 +1,8 @@
-"""Corrupted images, to see what a net makes of a domain that it was not trained on.
+"""Corrupted images, to test a network on a domain that it was not trained on.
 
 Nineteen kinds in five strengths, as functions of NumPy arrays: noise, blur, weather, digital and
-geometric changes, in the manner of the common corruptions of Hendrycks and Dietterich, but written
-anew, for images of any size from 8 x 8, and drawn from a seed. With x an image of pixels in [0, 1],
+geometric changes, modelled on the common corruptions of Hendrycks and Dietterich, but written
+anew, seeded, and for images of any size from 8 x 8. With x an image of pixels in [0, 1],
 everything is clipped to [0, 1] at the end:
 
     gaussian_noise    (C1)   x + s n,                 n standard normal
@@ -27,7 +27,7 @@ everything is clipped to [0, 1] at the end:
 
 Reference: Hendrycks and Dietterich, 2019, Benchmarking Neural Network Robustness to Common
 Corruptions and Perturbations (their kinds and the idea of five strengths; not their code, images or
-parameters, so that accuracies cannot be compared from one to the other).
+parameters, so that accuracies here and there cannot be compared).
 """
 
 from __future__ import annotations
@@ -48,25 +48,24 @@ STRENGTHS = (1, 2, 3, 4, 5)
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green, blue
 _DIRECTIONS = 12  # of motion, in half a circle
-_AT_ONCE = 1000  # images in work at a time, which bounds the memory
+_AT_ONCE = 1000  # images processed at a time, to bound the memory
 
 
 def corrupt(images: npt.ArrayLike, kind: str, strength: int, seed: int = 0) -> Images:
-    """Images with one corruption, the same for the same seed.
+    """Images with one kind of corruption, reproducible by a seed.
 
     Args:
-        images: (N, H, W, C), pixels in [0, 1], H and W >= 8; C = 3, or 1 for grey ones.
+        images: (N, H, W, C), pixels in [0, 1], H and W >= 8; C = 3, or 1 for grey images.
         kind: one of `KINDS`.
         strength: 1 (weak) to 5 (strong).
-        seed: integer >= 0, of what is drawn. Two kinds or strengths draw different numbers.
+        seed: integer >= 0, of the random numbers. Different kinds or strengths draw different ones.
             Default: 0.
 
     Returns:
         A new array (N, H, W, C) of float32 in [0, 1].
 
     Raises:
-        ValueError: for another kind or strength, other shapes, pixels outside of [0, 1] or that are
-            not finite.
+        ValueError: for another kind or strength, other shapes, pixels outside [0, 1] or not finite.
 
     Example:
         >>> images = np.full((2, 32, 32, 3), 0.5)
@@ -76,8 +75,8 @@ def corrupt(images: npt.ArrayLike, kind: str, strength: int, seed: int = 0) -> I
         >>> bool((corrupt(images, "contrast", strength=5) == images).all())
         True
 
-    Numerics: float32. An image depends on its place in the array as well as on the seed, and not
-        on how many come after it.
+    Numerics: float32. A corrupted image depends on its position in the array as well as on the
+        seed, but not on how many images follow it.
     """
     images = np.asarray(images)
     _check(images, kind, strength)
@@ -176,7 +175,7 @@ def _motion_blur(x: Images, length: float, rng: Rng) -> Images:
 
 
 def _line(length: float, angle: float) -> npt.NDArray[np.float64]:
-    """The kernel of a line through the centre, as points that fall on four pixels each."""
+    """The kernel of a line through the centre: points, each spread over four pixels."""
     reach = int(np.ceil(length / 2))
     kernel = np.zeros((2 * reach + 2, 2 * reach + 2))
     for step in np.linspace(-length / 2, length / 2, 8 * reach + 1):
@@ -197,7 +196,7 @@ def _zoom_blur(x: Images, zoom: float, rng: Rng) -> Images:
 
 
 def _enlarging(size: int, factor: float) -> Images:
-    """The matrix (size, size) that enlarges around the middle, linear between pixels."""
+    """The matrix (size, size) that enlarges around the centre, linear between pixels."""
     middle = (size - 1) / 2
     distance = np.abs((np.arange(size) - middle)[:, None] / factor + middle - np.arange(size))
     return np.clip(1 - distance, 0, None).astype(np.float32)
@@ -212,7 +211,7 @@ def _glass_blur(x: Images, reach: float, rng: Rng) -> Images:
 
 
 def _smooth_fields(x: Images, number: int, sigma: float, rng: Rng) -> Images:
-    """(number, N, H, W): for each image some smooth random fields of values from 0 to 1."""
+    """`number` smooth random fields for each image, values from 0 to 1, (number, N, H, W)."""
     from scipy import ndimage
 
     n, height, width, _ = x.shape
@@ -267,12 +266,12 @@ def _pixelate(x: Images, share: float, rng: Rng) -> Images:
 
 
 def _there_and_back(size: int, small: int) -> Images:
-    """The matrix (size, size) that leads through `small` pixels."""
+    """The matrix (size, size) that reduces to `small` pixels and enlarges again."""
     return _area_weights(small, size) @ _area_weights(size, small)
 
 
 def _area_weights(old: int, new: int) -> Images:
-    """The matrix (new, old) that averages over the part of each new pixel."""
+    """The matrix (new, old) that averages over the area of each new pixel."""
     edges = np.arange(new + 1) * old / new
     low, high = edges[:-1, None], edges[1:, None]
     at = np.arange(old)
@@ -281,7 +280,7 @@ def _area_weights(old: int, new: int) -> Images:
 
 
 def _jpeg(x: Images, step: float, rng: Rng) -> Images:
-    """Colours as luminance and chrominance, as JPEG has them; these with twice the steps."""
+    """Colours as luminance and chrominance, as in JPEG; chrominance with twice the steps."""
     from scipy import fft
 
     to_ycc = np.array([_GREY, [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]], np.float32)
@@ -303,9 +302,9 @@ def _jpeg(x: Images, step: float, rng: Rng) -> Images:
 
 
 def _displaced(x: Images, rows: npt.ArrayLike, columns: npt.ArrayLike) -> Images:
-    """Each pixel taken from (rows, columns) further on, between pixels linearly.
+    """Each pixel taken from a place (rows, columns) away, interpolated linearly.
 
-    The displacements broadcast to (N, H, W); beyond the edge its pixels go on.
+    The displacements broadcast to (N, H, W); beyond the edge, the pixels of the edge repeat.
     """
     n, height, width, _ = x.shape
     i = np.clip(np.arange(height)[:, None] + np.asarray(rows), 0, height - 1)
@@ -330,7 +329,7 @@ def _shift(x: Images, pixels: float, rng: Rng) -> Images:
     return _displaced(x, pixels * np.sin(angles), pixels * np.cos(angles))  # (C19)
 
 
-# What there is -------------------------------------------------------------------------------
+# The kinds -----------------------------------------------------------------------------------
 
 _KINDS: dict[str, tuple[Callable[[Images, float, Rng], Images], tuple[float, ...]]] = {
     "gaussian_noise": (_gaussian_noise, (0.04, 0.08, 0.12, 0.16, 0.22)),

@@ -9,12 +9,12 @@ Every image passes through the same four steps, in this order:
 
     x = (pixel / 255 − mean) / std                                                        (D1)
 
-with `mean` and `std` from the training images alone (after the validation images and everything
-outside the subset have left), so that nothing of the validation or test images leaks into them.
+with `mean` and `std` from the training images alone (without the validation images and everything
+outside the subset), so that no information from the validation or test images leaks into them.
 
 The images come from tensorflow-datasets, from one `.npz` file (for machines with Keras on JAX or
-PyTorch and no TensorFlow), or from scikit-learn's embedded digits, which need neither network nor
-data folder nor TensorFlow.
+PyTorch and no TensorFlow), or from scikit-learn's embedded digits, which need no network, data
+folder or TensorFlow.
 """
 
 from __future__ import annotations
@@ -62,25 +62,25 @@ Augment: TypeAlias = Callable[[Array, Array, np.random.Generator], tuple[Array, 
 PathLike: TypeAlias = str | os.PathLike[str]
 Standardize: TypeAlias = str | tuple[ArrayLike, ArrayLike] | None
 
-_CHUNK = 1024  # images per step where float64 copies are made: bounds the memory they take
+_CHUNK = 1024  # images converted to float64 at a time, to bound the memory of the copies
 _SMALLEST_STD = 1e-6  # of the range 1; one pixel off by 1/255 in 10⁷ images still lies above it
-_PROBE_SECONDS = 5.0  # per address of the server, before a download is begun
+_PROBE_SECONDS = 5.0  # per address of the server, before a download begins
 _VARIANTS = {b"\xff\xd8\xff": "JPEG copy", b"\x89PNG\r\n\x1a\n": "original"}
 _PARTS = ("train", "validation", "test")
 _STREAMS = {"split": 0, "train": 1, "validation": 2, "test": 3}  # one random stream per purpose
 
 
 class DataUnavailableError(ValueError):
-    """The data set exists, but cannot be had here: not prepared, no network, a library missing.
+    """The data set exists, but is not available here: not prepared, no network, library missing.
 
-    A `ValueError`, so that one `except` serves both; on its own it tells an absent data set from a
-    wrong argument or a damaged file, which `load_or_digits` does not forgive.
+    A `ValueError`, so that one `except` catches both; its own class distinguishes an absent data
+    set from a wrong argument or a damaged file, which are errors in `load_or_digits` too.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """What is known of a data set before it is read."""
+    """What is known about a data set before it is read."""
 
     name: str
     title: str
@@ -116,7 +116,7 @@ class _Raw:
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """The checked arguments of `load` that say what is done to the images."""
+    """The checked arguments of `load` that determine how the images are processed."""
 
     validation: int | float
     subset: Mapping[str, int]
@@ -134,17 +134,17 @@ class _Options:
 
 @dataclasses.dataclass(frozen=True)
 class FlipAndShift:
-    """Mirrors and moves images: the `augment` of `Split.batches` for photographs of things.
+    """Mirrors and shifts images: an `augment` for `Split.batches`, for photographs of objects.
 
     An image's pixel (i, j) comes from (r(i + a), r(j + b)), with a and b drawn anew for each image
-    and epoch from -shift ... shift, and r the reflection at the edges (0 1 2 | 1 0); the column
-    is counted from the other side where the image is mirrored.
+    and epoch from -shift ... shift, and r the reflection at the edges (0 1 2 | 1 0); columns are
+    counted from the other side if the image is mirrored.
 
     Args:
         shift: pixels, int >= 0; default 2.
         flip: "alternating" (the default): half of the images, drawn once, are mirrored in even
-            epochs and the other half in odd ones, so that two epochs show every image in both
-            ways; "random": each with probability 1/2; "none".
+            epochs and the other half in odd ones, so that two epochs show every image both ways;
+            "random": each with probability 1/2; "none".
 
     Raises:
         ValueError: for other arguments; and from the batches, for images no larger than `shift`.
@@ -175,8 +175,8 @@ class FlipAndShift:
 
         Args:
             x: all images (N, H, W, C).
-            indices: (B,), which of them.
-            seed, epoch, batch: ints >= 0, what the random numbers are drawn from.
+            indices: (B,), which of them are in the batch.
+            seed, epoch, batch: ints >= 0, which determine the random numbers.
 
         Returns:
             (B, H, W, C), a new array.
@@ -216,26 +216,27 @@ def _reflected(positions: Array, size: int) -> Array:
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     """The images of one split in batches, in a new order each epoch; made by `Split.batches`.
 
-    `fit`, `evaluate` and `predict` take it on every backend, and so does a plain loop. The order
-    is a permutation drawn from (seed, epoch), and the generator given to `augment` is drawn from
+    For `fit`, `evaluate` and `predict` on every backend, and for plain loops. The order is a
+    permutation seeded by (seed, epoch), and the generator passed to `augment` is seeded by
     (seed, epoch, index of the batch): a batch is the same in every run, whatever ran before.
 
     State:
         epoch: counts the calls of `on_epoch_end`, from 0. `fit` makes one before its first epoch
             and one after each; so after n finished epochs of one `fit`, `batches.epoch = n` in a
-            new process, and `fit(initial_epoch=n)`, go on in the order that would have followed.
+            new process, with `fit(initial_epoch=n)`, continues with the order that would have
+            followed.
 
     Differences from Keras: `fit(shuffle=True)`, its default, also visits the batches of any
         PyDataset in an order drawn from Python's `random`. That changes neither which images share
         a batch nor how they are augmented. Pass `shuffle=False` to `fit`, or call
-        `keras.utils.set_random_seed` before, where two runs are to agree to the last bit.
+        `keras.utils.set_random_seed` before it, if two runs are to agree to the last bit.
         `workers` and `use_multiprocessing` are refused: with them, Keras 3.15 carries batches
         over from one epoch into the next, so that an epoch holds some images twice and others not
-        at all. (On TensorFlow, batches are prepared ahead in a thread as it is.)
+        at all. (On TensorFlow, batches are prepared ahead in a thread anyway.)
 
-    Memory: TensorFlow 2.21 keeps every PyDataset that `fit` was given, arrays and all, until the
-        process ends (`tf.data.Dataset.from_generator` registers it with the default graph). Of a
-        part of the images, give `indices` rather than a copy to each of many trainings.
+    Memory: TensorFlow 2.21 keeps every PyDataset passed to `fit`, with its arrays, until the
+        process ends (`tf.data.Dataset.from_generator` registers it with the default graph). To
+        train many models on parts of the images, pass `indices` instead of a copy for each.
     """
 
     def __init__(
@@ -308,7 +309,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         return _augmented(self.augment, x.copy(), y.copy(), rng)
 
     def on_epoch_begin(self) -> None:
-        """Refuse what would break the epochs."""
+        """Refuse options that would break the epochs."""
         if self.workers != 1 or self.use_multiprocessing:
             raise ValueError(
                 "Batches must be prepared by one worker: with more, Keras mixes the epochs. "
@@ -322,7 +323,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
 
 def _rows(indices: Any, count: int) -> Array:
-    """Which images take part: indices as they were given, or all of `count`."""
+    """Which images take part: the given indices, or all of `count`."""
     if indices is None:
         return np.arange(count)
     rows = np.asarray(indices)
@@ -337,7 +338,7 @@ def _rows(indices: Any, count: int) -> Array:
             f"`indices` must lie in [0, {count}), the numbers of the images. "
             f"Received: from {rows.min()} to {rows.max()}."
         )
-    return rows.astype(np.intp)  # a place in the pixels may be beyond what uint8 holds
+    return rows.astype(np.intp)  # an index into the pixels may exceed the range of uint8
 
 
 def _augmented(
@@ -389,14 +390,14 @@ class Split:
         """Batch the images for `fit`, `evaluate`, `predict` or a loop, on every backend.
 
         Args:
-            batch_size: images per batch, at least 1; larger than the split gives one batch of all.
+            batch_size: images per batch, at least 1; if larger than the split, one batch of all.
             shuffle: a new order each epoch; default True. Pass False for `predict`, so that the
                 predictions come in the order of `y`.
             seed: of the order and of `augment`, an integer from 0; default 0.
             augment: `FlipAndShift`, or a function (x, y, rng) -> (x, y) of one batch and a
                 `numpy.random.Generator`, default None. It gets copies and may change them in
-                place; what it returns as x is cast to the dtype of `x`, and y may become anything
-                a loss takes.
+                place; the x it returns is cast to the dtype of `x`, and its y may be anything that
+                the loss accepts.
             drop_remainder: leave out the last, smaller batch; default False.
             indices: which images take part, as integers (M,), without a copy of them; default all.
 
@@ -405,8 +406,8 @@ class Split:
 
         Raises:
             ValueError: for batch_size below 1, or larger than the split with drop_remainder=True;
-                for a seed that is not an integer from 0; for indices that are none of images; for
-                an `augment` that is no function or returns something else than such a pair.
+                for a seed that is not an integer from 0; for indices that are not those of images;
+                for an `augment` that is not a function or does not return such a pair.
 
         Example:
             >>> from keras_norm.datasets import load
@@ -436,12 +437,12 @@ class Data:
 
     Attributes:
         name: the name it is loaded by, such as "mnist".
-        train, validation, test: a `Split` each; validation is None when none was asked for.
+        train, validation, test: a `Split` each; validation is None if none was asked for.
         class_names: one name per class.
-        mean, std: what (D1) subtracted and divided by, for pixels of [0, 1]; float64, of shape ()
-            for one number, (C,) per channel, (H, W, C) per pixel.
-        source: one sentence on which data this is and where it was found; names no folder, so that
-            it can stand beside published figures.
+        mean, std: those of (D1), for pixels in [0, 1]; float64, of shape () for one number, (C,)
+            per channel, (H, W, C) per pixel.
+        source: one sentence that says which data this is and where it was found; names no folder,
+            so that it can be published with figures.
         variant: "original" (as published, or stored without loss), "JPEG copy" (images compressed
             with loss before they were stored) or "arrays" (decoded by someone else).
         stands_in_for: the title of the data set that `load_or_digits` could not load, or "".
@@ -471,7 +472,7 @@ class Data:
 
     @property
     def fallback(self) -> bool:
-        """Whether `load_or_digits` had to use the embedded digits instead of what was asked for."""
+        """Whether `load_or_digits` had to use the embedded digits instead of the requested data."""
         return bool(self.stands_in_for)
 
     @property
@@ -501,7 +502,7 @@ class Data:
             x: (..., H, W, C), as in `train.x`.
 
         Returns:
-            A float64 array of the same shape; within rounding of x the stored pixels / 255.
+            A float64 array of the same shape: the stored pixels / 255, to the rounding of x.
         """
         return np.asarray(x, dtype=np.float64) * self.std + self.mean
 
@@ -516,7 +517,7 @@ class Data:
 
 
 # ---------------------------------------------------------------------------------------------
-# The entrances
+# Loading and packing
 
 
 def load(
@@ -535,37 +536,37 @@ def load(
 ) -> Data:
     """Load a data set by name: split, resized and standardized.
 
-    The data is looked for in `data_dir` and nowhere else when it is given; otherwise in the folder
-    named by the environment variable TFDS_DATA_DIR, then in `~/tensorflow_datasets`. What is in
-    none of them is downloaded and prepared by tensorflow-datasets, with its progress bars, into
-    the first of them that can be written to. A download that fails leaves nothing behind.
+    If `data_dir` is given, the data is looked for only there; otherwise in the folder named by the
+    environment variable TFDS_DATA_DIR, then in `~/tensorflow_datasets`. Data found in none of them
+    is downloaded and prepared by tensorflow-datasets, with its progress bars, in the first of them
+    that can be written to. A failed download leaves nothing behind.
 
     Args:
         name: "fashion_mnist", "mnist", "cifar10" or "digits". The digits are scikit-learn's 1,797
             images of 8×8 pixels: they need no data folder, and ignore `data_dir` and `download`.
-            The same 360 of them, equally many of each class, are the test images in every call.
+            Their test images are the same 360 in every call, equally many of each class.
         data_dir: an existing folder in the layout of tensorflow-datasets
             (`data_dir/mnist/3.0.1/…`), or one `.npz` file: as written by `pack`, or with arrays
             x_train, y_train, x_test, y_test (uint8 images, like the `mnist.npz` of Keras).
-        validation: number of images (int), or fraction (float in [0, 1)), taken at random out of
+        validation: number of images (int), or fraction (float in [0, 1)), taken at random from
             the training images; default 0, none.
         subset: number of training images to keep, drawn at random from those that `validation`
             leaves; or numbers for several parts, {"train": …, "validation": …, "test": …}.
-            Default None, all. Without `stratify`, a smaller subset is part of a larger one of the
-            same seed.
+            Default None, all. Without `stratify`, a smaller subset is contained in a larger one
+            with the same seed.
         stratify: draw the validation images and subsets from each class in proportion; default
             False.
         standardize: the `mean` and `std` of (D1), from the training images: "global" (one number
-            each, the default), "channel", "pixel"; or a pair (mean, std) of your own for pixels of
+            each, the default), "channel", "pixel"; or your own pair (mean, std) for pixels in
             [0, 1], numbers or arrays that broadcast to (H, W, C); "unit" leaves pixels in [0, 1],
             and None in [0, 255].
-        image_size: resize the images to (height, width), or to a square of one int; default None,
-            as they are.
-        resize: "bilinear" (the default; pixel centres at half-integers, without antialiasing: made
-            for enlarging) or "nearest".
+        image_size: resize the images to (height, width), or an int for a square; default None, no
+            resizing.
+        resize: "bilinear" (the default; pixel centres at half-integers, without antialiasing:
+            meant for enlarging) or "nearest".
         seed: of the validation split and the subsets, an integer from 0; default 0.
-        download: whether data that is not there may be downloaded; default True. It reaches the
-            server, or gives up within seconds.
+        download: whether missing data may be downloaded; default True. If the server cannot be
+            reached, the download gives up within seconds.
         dtype: "float16", "float32" (default) or "float64", of the images.
 
     Returns:
@@ -573,7 +574,7 @@ def load(
         in which the data set stores them.
 
     Raises:
-        DataUnavailableError: the data is not there and may not, or cannot, be downloaded; or
+        DataUnavailableError: the data is missing and may not, or cannot, be downloaded; or
             tensorflow-datasets (or Pillow, for a packed `.npz`) is not installed. A `ValueError`.
         ValueError: an unknown name, a `data_dir` that does not exist, any other argument out of
             its range, more images asked for than there are, empty, short or damaged data.
@@ -587,14 +588,14 @@ def load(
         (1.0, 10)
 
     Numerics:
-        The statistics are accumulated in float64 by two passes over the stored pixels, the mean
-        first, then the squared deviations from it. `std` is the population one (÷N). Where it is
-        below 1e-6 of the range (a pixel that is the same in every training image) it is taken as
-        1, so that the standardized pixel is 0 there. (D1) is computed in float64 and rounded once.
-        TensorFlow and Pillow decode JPEG with different integer transforms: a JPEG copy of CIFAR-10
-        read from a data folder and the same one read from a packed `.npz` differ by 1 of 255
-        levels on average and 5 at most (channel means .4868/.4822/.4414 and .4912/.4821/.4465).
-        PNG, in which tensorflow-datasets stores all of these, is the same everywhere.
+        The statistics are accumulated in float64 in two passes over the stored pixels, first the
+        mean, then the squared deviations from it. `std` is that of the population (÷N). If it is
+        below 1e-6 of the range (a pixel that is the same in every training image), 1 is used
+        instead, so that the standardized pixel is 0. (D1) is computed in float64 and rounded once.
+        TensorFlow and Pillow decode JPEG with different integer transforms: the same JPEG copy of
+        CIFAR-10, read from a data folder and from a packed `.npz`, differs by 1 of 255 levels on
+        average and 5 at most (channel means .4868/.4822/.4414 and .4912/.4821/.4465). PNG, in
+        which tensorflow-datasets stores all of these, is decoded alike everywhere.
     """
     spec = _spec(name)
     options = _options(
@@ -604,23 +605,23 @@ def load(
 
 
 def load_or_digits(name: str, **options: Any) -> Data:
-    """Load a data set, or loudly the embedded digits where it cannot be had.
+    """Load a data set, or, with a loud message, the embedded digits if it is not available.
 
-    For lessons that must run with neither network nor data folder. The digits take on the shape
-    of what they stand in for: enlarged to its size (or to `image_size`), with their one channel
-    repeated where it has three. `validation` as a count becomes the same fraction of the digits,
-    and subsets larger than what there is become all there is.
+    For lessons that must run without network and data folder. The digits take the shape of the
+    images they replace: enlarged to their size (or to `image_size`), with the one channel repeated
+    if those have three. A `validation` given as a count becomes the same fraction of the digits,
+    and subsets larger than the digits become all of them.
 
     Args:
         name: as in `load`.
         **options: as in `load`.
 
     Returns:
-        `Data`; where the digits had to stand in, `fallback` is True, `title` says so, and a boxed
+        `Data`; if the digits had to be used, `fallback` is True, `title` says so, and a boxed
         message with the reason has been printed to standard error.
 
     Raises:
-        ValueError: what `load` raises for wrong arguments and damaged data; only
+        ValueError: as in `load`, for wrong arguments and damaged data; only a
             `DataUnavailableError` leads to the digits.
 
     Example:
@@ -643,26 +644,27 @@ def pack(
 ) -> Path:
     """Write a data set into one `.npz` file that `load` reads without TensorFlow.
 
-    The images stay as the encoded bytes (PNG or JPEG) that the prepared data holds, so that the
+    The images are stored as the encoded bytes (PNG or JPEG) of the prepared data, so that the
     file is small: 20 MB for MNIST, 37 MB for Fashion-MNIST. Reading it needs Pillow.
 
     Args:
         name: "fashion_mnist", "mnist" or "cifar10".
-        path: the file to write, ending in .npz; replaced when it exists. Its folder is made if it
-            is missing.
+        path: the file to write, ending in .npz; replaced if it exists. Its folder is made if
+            missing.
         data_dir: folder in the layout of tensorflow-datasets, as in `load`; default None.
         download: as in `load`.
 
     Returns:
-        The path. The arrays per part ("train", "test"): `train_bytes` (uint8, all encoded images
-        one after another), `train_ends` (int64, where each one ends), `train_labels` (int64).
+        The path. Arrays in the file, for each part ("train", "test"): `train_bytes` (uint8, all
+        encoded images one after another), `train_ends` (int64, where each one ends),
+        `train_labels` (int64).
 
     Raises:
         DataUnavailableError: as in `load`.
-        ValueError: for an unknown name, for "digits" (embedded already), for another ending.
+        ValueError: for an unknown name, "digits" (already embedded), or another ending.
 
     Example:
-        `pack("cifar10", "cifar10.npz")` where TensorFlow is, then
+        `pack("cifar10", "cifar10.npz")` where TensorFlow is installed, then
         `load("cifar10", data_dir="cifar10.npz")` where it is not.
     """
     spec, target = _spec(name), Path(path).expanduser()
@@ -944,7 +946,7 @@ def _resized(images: Array, size: tuple[int, int] | None, how: str) -> Array:
 
 
 def _bilinear_weights(old: int, new: int) -> Array:
-    """The (new, old) matrix that interpolates linearly between pixel centres, flat at the edge."""
+    """The (new, old) matrix of linear interpolation between pixel centres, constant at the edge."""
     position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     below = np.floor(position).astype(int)
     above = np.minimum(below + 1, old - 1)
@@ -955,7 +957,7 @@ def _bilinear_weights(old: int, new: int) -> Array:
 
 
 def _statistics(how: Standardize, images: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation of (D1), for pixels of [0, 1], in float64."""
+    """Mean and standard deviation of (D1), for pixels in [0, 1], in float64."""
     if how is None:
         return np.zeros(()), np.full((), 1 / 255)
     if how == "unit":
@@ -1036,7 +1038,7 @@ def _source(spec: _Spec, variant: str, origin: str, train: int, test: int) -> st
 
 
 def _roots(data_dir: PathLike | None) -> list[tuple[Path, str]]:
-    """The folders to look in, with how each is called in messages."""
+    """The folders to look in, each with its name in messages."""
     if data_dir is not None:
         root = Path(data_dir).expanduser()
         if not os.path.isdir(root):
@@ -1053,7 +1055,7 @@ def _roots(data_dir: PathLike | None) -> list[tuple[Path, str]]:
 
 
 def _prepared(spec: _Spec, data_dir: PathLike | None, download: bool) -> tuple[Path, str]:
-    """The folder of the prepared data and a phrase on where it lies; downloads what is missing."""
+    """The folder of the prepared data and a phrase for its location; downloads missing data."""
     roots = _roots(data_dir)
     for root, origin in roots:
         if folder := _newest_version(root / spec.name):
@@ -1095,7 +1097,7 @@ def _newest_version(folder: Path) -> Path | None:
 
 
 def _writable(root: Path) -> bool:
-    # os.path: where a folder may not be entered, Path.exists raises.
+    # os.path: Path.exists raises if a folder may not be entered.
     existing = next(path for path in (root, *root.absolute().parents) if os.path.exists(path))
     return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
@@ -1139,7 +1141,7 @@ def _download(spec: _Spec, root: Path, roots: list[tuple[Path, str]]) -> Path:
         failure, cause = f", {type(error).__name__}: {summary}", error
     finally:
         for empty in [root / spec.name, *made]:
-            with contextlib.suppress(OSError):  # not there, or it holds the prepared data
+            with contextlib.suppress(OSError):  # missing, or it holds the prepared data
                 empty.rmdir()
     if folder := _newest_version(root / spec.name):  # also when another process was faster
         return folder
@@ -1147,11 +1149,11 @@ def _download(spec: _Spec, root: Path, roots: list[tuple[Path, str]]) -> Path:
 
 
 def _probe(urls: Iterable[str]) -> None:
-    """Ask each server for an answer, whatever it says.
+    """Check that each server answers, whatever the answer.
 
-    Without a network, the download itself would try again for minutes before it fails.
+    Without a network, the download itself would retry for minutes before failing.
     """
-    opener = urllib.request.build_opener()  # reads the proxies of the environment as it is now
+    opener = urllib.request.build_opener()  # reads the proxies from the current environment
     servers = {urllib.parse.urlsplit(url).netloc: url for url in urls}
     for url in servers.values():
         request = urllib.request.Request(url, method="HEAD")
@@ -1166,7 +1168,7 @@ def _probe(urls: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _reading(spec: _Spec, path: Path) -> Iterator[None]:
-    """Turn what goes wrong inside a reader into an error that names the file and the way out."""
+    """Turn exceptions inside a reader into an error that names the file and the remedy."""
     try:
         with _without_deprecation_notes():
             yield
@@ -1216,7 +1218,7 @@ def _decode(spec: _Spec, folder: Path, part: str) -> tuple[Array, Array]:
         batch_size=_CHUNK,
         shuffle_files=False,
         decoders=tfds.decode.PartialDecoding({"image": True, "label": True}),
-        read_config=tfds.ReadConfig(try_autocache=False),  # read once: a cache is a second copy
+        read_config=tfds.ReadConfig(try_autocache=False),  # read once: a cache would be a copy
     )
     for batch in tfds.as_numpy(batches):
         _check_shape(spec, batch["image"].shape[1:])
@@ -1248,7 +1250,7 @@ def _first_image(spec: _Spec, folder: Path) -> bytes:
 
 
 def _variant(encoded: bytes) -> str:
-    """What the first bytes of an encoded image say of the data set."""
+    """The variant of the data set, from the first bytes of an encoded image."""
     for magic, variant in _VARIANTS.items():
         if encoded.startswith(magic):
             return variant
@@ -1331,7 +1333,7 @@ def _as_images(arrays: Mapping[str, Array], part: str) -> tuple[Array, Array]:
 
 
 def _stand_in(spec: _Spec, given: Mapping[str, Any]) -> Data:
-    """The digits in the shape of `spec`, with counts that make sense for 1,797 images."""
+    """The digits in the shape of `spec`, with counts adapted to 1,797 images."""
     parameters = inspect.signature(load).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     wanted = {**defaults, "image_size": spec.shape[:2]}

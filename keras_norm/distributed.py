@@ -1,10 +1,10 @@
 """Sums over the replicas of a data-parallel step, for statistics of the whole batch.
 
 * TensorFlow, `tf.distribute`: the replicas of one step run the same function, each on its part
-  of the batch. `all_sum` adds across them.
-* JAX, `keras.distribution`: one function sees the whole batch, sharded; a mean over it already
-  is the global one, and there is nothing to add.
-* PyTorch, `torch.distributed`: one process for each part; `all_sum` adds across them.
+  of the batch. `all_sum` adds across the replicas.
+* JAX, `keras.distribution`: one function sees the whole batch, sharded; a mean over it is already
+  the global one, and there is nothing to add.
+* PyTorch, `torch.distributed`: one process for each part; `all_sum` adds across the processes.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ Array = Any
 
 
 def replicas() -> int:
-    """How many replicas take this step together, each with a part of the batch.
+    """The number of replicas that take this step together, each with a part of the batch.
 
-    It is known when the function is traced, and costs nothing when it runs.
+    The number is known when a function is traced, and costs nothing when it runs.
 
     Returns:
         1 where the caller sees the whole batch.
@@ -42,13 +42,13 @@ def replicas() -> int:
 
 
 def all_sum(x: Array) -> Array:
-    """The sum over all replicas, of which each gets the whole.
+    """The sum over all replicas, which each of them receives.
 
-    Differentiable: the gradient, too, is summed over the replicas, so that what one replica
-    contributed to the statistics receives what it did to the losses of all.
+    Differentiable: the gradient is summed over the replicas too, so that the contribution of one
+    replica to the statistics is credited with its effect on the losses of all.
 
     Args:
-        x: a small array, of the same shape on every replica. Every replica must come here.
+        x: a small array, of the same shape on every replica. Every replica must call this.
 
     Returns:
         An array of the same shape and dtype; x itself where there is one replica.
@@ -80,6 +80,6 @@ def _torch_all_sum(x: Array) -> Array:
 
         @staticmethod
         def backward(ctx: Any, upstream: Array) -> Array:
-            return AllSum.apply(upstream)  # whose gradient is this again
+            return AllSum.apply(upstream)  # so that its gradient is a sum over replicas again
 
     return AllSum.apply(x)

@@ -1,15 +1,15 @@
 """Many small nets trained at once.
 
 A study of a small net over ten seeds spends most of its time between the steps: what the framework
-does around a step can cost more than the step. Here all the nets of a study are trained in one:
-S nets of the same structure, each with its own weights, examples and order of the examples, whose
+does around a step can cost more than the step. Here all the nets of a study are trained as one:
+S nets of the same structure, each with its own weights, examples and order of the examples. Their
 layers are stacked along a new first axis,
 
     (E1)  Y_s = X_s W_s + b_s,                      X (S, N, D), W (S, D, U), Y (S, N, U)
     (E2)  loss = sum over s of (mean over n of cross-entropy_sn + penalties of the weights of net s)
 
 so that the gradient with respect to the weights of a net is that of its own loss alone. An update
-rule that treats each weight on its own then moves every net as it would move alone.
+rule that treats each weight separately then moves every net as it would if trained alone.
 """
 
 from __future__ import annotations
@@ -63,37 +63,37 @@ def train_together(
 
     Net s sees the examples `rows[s]` of the common arrays in the order that
     `datasets.Batches(x[rows[s]], y[rows[s]], batch_size, seed=seeds[s], drop_remainder=True)`
-    would give it. Its loss is the cross-entropy of its logits and the penalties of its kernels.
+    would give it. Its loss is the cross-entropy of its logits plus the penalties of its kernels.
 
     Args:
-        models: S >= 1 built functional or Sequential models, which are a chain of `Flatten`,
-            `Dense`, `Activation`, `ReLU` and `keras_norm.layers.BatchNormalization` and
-            `LayerNormalization` with axis -1, and end in logits; such as `models.MLP` without
+        models: S >= 1 built functional or Sequential models, each a chain of `Flatten`, `Dense`,
+            `Activation`, `ReLU` and `keras_norm.layers.BatchNormalization` and
+            `LayerNormalization` with axis -1 that ends in logits, such as `models.MLP` without
             dropout. They share no weights, have no constraints, activity regularizers, virtual
-            batches or frozen layers, and no penalties but L1 and L2. Their weights are where
-            training begins; at its end they hold the trained ones.
+            batches or frozen layers, and no penalties except L1 and L2. Training starts from
+            their weights; at its end they hold the trained ones.
         x: (M, ...), the inputs of all examples.
-        y: (M,), their classes, integers from 0 to the number of logits less 1.
-        rows: for each model an array of as many different row numbers of x and y, integers from 0;
-            of a mask, `np.flatnonzero(mask)`.
+        y: (M,), their classes, integers from 0 to the number of logits minus 1.
+        rows: for each model an array of distinct row numbers of x and y, integers from 0, equally
+            many for every model; for a mask, use `np.flatnonzero(mask)`.
         seeds: for each model the seed of its order.
-        optimizer: a Keras optimizer whose rule treats each weight on its own, not used before.
-            Lamb, Adafactor and Muon do not, nor does one with `clipnorm` or `global_clipnorm`, and
-            are refused; `clipvalue` is no hindrance.
+        optimizer: a Keras optimizer, not used before, whose rule treats each weight separately.
+            Lamb, Adafactor, Muon, and any with `clipnorm` or `global_clipnorm` do not, and are
+            refused; `clipvalue` is allowed.
         epochs: int >= 1.
-        batch_size: int >= 1, examples of each net in a step. What is left over at the end of an
-            epoch is dropped.
-        callbacks: Keras callbacks of the `fit` of all, such as `EvaluateTogether`. Default: none.
+        batch_size: int >= 1, examples of each net in a step. Examples left over at the end of an
+            epoch are dropped.
+        callbacks: Keras callbacks for the common `fit`, such as `EvaluateTogether`. Default: none.
 
     Returns:
-        The loss (E2) of each epoch divided by S: the mean over its steps and over the nets.
+        For each epoch the loss (E2) divided by S: the mean over its steps and over the nets.
 
     Raises:
-        ValueError: for such an optimizer or one that was used, models without weights, with shared
-            ones or of different structures, other layers than these, layers with what is excluded
-            above, a model that is no chain, inputs of another shape than the models', classes
-            beyond the logits, numbers out of their range, numbers of rows and seeds that do not
-            fit. Nothing has changed then.
+        ValueError: for an optimizer that is excluded above or was used before, models without
+            weights, with shared weights or of different structures, other layers than these, layers
+            with what is excluded above, a model that is not a chain, inputs of another shape than
+            the models', classes beyond the logits, numbers out of their range, numbers of rows and
+            seeds that do not fit. In that case nothing has changed.
 
     Example:
         >>> from keras_norm import datasets, models, optimizers
@@ -106,8 +106,8 @@ def train_together(
         >>> len(losses), losses[-1] < losses[0]
         (3, True)
 
-    Numerics: a net's weights are those of a training alone up to the rounding of float32, which
-        training multiplies from step to step as it does any other difference.
+    Numerics: a net's weights are those of separate training up to float32 rounding, which training
+        amplifies from step to step as it does any other difference.
     """
     optimizer = keras.optimizers.get(optimizer)
     _check_optimizer(optimizer)
@@ -131,11 +131,11 @@ def train_together(
 
 
 class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
-    """Judges every net of a `train_together` in inference mode, at the end of each epoch.
+    """Evaluates every net of a `train_together` in inference mode, at the end of each epoch.
 
     Args:
         y: (M,), the classes of all examples, as given to `train_together`.
-        evaluate: name -> for each net an array of as many row numbers, such as
+        evaluate: dict of a name to one array of row numbers for each net, equally many, such as
             `{"val": [rows of net 1, rows of net 2]}`; integers from 0.
 
     State:
@@ -143,7 +143,7 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
             and "loss", the mean cross-entropy of each net over the steps of the epoch.
 
     Raises:
-        ValueError: for other rows; when training begins, if it has another number of nets.
+        ValueError: for other rows; when training begins, for another number of nets.
 
     Example:
         >>> from keras_norm import datasets, models, optimizers
@@ -180,7 +180,7 @@ class EvaluateTogether(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Appends to the history."""
-        losses = np.reshape(ops.convert_to_numpy(logs["loss_of_each"]), -1)  # of one net a number
+        losses = np.reshape(ops.convert_to_numpy(logs["loss_of_each"]), -1)  # a number for one net
         self.history.setdefault("loss", []).append(losses)
         for name, rows in self._rows.items():
             parts = [  # (S, at most 2000, classes) each
@@ -271,7 +271,7 @@ def _check_own_weights(models: Sequence[Any]) -> None:
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether Keras takes the one for the other: a last axis of length 1 may be there or not."""
+    """Whether Keras accepts one shape for the other: a last axis of length 1 may be missing."""
     return shape == wanted or (*shape, 1) == wanted or shape == (*wanted, 1)
 
 
@@ -303,7 +303,7 @@ def _check_rows(rows: Array, examples: int, name: str) -> None:
 
 
 def _config(layer: Any) -> dict[str, Any]:
-    """What two layers must have in common: all but names, and how their weights began."""
+    """What two layers must have in common: all but their names and initializers."""
     config = layer.get_config()
     return {k: v for k, v in config.items() if k != "name" and not k.endswith("_initializer")}
 
@@ -312,7 +312,7 @@ def _config(layer: Any) -> dict[str, Any]:
 
 
 class _Look(keras.layers.Layer):  # type: ignore[misc]
-    """Row numbers (S, N) -> inputs (S, N, D), from a table that is held on the device."""
+    """Row numbers (S, N) -> inputs (S, N, D), from a table kept on the device."""
 
     def __init__(self, x: Array) -> None:
         super().__init__()
@@ -323,7 +323,7 @@ class _Look(keras.layers.Layer):  # type: ignore[misc]
 
 
 class _StackedDense(keras.layers.Layer):  # type: ignore[misc]
-    """(E1), with the activation of the layer that it stands for."""
+    """(E1), with the activation of the layer that it replaces."""
 
     def __init__(self, like: Any) -> None:
         super().__init__(name=like.name, dtype=like.dtype_policy)
@@ -375,7 +375,7 @@ class _StackedLayerNormalization(keras.layers.Layer):  # type: ignore[misc]
 
 
 def _check_plain(layer: Any) -> None:
-    """Refuses what would not be done for all nets as it is for one."""
+    """Refuses a layer that would not act on all nets as it does on one."""
     config = layer.get_config()
     used = [n for n, v in config.items() if v is not None and n.endswith(_NOT_CARRIED)]
     if not all(sub.trainable for sub in layer._flatten_layers()):
@@ -394,7 +394,7 @@ def _check_plain(layer: Any) -> None:
 
 
 def _stacked(layer: Any) -> Any:
-    """The layer that does for all nets what this one does for its own."""
+    """The layer that does for all nets what this one does for a single net."""
     _check_plain(layer)
     if type(layer) is keras.layers.Dense:
         return _StackedDense(layer)
@@ -412,7 +412,7 @@ def _stacked(layer: Any) -> Any:
 
 
 class _Stacked:
-    """The net of all nets: `net` maps row numbers (S, N) to logits (S, N, classes)."""
+    """All the nets as one: `net` maps row numbers (S, N) to logits (S, N, classes)."""
 
     def __init__(self, models: Sequence[Any], x: Array) -> None:
         self._x = x
@@ -430,7 +430,7 @@ class _Stacked:
             variable.assign(value if value.shape == tuple(variable.shape) else value[0])
 
     def _pairs(self, models: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-        """Each variable of the net with those that it stands for."""
+        """Each variable of the common net with those that it replaces."""
         pairs = []
         for i, layer in zip(self._places, self._layers, strict=True):
             weights = [model.layers[i].weights for model in models]
@@ -438,11 +438,11 @@ class _Stacked:
         return pairs
 
     def require_same(self, models: Sequence[Any], rows: Array) -> None:
-        """Refuses models that are no chain, by their outputs."""
+        """Refuses models that are not a chain, by comparing outputs."""
         together = ops.convert_to_numpy(self.net(rows, training=False))
         for model, own_rows, logits in zip(models, rows, together, strict=True):
             alone = ops.convert_to_numpy(model(self._x[own_rows], training=False))
-            size = max(1.0, np.abs(alone).max())  # what rounding is small against
+            size = max(1.0, np.abs(alone).max())  # the scale of rounding errors
             if alone.shape != logits.shape or not np.allclose(alone, logits, 1e-3, 1e-4 * size):
                 raise ValueError(
                     "Models that are trained together must be a chain of layers, one after the "
@@ -451,7 +451,7 @@ class _Stacked:
                 )
 
     def give_back(self, models: Sequence[Any]) -> None:
-        """Hands every model its weights."""
+        """Writes the trained weights back into the models."""
         for variable, targets in self._pairs(models):
             values = ops.convert_to_numpy(variable)
             per_net = values.shape != tuple(targets[0].shape)
@@ -459,7 +459,7 @@ class _Stacked:
                 target.assign(values[s] if per_net else values)
 
 
-# What they are trained on, and by ------------------------------------------------------------
+# Their data, loss and metric -----------------------------------------------------------------
 
 
 class _Orders(keras.utils.PyDataset):  # type: ignore[misc]
@@ -519,7 +519,7 @@ def _cross_entropies(y: Tensor, logits: Tensor) -> Tensor:
 
 
 class _SumOfMeans(keras.losses.Loss):  # type: ignore[misc]
-    """(E2) without the penalties: over the examples of a net the mean, over the nets the sum."""
+    """(E2) without the penalties: the mean over the examples of a net, summed over the nets."""
 
     def __init__(self) -> None:
         super().__init__(reduction="sum")

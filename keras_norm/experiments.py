@@ -1,9 +1,9 @@
 """Experiments: settings × seeds, run once, kept for good, and turned into tables and tests.
 
-`run` trains every setting with every seed, saves each run the moment it ends, and goes on where
-it stopped. `Results` reads what was saved, selects, tabulates and compares it.
+`run` trains every setting with every seed, saves each run the moment it ends, and resumes where it
+stopped. `Results` reads, selects, tabulates and compares what was saved.
 
-The files. `results.json` is the whole record, strict JSON, one line per run::
+The files: `results.json` is the whole record, strict JSON, one line per run::
 
     {"schema": "keras_norm.results", "schema_version": 1, "title": "…",
      "environments": [{"versions": {…}, "hardware": {…}, "summary": "…"}],
@@ -13,15 +13,15 @@ The files. `results.json` is the whole record, strict JSON, one line per run::
                "environment": index}],
      "superseded": [… runs whose name now stands for other settings …]}
 
-JSON knows neither NaN nor infinity: in `history`, `final` and `extra` they are the strings
-"NaN", "Infinity" and "-Infinity", and come back as numbers; null is a metric that was not measured
+JSON has neither NaN nor infinity: in `history`, `final` and `extra` they are the strings "NaN",
+"Infinity" and "-Infinity", which are read back as numbers; null is a metric that was not measured
 in that epoch.
 
 `results.csv` holds the current runs as one tidy table, enough to redraw every plot. A run has one
 row per epoch (`row` = "epoch") and one last row (`row` = "final", no epoch) with its final metrics.
 Columns: name, seed, status, backend, seconds, row, epoch, then `settings.*` and `context.*`
-(nested keys joined by dots), then `metrics.*`. An empty cell is a key or metric that is not there;
-"nan", "inf" and "-inf" are numbers; a text that would read as another type is quoted as in JSON.
+(nested keys joined by dots), then `metrics.*`. An empty cell is a missing key or metric; "nan",
+"inf" and "-inf" are numbers; a text that would read as another type is quoted as in JSON.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class _Task:
 
 
 class Progress:
-    """What a training function gets to show where it is; made by `run`.
+    """Reports how far a training function has got; made by `run`, which passes it in.
 
     Pass `progress.callback()` to `fit`, or call `progress.epoch(…)` in a training loop of your own.
-    The metrics reported are also kept: a training function that returns no "history" gets them as
-    the history of its run.
+    The reported metrics are also kept: if a training function returns no "history", they become the
+    history of its run.
 
     State:
         name, seed: Of this run.
@@ -135,7 +135,7 @@ class Progress:
         Args:
             epoch: Number of the epoch, from 1; shown, not stored.
             epochs: How many there will be; default the setting "epochs", if there is one.
-            **metrics: Name -> value at this epoch; None is not measured.
+            **metrics: Name -> value at this epoch; None if it was not measured.
         """
         self._epochs += 1
         for name in metrics:
@@ -152,7 +152,7 @@ class Progress:
             self._reporter.advance(epoch, epochs, None)
 
     def callback(self) -> Any:
-        """A Keras callback that reports each epoch of `fit` and stores the numbers in its logs."""
+        """A Keras callback that reports each epoch of `fit` and keeps the numbers in its logs."""
         import keras
 
         progress = self
@@ -197,8 +197,8 @@ class _Reporter:
             initial=total - sum(self._weights[id(task)] for task in missing),
             bar_format="{percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}  {desc}",
             ncols=_machine.terminal_width(),
-            nrows=10,  # tqdm hides a bar where the terminal says that it has no rows
-            smoothing=0,  # runs differ: the mean speed foretells the end better than the last one
+            nrows=10,  # tqdm hides a bar if the terminal reports no rows
+            smoothing=0,  # runs differ: the mean speed predicts the end better than the last one
             leave=False,
             file=sys.stderr,
         )
@@ -246,7 +246,7 @@ class _Reporter:
     def _move_to(self, fraction: float) -> None:
         if self._bar is not None and fraction > self._done:
             step = (fraction - self._done) * self._weights[id(self._task)]
-            self._bar.update(min(step, self._bar.total - self._bar.n))  # rounding: tqdm warns
+            self._bar.update(min(step, self._bar.total - self._bar.n))  # tqdm warns of rounding
             self._done = fraction
 
 
@@ -257,13 +257,13 @@ def _epochs(task: _Task) -> float:
 
 
 def _listed(metrics: Mapping[str, float | None]) -> str:
-    """At most four metrics, for a line on a terminal."""
+    """Up to four metrics as text for one line."""
     measured = [(k, v) for k, v in metrics.items() if v is not None]
     return "  ".join(f"{k} {v:.4g}" for k, v in measured[:4])
 
 
 class _Store:
-    """The results in a folder: which runs are there, which are missing, saved after each one."""
+    """The results in a folder: knows which runs are missing, and saves after each run."""
 
     def __init__(self, folder: Path, tasks: Sequence[_Task], resume: bool, title: str | None):
         self._folder = folder
@@ -278,7 +278,7 @@ class _Store:
             current = group == groups[entry.name] if entry.name in groups else entry in old.runs
             (self._runs if current else self._superseded).append(entry)
             if current and resume and entry.status != "failed":
-                there.add((entry.name, entry.seed))  # others stay until the new run is there
+                there.add((entry.name, entry.seed))  # others stay until the new run is saved
         self.tasks = tasks
         self._there = there
         self.missing = [task for task in tasks if (task.name, task.seed) not in there]
@@ -297,14 +297,14 @@ class _Store:
         return Results()
 
     def _csv_is_whole(self, old: Results) -> bool:
-        """A process that is killed between the two files leaves the csv of the save before."""
+        """Whether the csv is current: a kill between the two files leaves that of the last save."""
         if not old.runs:
             return True
         path = self._folder / "results.csv"
         return path.exists() and path.read_bytes() == to_csv(old.runs).encode("utf-8")
 
     def warn_about_changes(self, code: str, function: str) -> None:
-        """Resumed runs count as good, but not silently when something else has changed."""
+        """Warns if the code or the versions of resumed runs differ; the runs are used anyway."""
         asked = {(task.name, task.seed) for task in self.tasks}
         kept = [r for r in self._runs if (r.name, r.seed) in asked & self._there]
         reasons = {
@@ -333,7 +333,7 @@ class _Store:
         results = Results(runs, title=self._title, superseded=self._superseded)
         try:
             results.save(self._folder, overwrite=True)
-        except KeyboardInterrupt:  # came between two files: finish, then stop
+        except KeyboardInterrupt:  # if it came between two files: finish, then stop
             results.save(self._folder, overwrite=True)
             raise
         self._changed = False
@@ -369,39 +369,39 @@ def run(
         function: `function(settings, seed, progress)` trains once and returns a dict with
             "history" (metric -> value per epoch, as `fit(…).history`; an entry "epoch" gives the
             epoch numbers; default: what was reported to `progress`), "final" (metric -> number),
-            optionally "diverged" (bool), and anything else that is JSON-able, kept as extra. One
-            that gives neither "history" nor "final", and reports nothing, is in error.
-            It gets a copy of the settings, the seed, and a `Progress`.
+            optionally "diverged" (bool), and any other JSON values, which are kept as extra. It is
+            an error to return neither "history" nor "final" and to report nothing.
+            The function gets a copy of the settings, the seed, and a `Progress`.
         settings: Name -> settings of JSON values. Keys must not contain dots. If all have a number
-            under "epochs", the time left is reckoned in epochs.
+            under "epochs", the remaining time is estimated in epochs.
         seeds: Different integers in [0, 2**32).
         out: Folder for results.json and results.csv, made if it is missing. Several studies may
             share one, as long as their names differ.
         resume: Whether runs that are already in `out`, with the same name, settings, seed, context
-            and backend, are taken from there; default True. False makes the asked ones anew.
+            and backend, are taken from there; default True. False does the requested runs again.
         title: Title of the study, stored in results.json; default none, or the stored one.
         context: JSON values that all runs share and that results depend on, such as the name of
             the data and its size; stored with each run.
         progress: Whether to show progress on stderr: a bar on a terminal and in a notebook,
             elsewhere a line per finished run; default True.
-        on_error: "raise" (default): an exception of `function` goes on to the caller, after every
-            finished run was saved. "record": the run is stored as failed, the next one begins, and
-            resuming tries it again.
+        on_error: "raise" (default): an exception of `function` reaches the caller; every finished
+            run has then been saved. "record": the run is stored as failed, the next one begins,
+            and resuming tries it again.
 
     Returns:
-        The `Results` of the settings and seeds asked for. A run whose loss ended as NaN or
+        The `Results` of the requested settings and seeds. A run whose loss ended as NaN or
         infinite is not an error: its status is "diverged".
 
     Raises:
-        ValueError: An argument breaks its rule; `function` returns something unfit; `out` holds a
+        ValueError: An argument breaks its rule; `function` returns something invalid; `out` holds a
             results.json that cannot be read (it is left untouched).
         RuntimeError: Another process is running experiments into `out`.
 
     State:
         Runs of the same name with other settings, context or backend move to "superseded" in
         results.json: they are never mixed with the new ones, and are used again when their
-        settings are asked for again. Ctrl-C, an exception or a killed process loses at most the run
-        it interrupts. A warning says when resumed runs were made by other code of `function` or
+        settings are requested again. Ctrl-C, an exception or a killed process loses at most the run
+        it interrupts. A warning says if resumed runs were made by other code of `function` or
         with other versions of the libraries.
 
     Example:
@@ -454,7 +454,7 @@ def run(
 def _plan(
     settings: Mapping[str, Mapping[str, Any]], seeds: Iterable[int], context: Any
 ) -> list[_Task]:
-    """All runs that were asked for, checked before the first one starts."""
+    """All requested runs, checked before the first one starts."""
     if not isinstance(settings, Mapping):
         raise ValueError(
             "settings must be a dict of name -> settings. "
@@ -489,7 +489,7 @@ def _plan(
 def _execute(
     function: TrainFunction, task: _Task, reporter: _Reporter, on_error: str, folder: Path
 ) -> Run:
-    """One run, from its seeds to its record."""
+    """Does one run, from setting the seeds to its record."""
     _set_seeds(task.seed)
     progress = Progress(task.name, task.seed, reporter)
     started, clock = _now(), time.perf_counter()

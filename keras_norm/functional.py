@@ -1,12 +1,12 @@
-"""The mathematics of normalization: forward and hand-derived backward passes of arrays.
+"""The mathematics of normalization: forward and hand-derived backward passes on arrays.
 
-Everything here is a pure function written with `keras.ops`; the same lines run on
+Everything here is a pure function written with `keras.ops`; the same code runs on
 TensorFlow (eagerly, in graphs, under XLA), JAX and PyTorch. Each normalization comes as
 
 * a public function with its hand-derived gradient attached (`batch_normalization`),
 * its two halves (`batch_normalization_forward`, `batch_normalization_backward`), and
-* where it teaches something, the backward pass once more as a walk through the computation
-  graph, node by node (`batch_normalization_backward_by_graph`).
+* where it is instructive, the backward pass a second time, node by node through the
+  computation graph (`batch_normalization_backward_by_graph`).
 
 Batch normalization, with channels c on `axis` and the set R of all other positions,
 N = |R|, non-negative weights w that default to 1, and W = sum w:
@@ -26,24 +26,24 @@ those with respect to the first two outputs (zero where the loss does not use th
     (B9)  b        = dvariance - gamma inv_std^2 dgamma / 2  (all that reaches the variance)
     (B10) dx       = gamma inv_std dy + (w / W) (a + 2 b (x - mean))
 
-(B10) is the whole chain rule: the variance does not move with the mean, because
-sum w (x - mean) = 0. For w = 1 and a loss of y alone it is the formula of the course,
+(B10) is the whole chain rule: the variance has no derivative with respect to the mean, because
+sum w (x - mean) = 0. For w = 1 and a loss that depends on y alone it is the well-known formula
 dx = gamma inv_std / N (N dy - dbeta - x_hat dgamma).
 
-The statistics of parts g of a batch (ghost batches, replicas) with sums of weights W_g become
-those of the whole (Chan, Golub and LeVeque, 1979), never through the mean of squares:
+The statistics of the parts g of a batch (ghost batches, replicas), with sums of weights W_g, are
+merged into those of the whole (Chan, Golub and LeVeque, 1979) without the mean of squares:
 
     (B13) W        = sum W_g
     (B14) mean     = sum W_g mean_g / W
     (B15) variance = sum W_g (variance_g + (mean_g - mean)^2) / W
 
-The unbiased variance divides by N - 1 in place of N, where N = W^2 / sum w^2 is the number of
-elements for weights of 0 and 1, and fewer when a few of them carry most of the weight:
+The unbiased variance divides by N - 1 instead of N, where N = W^2 / sum w^2 is the number of
+elements that count if the weights are 0 and 1, and less if a few of them carry most of the weight:
 
     (B16) unbiased = variance N / (N - 1)
 
 Batch renormalization corrects the batch's statistics by its own moving averages of the mean and
-of the standard deviation (both held constant in the gradient), clipped where that is asked for:
+of the standard deviation; the correction is constant in the gradient, and clipped on request:
 
     (B17) r = clip(sqrt(variance + epsilon) / renorm_stddev, rmin, rmax)
     (B18) d = clip((mean - renorm_mean) / renorm_stddev, -dmax, dmax)
@@ -102,7 +102,7 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     """The axes as sorted, non-negative, distinct integers.
 
     Raises:
-        ValueError: for an axis outside the array, or given twice, or none at all.
+        ValueError: for an axis outside the array, an axis given twice, or no axis at all.
 
     Example:
         >>> canonical_axes((-1, 1), ndim=4)
@@ -133,16 +133,16 @@ def compute_dtype(x: Array) -> str:
             "What is normalized must be of a floating dtype. "
             f"Received: x.dtype={dtype}. Cast it first, for example to float32."
         )
-    # Not by `keras.backend.result_type`: on JAX and PyTorch it makes float32 of float64.
+    # Not `keras.backend.result_type`: on JAX and PyTorch it turns float64 into float32.
     return "float64" if dtype == "float64" else "float32"
 
 
 def at_least_one(n: Any, dtype: str) -> Any:
-    """n, a number of elements to divide their sum by; 1 in place of an int of 0.
+    """n, a number of elements to divide a sum by; an int of 0 becomes 1.
 
     Args:
-        n: an int; or a tensor or a symbol, where a size is known when the function runs.
-        dtype: of the result for the latter.
+        n: an int; or a tensor or a symbol, if the size is known only when the function runs.
+        dtype: of the result in the latter case.
 
     Returns:
         An int, or a scalar.
@@ -151,7 +151,7 @@ def at_least_one(n: Any, dtype: str) -> Any:
 
 
 class _Layout(NamedTuple):
-    """Where the channels of x are, and how a vector of channels is laid along them."""
+    """Where the channels of x are, and how a vector with one element per channel fits them."""
 
     shape: tuple[Any, ...]
     channels: tuple[int, ...]  # axes that keep their own statistics
@@ -171,16 +171,16 @@ class _Layout(NamedTuple):
         return ops.reshape(v, shape)
 
     def sum(self, x: Array) -> Array:
-        # In two stages, for partial sums round less: in float32, of 262,144 elements, the
-        # variance is off by 1e-6 in place of 7e-5.
+        # In two stages, because partial sums round less: in float32, the variance of 262,144
+        # elements is off by 1e-6 instead of 7e-5.
         for axes in (self.reduced[1:], self.reduced[:1]):  # (N, H, W, C) -> (N, C) -> (C,)
             x = ops.sum(x, axis=axes) if axes else x
         return x
 
     def share(self, weights: Array | None, dtype: str) -> Array:
-        """w / W: the part that each element has in the mean; 0 where nothing has a weight.
+        """w / W: the share of each element in the mean; 0 where nothing has a weight.
 
-        1 / N, a scalar, without weights; else of a shape that broadcasts against x.
+        Without weights 1 / N, a scalar; else of a shape that broadcasts against x.
         """
         if weights is None:
             n = math.prod([self.shape[a] for a in self.reduced])
@@ -204,7 +204,7 @@ def _shape(array: Array) -> tuple[int | None, ...]:
 
 
 def check_shapes(x: Array, axes: Sequence[int], **arrays: Array | None) -> None:
-    """Refuses what would broadcast along `axes` of x: its gradient would have another shape."""
+    """Refuses arrays that would broadcast along `axes` of x: their gradients would not fit them."""
     sizes = tuple(_shape(x)[a] for a in axes)
     for name, array in arrays.items():
         if array is None:
@@ -240,7 +240,7 @@ def _one_where_zero(x: Array) -> Array:
 
 
 def zero_where_not_finite(x: Array) -> Array:
-    """x, and 0 where it is NaN or infinite: of a masked element, whose weight is 0."""
+    """x, with 0 where it is NaN or infinite, as masked elements (of weight 0) may be."""
     return ops.where(ops.isfinite(x), x, ops.zeros_like(x))
 
 
@@ -248,7 +248,7 @@ def zero_where_not_finite(x: Array) -> Array:
 
 
 class _Moments(NamedTuple):
-    """(B1) is near + rest, (B2) variance, and centered is x - near: rest is what it lacks."""
+    """(B1) is near + rest, (B2) is variance, and centered is x - near, without the rest."""
 
     near: Array
     centered: Array
@@ -263,13 +263,13 @@ class _Moments(NamedTuple):
         def mean_of(v: Array) -> Array:
             if weights is None:
                 return layout.sum(v) * share
-            # What has no weight must not count even if it is infinite: 0 * inf is NaN.
+            # Elements without weight must not count even if they are infinite: 0 * inf is NaN.
             return layout.sum(ops.where(share > 0, v * share, 0))
 
         near = mean_of(x)
         centered = x - layout.expand(near)
-        rest = mean_of(centered)  # what rounding left over: of the order of eps * |mean|
-        # relu, for it can round below 0. (On PyTorch, keras.ops.maximum makes float32 of float64.)
+        rest = mean_of(centered)  # what rounding left out: of the order of eps * |mean|
+        # relu: it can round below 0. (On PyTorch, keras.ops.maximum turns float64 into float32.)
         variance = ops.relu(mean_of(centered * centered) - rest * rest)
         return cls(near, centered, rest, variance)
 
@@ -326,7 +326,7 @@ def _moments_backward(
 ) -> Array:
     """The second half of (B10): (w / W) (a + 2 b (x - mean))."""
     share = layout.share(weights, centered.dtype)
-    if weights is None:  # two small products instead of a sweep over x
+    if weights is None:  # two small products instead of another pass over x
         return layout.expand(a * share) + layout.expand(twice_b * share) * centered
     return share * (layout.expand(a) + layout.expand(twice_b) * centered)
 
@@ -362,12 +362,12 @@ def merge_moments(
 
     Args:
         mean, variance: of the parts, in any layout.
-        weight: the sum of weights of each, in the same layout.
-        total: sums over the parts; called with arrays of that layout, two of them stacked along
-            a new first axis.
+        weight: the sum of weights of each part, in the same layout.
+        total: function that sums over the parts; called with arrays of that layout, or with two
+            of them stacked along a new first axis.
 
     Returns:
-        (mean, variance, weight) of the whole, of the shape that `total` leaves; 0 where there
+        (mean, variance, weight) of the whole, of the shape that `total` returns; 0 where there
         is no weight. Differentiable in the mean and the variance.
 
     Example:
@@ -386,14 +386,14 @@ def merge_moments(
 
 
 def unbiased_variance(variance: Array, weight: Array, squares: Array) -> Array:
-    """The variance divided by N - 1 in place of N, equation (B16).
+    """The variance divided by N - 1 instead of N, equation (B16).
 
     Args:
         variance: biased variance, (C,).
         weight, squares: sum of the weights and of their squares, (C,); see `weight_sums`.
 
     Returns:
-        (C,); where one element has all the weight, its biased variance of 0.
+        (C,); where one element has all the weight, the biased variance, which is 0.
 
     Example:
         >>> float(unbiased_variance(np.array([2.0]), np.array([3.0]), np.array([3.0]))[0])
@@ -401,7 +401,7 @@ def unbiased_variance(variance: Array, weight: Array, squares: Array) -> Array:
     """
     variance, weight, squares = map(ops.convert_to_tensor, (variance, weight, squares))
     spare = weight * weight - squares
-    several = spare > 1e-6 * squares  # more than rounding leaves of one element
+    several = spare > 1e-6 * squares  # more than rounding can leave for a single element
     return ops.where(several, variance * (weight * weight / ops.where(several, spare, 1)), variance)
 
 
@@ -427,29 +427,29 @@ def batch_normalization(
         beta: offset, likewise. Default: none, 0.
         axis: the axis, or axes, that keep their own statistics. Default: the last.
         epsilon: added to the variance, under the square root; >= 0. Default: 1e-3, as in Keras.
-        weights: how much every element counts in the mean and the variance: numbers >= 0 or
+        weights: how much each element counts in the mean and the variance: numbers >= 0 or
             booleans, of any shape that broadcasts to that of x. Every element is normalized,
-            whatever its weight; what has weight 0 may be infinite or NaN. They are constants:
-            no gradient flows into them. Default: all count alike.
-        given: a mean and a variance, (C,), constants, to normalize by in place of the batch's
-            where `use_given` is true. Default: none.
+            whatever its weight; elements of weight 0 may be infinite or NaN. Weights are
+            constants: no gradient flows into them. Default: all count alike.
+        given: a mean and a variance, (C,), constants, to normalize by instead of the batch's
+            if `use_given` is true. Default: none.
         use_given: scalar boolean, which may be decided when a compiled function runs: both
-            cases are the same sweeps over x. Default: false.
+            cases make the same passes over x. Default: false.
 
     Returns:
         (y, mean, variance): y of the shape and dtype of x; the mean and the biased variance of
         the batch (divided by the sum of weights), each (C,), in at least float32. All three are
-        differentiable. Channels without any weight have mean 0 and variance 0, and so have
-        those of an empty batch; one element per channel has variance 0, so that y is beta.
+        differentiable. Channels without any weight, and those of an empty batch, have mean 0 and
+        variance 0; with one element per channel, the variance is 0 and y is beta.
 
     Raises:
         ValueError: for an axis that x does not have, a negative epsilon, arrays of other shapes,
             or `use_given` without `given`.
 
     Numerics:
-        Accumulated in float32, or float64 if x is float64. The mean is taken twice, the second
-        time of x - mean, and the variance of x - mean (never as E[x^2] - E[x]^2), so that a mean
-        of 1000 beside a variance of 1 costs no digit. Gradients are within 1e-9 of numerical
+        Accumulated in float32, or float64 if x is float64. The mean is computed twice, the second
+        time from x - mean, and the variance from x - mean (never as E[x^2] - E[x]^2), so that a
+        mean of 1000 with a variance of 1 costs no digits. Gradients are within 1e-9 of numerical
         ones in float64, as ||a - b|| / (||a|| + ||b||).
 
     Example:
@@ -502,8 +502,8 @@ def batch_normalization_forward(
 
     Returns:
         (y, mean, variance) and the residuals (x, used_mean, inv_std, gamma, weights, gap,
-        use_given): of the size of x nothing but x itself is kept for the backward pass. The gap
-        is the mean that was used less that of the batch; the last two are None without `given`.
+        use_given): the only array of x's size kept for the backward pass is x itself. The gap is
+        the mean that was used minus that of the batch; the last two are None without `given`.
     """
     layout = _Layout.of(x, axis)
     x_ = in_dtype(x, compute_dtype(x))
@@ -514,7 +514,7 @@ def batch_normalization_forward(
         inv_std, scale = _scale(variance, gamma, epsilon)  # (B3)
         shift = of_batch.rest * scale
         shift = -shift if beta is None else in_dtype(beta, x_.dtype) - shift
-        # (B4) and (B5): centered lacks the rest only, so that nothing large cancels.
+        # (B4) and (B5): only the small rest is subtracted from centered, so nothing large cancels.
         y = of_batch.centered * layout.expand(scale) + layout.expand(shift)
     else:
         used_mean = ops.where(use_given, in_dtype(given_mean, x_.dtype), mean)
@@ -575,7 +575,7 @@ def batch_normalization_backward(
     centered = _centered(x, mean, weights, layout)
     dx, dgamma, dbeta, scale = _normalize_backward(dy, centered, inv_std, gamma, layout)
     to_mean, to_variance = scale * dbeta, scale * inv_std * dgamma
-    if use_given is not None:  # the mean and the variance that y was made with are constants
+    if use_given is not None:  # the given mean and variance are constants
         to_mean, to_variance = (
             ops.where(use_given, ops.zeros_like(v), v) for v in (to_mean, to_variance)
         )
@@ -590,7 +590,7 @@ def batch_normalization_backward(
 def _normalize_backward(
     dy: Array, centered: Array, inv_std: Array, gamma: Array | None, layout: _Layout
 ) -> tuple[Array, Array, Array, Array]:
-    """With the mean and the variance held fixed: dx, dgamma, dbeta, and gamma inv_std."""
+    """dx, dgamma, dbeta with the mean and the variance held fixed, and gamma inv_std."""
     dtype = inv_std.dtype
     dy = in_dtype(dy, dtype)
     dbeta = layout.sum(dy)  # (B6)
@@ -610,7 +610,7 @@ def batch_normalization_backward_by_graph(
     """The same gradient, one node of the computation graph at a time.
 
     For reading, and for testing `batch_normalization_backward`, which gives the same numbers
-    with half of the sweeps over x. Forward, each node uses the one before:
+    with half as many passes over x. Forward, each node uses the one before:
 
         (G1) mean = sum x / N        (G5) std     = sqrt(variance + epsilon)
         (G2) centered = x - mean     (G6) inv_std = 1 / std
@@ -690,8 +690,8 @@ def ghost_batch_normalization(
         ([-1.0, 1.0, -1.0, 1.0], 16.0, 396.5)
 
     Reference:
-        Hoffer, Hubara and Soudry, 2017, section 4 (who move the moving statistics once for every
-        ghost batch; here they see the statistics of the batch).
+        Hoffer, Hubara and Soudry, 2017, section 4 (who update the moving statistics once for each
+        ghost batch; here they are updated by the statistics of the whole batch).
     """
     layout = _Layout.of(x, axis)
     check_virtual_batch_size(virtual_batch_size)
@@ -748,9 +748,9 @@ def check_virtual_batch_size(size: Any) -> None:
 def _ghost_batches(
     n: Any, virtual_batch_size: int
 ) -> tuple[Callable[[Array], Array], Array | None]:
-    """How to cut n examples, (n, ...) -> (G, S, ...), and which of (G, S) are not padding.
+    """How to cut n examples, (n, ...) -> (G, S, ...), and which of the (G, S) are not padding.
 
-    The latter is None where there is no padding. n is an integer, or a tensor on TensorFlow.
+    The latter is None if there is no padding. n is an integer, or a tensor on TensorFlow.
     """
     groups = -(-n // virtual_batch_size)
     groups = max(groups, 1) if isinstance(n, int) else ops.maximum(groups, 1)
@@ -784,7 +784,7 @@ def renormalization(
     Args:
         mean, variance: of the batch, (C,).
         renorm_mean, renorm_stddev: moving averages of the mean and of the standard deviation
-            sqrt(variance + epsilon), (C,). The latter counts as sqrt(epsilon) at least.
+            sqrt(variance + epsilon), (C,). A renorm_stddev below sqrt(epsilon) counts as that.
         epsilon: as in `batch_normalization`.
         rmin, rmax, dmax: bounds of r and of |d|. Default: none.
 
@@ -815,7 +815,7 @@ def _clip(x: Array, low: float | None, high: float | None) -> Array:
     return x if high is None else ops.where(x > high, ops.full_like(x, high), x)
 
 
-# Normalization by given statistics: inference, and whatever is merged across devices -----------
+# Normalization by given statistics: inference, and statistics merged across devices ------------
 
 
 def normalize(
@@ -828,9 +828,9 @@ def normalize(
     axis: Axis = -1,
     epsilon: float = 1e-3,
 ) -> Array:
-    """Normalizes x by a mean and a variance that are given, equations (B3) to (B5).
+    """Normalizes x by a given mean and variance, equations (B3) to (B5).
 
-    Batch normalization in inference mode is this with the moving statistics.
+    With the moving statistics, this is batch normalization in inference mode.
 
     Args:
         x: array of any rank >= 1, of a floating dtype.
@@ -893,7 +893,7 @@ def normalize_backward(
 
 
 class _Scheme(NamedTuple):
-    """What one of these normalizations consists of: where it reduces, what it subtracts."""
+    """What distinguishes these normalizations: the axes they reduce, and what they subtract."""
 
     reduced: tuple[int, ...]  # axes over which an example's statistics are taken
     parameters: tuple[int, ...]  # axes that gamma and beta lie along
@@ -911,7 +911,7 @@ class _Scheme(NamedTuple):
         return sum_in_stages(x, self.reduced) / self.elements(x, x.dtype)
 
     def elements(self, x: Array, dtype: str) -> Any:
-        """D, the number of elements that each statistic is taken of."""
+        """D, the number of elements that each statistic is computed from."""
         shape = ops.shape(x)
         n = math.prod([shape[a] for a in self.reduced])
         return at_least_one(n, dtype)
@@ -920,10 +920,10 @@ class _Scheme(NamedTuple):
 def sum_in_stages(x: Array, axes: Sequence[int]) -> Array:
     """The sum, with the reduced axes kept as 1.
 
-    In two stages, because partial sums round less: of 512 x 512 x 2 elements in float32, the
-    variance is off by 2e-7, in one stage on TensorFlow by 1.5e-4.
+    In two stages, because partial sums round less: the variance of 512 x 512 x 2 elements in
+    float32 is off by 2e-7, but in one stage on TensorFlow by 1.5e-4.
     """
-    for stage in (axes[1:], axes[:1]):  # PyTorch would take no axes for all axes
+    for stage in (axes[1:], axes[:1]):  # PyTorch would take an empty tuple to mean all axes
         x = ops.sum(x, axis=tuple(stage), keepdims=True) if stage else x
     return x
 
@@ -948,8 +948,8 @@ def _standardize(
 def _moments_within(x: Array, scheme: _Scheme) -> tuple[Array | None, Array | None, Array]:
     """An example's mean, in two parts, and its variance; (..., 1) on the reduced axes.
 
-    The second part of the mean is what rounding the first one lost. x - mean - rest is thereby
-    as exact as x itself, however large the mean.
+    The second part of the mean is what the first one lost to rounding, so that x - mean - rest
+    is as exact as x itself, however large the mean.
     """
     if not scheme.about_mean:
         return None, None, scheme.mean(x * x)  # (R1)
@@ -972,7 +972,7 @@ def _standardize_forward(
     scheme: _Scheme,
     epsilon: float,
 ) -> tuple[tuple[Array], tuple[Array | None, ...]]:
-    """(L1) to (L5); of the size of x nothing but x itself is kept for the backward pass."""
+    """(L1) to (L5); the only array of x's size kept for the backward pass is x itself."""
     x_ = in_dtype(x, compute_dtype(x))
     mean, rest, variance = _moments_within(x_, scheme)
     inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
@@ -996,10 +996,10 @@ def _standardize_backward(
     """dx, dgamma, dbeta: (L6) to (L9), (R5) and (R6)."""
     dtype = inv_std.dtype
     x_, dy = in_dtype(x, dtype), in_dtype(dy, dtype)
-    deviation = _deviation(x_, mean, rest) * inv_std  # its mean square is 1, but for epsilon
+    deviation = _deviation(x_, mean, rest) * inv_std  # its mean square is 1, except for epsilon
     x_hat = deviation if scheme.subtracts_mean or mean is None else x_ * inv_std
 
-    # What both an example's statistics and the parameters sum over is summed once for both.
+    # Axes that both an example's statistics and the parameters sum over are summed once for both.
     axes = range(len(x.shape))
     shared = [a for a in scheme.reduced if a not in scheme.parameters]
     sum_dy, sum_dy_x_hat = sum_in_stages(dy, shared), sum_in_stages(dy * x_hat, shared)
@@ -1038,17 +1038,17 @@ def layer_normalization(
         (L4) x_hat    = (x - mean) inv_std
         (L5) y        = gamma x_hat + beta
 
-    and backward, where the sums of (L6) and (L7) run over the examples, the means of (L9) over
-    the D elements of each:
+    and backward, where the sums of (L6) and (L7) run over the examples, and the means of (L9)
+    over the D elements of each:
 
         (L6) dbeta    = sum dy
         (L7) dgamma   = sum dy x_hat
         (L8) dx_hat   = gamma dy
         (L9) dx       = inv_std (dx_hat - mean(dx_hat) - x_hat mean(dx_hat x_hat))
 
-    It is batch normalization with the two roles of the axes exchanged, but for gamma and beta,
-    which stay with the features. What (L9) takes away from dx_hat is its part along 1 and its
-    part along x_hat: the two directions in which x can move without changing y.
+    It is batch normalization with the roles of the axes exchanged, except for gamma and beta,
+    which stay with the features. (L9) removes from dx_hat its component along 1 and its
+    component along x_hat: the two directions in which x can move without changing y.
 
     Args:
         x: array of any rank >= 1, of a floating dtype; (N, D) or (N, T, D), for example.
@@ -1057,19 +1057,20 @@ def layer_normalization(
         axis: the axis, or axes, over which the statistics are taken, and along which gamma and
             beta lie. Default: the last.
         epsilon: added to the variance, under the square root; >= 0. Default: 1e-3, as in Keras.
-        rms_scaling: the numerator of (L4) is x instead of x - mean, an old option of Keras. It
-            is no RMS normalization: for that see `rms_normalization`. Default: False.
+        rms_scaling: bool, whether the numerator of (L4) is x instead of x - mean, an old option
+            of Keras. It is not RMS normalization, for which see `rms_normalization`. Default:
+            False.
 
     Returns:
-        y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
+        y, of the shape and dtype of x; twice differentiable in x, gamma and beta.
 
     Raises:
         ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
 
     Numerics:
-        Accumulated in float32, or float64 if x is float64, in two passes, with a mean kept in
-        two parts: a mean of 1000 beside a variance of 1 costs no digit. A constant example has
-        variance 0, so that y is beta (with epsilon = 0 it is not defined, NaN). Gradients are
+        Accumulated in float32, or float64 if x is float64, in two passes, with the mean kept in
+        two parts: a mean of 1000 with a variance of 1 costs no digits. A constant example has
+        variance 0, so that y is beta (with epsilon = 0, y is undefined: NaN). Gradients are
         within 1e-9 of numerical ones in float64, as ||a - b|| / (||a|| + ||b||).
 
     Example:
@@ -1105,7 +1106,7 @@ def layer_normalization_forward(
 
     Returns:
         (y,) and the residuals (x, mean, rest, inv_std, gamma). The mean of an example is
-        mean + rest, where rest is what rounding lost; with the normalized axes kept as 1.
+        mean + rest, where rest is what rounding lost; the normalized axes are kept as 1.
     """
     return _standardize_forward(x, gamma, beta, scheme=_layer_scheme(x, axis), epsilon=epsilon)
 
@@ -1146,12 +1147,12 @@ def rms_normalization(
         (R3) x_hat       = x inv_rms
         (R4) y           = gamma x_hat
 
-    and backward, summed over the examples in (R5), the mean over the D elements of each in (R6):
+    and backward, with the sum over the examples in (R5), the mean over the D elements in (R6):
 
         (R5) dgamma      = sum dy x_hat
         (R6) dx          = inv_rms (gamma dy - x_hat mean(gamma dy x_hat))
 
-    Layer normalization without the mean: invariant to the scale of x, not to a shift.
+    Layer normalization without the mean: invariant to the scale of x, but not to a shift.
 
     Args:
         x: array of any rank >= 1, of a floating dtype; (N, T, D), for example.
@@ -1161,7 +1162,7 @@ def rms_normalization(
             Keras.
 
     Returns:
-        y, of the shape and dtype of x; differentiable in x and gamma, and again.
+        y, of the shape and dtype of x; twice differentiable in x and gamma.
 
     Raises:
         ValueError: for an axis that x does not have, a negative epsilon, or arrays of other shapes.
@@ -1185,7 +1186,7 @@ def rms_normalization(
 
 
 def check_groups(groups: int | None) -> None:
-    """Refuses what is no number of groups.
+    """Refuses what is not a number of groups.
 
     Raises:
         ValueError: for anything but an integer >= 1, -1 or None.
@@ -1202,7 +1203,7 @@ def number_of_groups(groups: int | None, channels: int) -> int:
     """How many groups `groups` asks for: -1 is one for each channel, None is gcd(32, channels).
 
     Raises:
-        ValueError: for groups that are no number of groups, or do not divide the channels.
+        ValueError: for `groups` that is not a number of groups, or does not divide the channels.
 
     Example:
         >>> number_of_groups(None, 48), number_of_groups(-1, 48), number_of_groups(4, 48)
@@ -1250,7 +1251,7 @@ def known_sizes(shape: Sequence[int | None], axes: Sequence[int]) -> tuple[int, 
 
 
 def channel_axis(axis: int, ndim: int) -> int:
-    """The one axis of the channels, which cannot be that of the examples."""
+    """The axis of the channels, not negative; it cannot be 0, the axis of the examples."""
     axes = canonical_axes(axis, ndim)
     if len(axes) > 1 or axes[0] == 0:
         raise ValueError(
@@ -1272,13 +1273,13 @@ def group_normalization(
 ) -> Array:
     """Normalizes groups of channels of every example by their own mean and variance.
 
-    The channels, of one example, are shared out in order into G groups of C / G:
+    The channels of each example are divided, in order, into G groups of C / G:
 
         (GN1) x: (N, H, W, C) -> (N, H, W, G, C / G)
         (GN2) x_hat = (L1) to (L4) over H, W and C / G, for each example and group
         (GN3) y     = gamma x_hat + beta, one gamma and beta for each channel
 
-    and backward, where the mean over a group is that over its D = H W C / G elements:
+    and backward, where the means are over the D = H W C / G elements of a group:
 
         (GN4) dbeta = sum dy, dgamma = sum dy x_hat, over N, H, W
         (GN5) dx    = inv_std (gamma dy - mean(gamma dy) - x_hat mean(gamma dy x_hat))
@@ -1295,7 +1296,7 @@ def group_normalization(
         y, of the shape and dtype of x; differentiable in x, gamma and beta, and again.
 
     Raises:
-        ValueError: for groups that do not divide the channels, channels of unknown number, an
+        ValueError: for groups that do not divide the channels, an unknown number of channels, an
             axis that x does not have or that is 0, a negative epsilon, or another shape of gamma
             or beta.
 
@@ -1383,7 +1384,7 @@ def check_spatial(ndim: int) -> None:
     """Refuses inputs without an axis between examples and channels.
 
     Raises:
-        ValueError: for less than 3 dimensions.
+        ValueError: for fewer than 3 dimensions.
     """
     if ndim < 3:
         raise ValueError(
@@ -1397,10 +1398,10 @@ def check_spatial(ndim: int) -> None:
 
 
 def check_rate(rate: float) -> None:
-    """Refuses a rate that is no fraction.
+    """Refuses a rate that is not a fraction.
 
     Raises:
-        ValueError: for a rate outside [0, 1], and what is no number.
+        ValueError: for a rate outside [0, 1], or one that is not a number.
     """
     if not (is_real(rate) and 0 <= rate <= 1):
         raise ValueError(
@@ -1411,12 +1412,12 @@ def check_rate(rate: float) -> None:
 
 
 def dropout_mask(shape: Sequence[Any], rate: float, seed: Any = None) -> Array:
-    """Draws which elements stay, equations (D1) and (D2) of `dropout`.
+    """Draws which elements to keep, equations (D1) and (D2) of `dropout`.
 
     Args:
         shape: of the mask.
         rate: probability of False, in [0, 1].
-        seed: int, or a `keras.random.SeedGenerator`, which moves on with every draw. Default:
+        seed: int, or a `keras.random.SeedGenerator`, which advances with every draw. Default:
             Keras's global generator (see `keras.utils.set_random_seed`).
 
     Returns:
@@ -1435,7 +1436,7 @@ def dropout_mask(shape: Sequence[Any], rate: float, seed: Any = None) -> Array:
 
 
 def dropout(x: Array, mask: Array, rate: float) -> Array:
-    """Sets what is masked to zero, and scales the rest up by 1 / (1 - rate): inverted dropout.
+    """Sets elements whose mask is False to 0, scales the rest by 1 / (1 - rate): inverted dropout.
 
         (D1) keep = 1 - rate
         (D2) mask = u >= rate, with u uniform in [0, 1), so that P(mask) = keep
@@ -1443,15 +1444,15 @@ def dropout(x: Array, mask: Array, rate: float) -> Array:
         (D4) dx   = dy / keep where mask, 0 elsewhere
 
     For every x the expectation of y is keep (x / keep) = x: because the scaling is done in
-    training, inference takes the units as they are, y = x. (Without it, inference would have to
-    multiply every output by keep.) The variance of y is x^2 rate / keep. Courses often speak of
-    the keep probability p instead of Keras's rate: p = keep.
+    training, inference uses the units as they are, y = x. (Without it, inference would have to
+    multiply every output by keep.) The variance of y is x^2 rate / keep. Courses often use the
+    keep probability p instead of Keras's rate: p = keep.
 
     Args:
         x: array of any shape, of a floating dtype.
         mask: booleans of a shape that broadcasts to that of x, see `dropout_mask`. They are
             constants: no gradient flows into them.
-        rate: that the mask was drawn with, in [0, 1]. With rate 1 all of y is 0.
+        rate: the rate that the mask was drawn with, in [0, 1]. With rate 1, all of y is 0.
 
     Returns:
         y, of the shape and dtype of x; differentiable in x.
@@ -1462,7 +1463,7 @@ def dropout(x: Array, mask: Array, rate: float) -> Array:
 
     Numerics:
         Scaled in at least float32, then rounded to the dtype of x: in bfloat16, 1 / keep itself
-        would be off by up to 0.4 percent. What is masked is exactly 0, even where x is infinite.
+        would be off by up to 0.4 percent. Dropped elements are exactly 0, even where x is infinite.
 
     Example:
         >>> mask = np.array([True, False, True, False])
@@ -1496,7 +1497,7 @@ def check_mask_shape(mask: Sequence[int | None], shape: Sequence[int | None]) ->
     """Refuses the shape of a mask that does not broadcast to `shape`; None fits everything.
 
     Raises:
-        ValueError: for too many dimensions, or one that is neither 1 nor that of x.
+        ValueError: for too many dimensions, or a size that is neither 1 nor that of x.
 
     Example:
         >>> check_mask_shape((None, 1, 10), (32, 5, 10))

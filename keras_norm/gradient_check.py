@@ -9,8 +9,8 @@ Notation, for a scalar L and one element x of an array or variable, with step h:
     (G5)  relative norm of a, b: ‖a - b‖ / (‖a‖ + ‖b‖)
     (G6)  elementwise: max |a - b| / max(1e-8, |a| + |b|)
 
-Every slope carries in addition a rounding error of about ε |L| / h, where ε = 2.2e-16: too small
-a step is as bad as too large a one.
+Every slope also has a rounding error of about ε |L| / h, where ε = 2.2e-16: too small a step is
+as bad as too large a one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ UPSTREAM = 2**31  # names the stream of random numbers of `upstream`
 DEFAULT_STEP = {2: 1e-5, 4: 1e-4}
 ELEMENTWISE_FLOOR = 1e-8  # below it, (G6) is an absolute error
 SHRINK = (1.0, 0.1, 0.01, 0.001)  # steps tried in turn, as factors of the first
-# |slope(h) - slope(2h)|, relative to the gradients of the variable, beyond which a smaller step is
-# tried, and beyond which, at the best of the steps, the derivative counts as not existing; the
-# second number of each is the allowance for rounding, in units of ε |L| / h.
+# Bounds on |slope(h) - slope(2h)|, relative to the gradients of the variable: beyond the first, a
+# smaller step is tried; beyond the second, at the best of the steps, the derivative counts as not
+# existing. The second number of each is the allowance for rounding, in units of ε |L| / h.
 RETRY = (1e-6, 10.0)
 KINK = (1e-3, 100.0)
-CLEAR = 1000.0  # a derivative of as many such units is more than the rounding of a zero
+CLEAR = 1000.0  # a derivative of this many such units is more than rounding of a zero
 
 
 class GradientError(ArithmeticError):
@@ -60,23 +60,23 @@ class GradientEntry:
         name: name of the input, or path of the variable.
         shape: its shape.
         checked: number of elements that were compared.
-        kinks: how many of them have no measurable derivative (see `check`); the figures below
-            leave these out.
+        kinks: how many of them have no measurable derivative (see `check`); these are left out
+            of the figures below.
         analytic_norm: Euclidean norm of the analytic gradient over the elements compared.
         numerical_norm: Euclidean norm of the numerical one.
-        relative_norm: ‖a - b‖ / (‖a‖ + ‖b‖) (G5); 0 when both are 0, infinite when a gradient is
-            not finite or nothing could be measured.
+        relative_norm: ‖a - b‖ / (‖a‖ + ‖b‖) (G5); 0 if both are 0, infinite if a gradient is not
+            finite or nothing could be measured.
         max_relative: max |a - b| / max(1e-8, |a| + |b|) (G6).
         max_absolute: max |a - b|.
         worst_index: index of the element where |a - b| is largest; empty for a scalar.
         analytic: analytic derivative at that element.
         numerical: numerical derivative at that element.
-        resolution: what a difference quotient can tell from zero here.
-        zero: both gradients lie below `resolution` everywhere: they are zero by construction, as
-            that of a bias before batch normalization. They are compared with 0, absolutely;
-            `relative_norm` then compares rounding errors and means nothing.
-        no_effect: the value stayed the same to the last bit under every change, and the analytic
-            gradient is exactly 0: the value does not depend on this variable.
+        resolution: the smallest difference quotient that can be told from zero here.
+        zero: whether both gradients lie below `resolution` everywhere: they are zero by
+            construction, like that of a bias before batch normalization. They are compared with 0,
+            absolutely; `relative_norm` then compares rounding errors and means nothing.
+        no_effect: whether the value stayed the same to the last bit under every change, and the
+            analytic gradient is exactly 0: the value does not depend on this variable.
     """
 
     name: str
@@ -97,7 +97,7 @@ class GradientEntry:
 
     @property
     def note(self) -> str:
-        """What is special about this entry, in words; empty when nothing is."""
+        """What is special about this entry, in words; empty if nothing is."""
         notes = []
         if self.no_effect:
             notes.append("zero: no effect on the value")
@@ -116,7 +116,7 @@ class GradientReport:
         target: name of what was checked.
         backend: Keras backend that computed it.
         scalar: what was differentiated, in words.
-        value: its value.
+        value: the value of that scalar.
         order: order of the difference quotient, 2 or 4.
         step: first step h, before scaling with max(1, |x|).
         entries: one `GradientEntry` per floating-point input, then per variable.
@@ -141,7 +141,7 @@ class GradientReport:
 
     @property
     def max_relative_norm(self) -> float:
-        """Largest relative norm (G5) among the gradients that are not zero by construction."""
+        """Largest relative norm (G5) of the gradients that are not zero by construction."""
         return max((e.relative_norm for e in self.entries if not e.zero), default=0.0)
 
     @property
@@ -160,9 +160,9 @@ class GradientReport:
         """Return the report if the gradients agree, and raise `GradientError` otherwise.
 
         Args:
-            tolerance: largest relative norm (G5) of any variable, > 0. Gradients that are zero by
-                construction are not held to it: they are already below their resolution.
-            elementwise: largest `max_relative` (G6), > 0. Default: no bound.
+            tolerance: largest relative norm (G5) allowed for any variable, > 0. Gradients that are
+                zero by construction are exempt: they are already below their resolution.
+            elementwise: largest `max_relative` (G6) allowed, > 0. Default: no bound.
             kinks: largest fraction of the elements of a variable that may have no measurable
                 derivative, 0 to 1.
 
@@ -262,8 +262,8 @@ def check(
 ) -> GradientReport:
     """Compare the analytic gradient of a function, layer or model with its numerical one.
 
-    The scalar that is differentiated is Σ output · upstream with a fixed random `upstream`, which
-    no error in a single element can hide from, or `loss(output)`. Its derivative with respect to
+    The scalar that is differentiated is Σ output · upstream with a fixed random `upstream`, from
+    which no error in a single element can hide, or `loss(output)`. Its derivative with respect to
     every element of every floating-point input and variable is measured by central differences in
     float64, (G2) or (G3), and compared with the gradient that the backend computes.
 
@@ -271,28 +271,28 @@ def check(
         target: a `keras.layers.Layer` or `keras.Model`, built here if it is not built yet, or a
             function of arrays written with `keras.ops`. It may return a nested structure; outputs
             that are not floating-point are ignored.
-        *inputs: what `target` is called with: float64 arrays or tensors, or nested lists, tuples
+        *inputs: the arguments of `target`: float64 arrays or tensors, or nested lists, tuples
             and dictionaries of them. Leaves of other types, such as integers, booleans and
             `None`, are passed on and not differentiated.
-        loss: function of the output that returns a float64 scalar. Of a layer or model,
-            `target.losses` (regularizers, `add_loss`) are added to it. A loss of Keras, made with
-            `dtype="float64"`, gets its targets by a function: `lambda y: loss(targets, y)`.
+        loss: function of the output that returns a float64 scalar. For a layer or model,
+            `target.losses` (regularizers, `add_loss`) are added to it. For a Keras loss, made with
+            `dtype="float64"`, pass a function with its targets: `lambda y: loss(targets, y)`.
             Default: none, Σ output · upstream, without `target.losses`.
-        upstream: the array, of the shape of the output, in place of the random one (of a nested
+        upstream: array of the shape of the output, instead of the random one (for a nested
             structure: a list with one array per floating-point output).
         variables: `keras.Variable`s to differentiate. Default: `target.trainable_variables`;
             none for a function.
         order: 4 for five points and error h⁴, or 2 for the classical three points and error h².
         step: first step h > 0. Default: 1e-4 for order 4, 1e-5 for order 2, near the best
             balance of truncation and rounding for values of order 1.
-        scale_step: whether the step of an element x is h · max(1, |x|), rather than h.
+        scale_step: whether the step of an element x is h · max(1, |x|) rather than h.
         samples: number of elements per variable that are compared, chosen at random without
             replacement. Default: all; each costs four evaluations (order 2: two).
         seed: seed of `upstream` and `samples`.
         training: passed to `target` if it is a layer or model.
         traced: whether both gradients come from a traced function (`tf.function`, `jax.jit`), as
-            in `fit`; many times faster. False: from the target as it stands, operation by
-            operation. PyTorch runs both alike.
+            in `fit`; many times faster. If False, the target is run as it is, operation by
+            operation. On PyTorch, both are the same.
         names: names of the floating-point inputs. Default: the names of the arguments.
         **call_arguments: further arguments of `target`, not differentiated (`mask`, ...).
 
@@ -304,17 +304,17 @@ def check(
             `variables`, `step`, `order`, `samples`, `names` or `upstream` is invalid, or two
             evaluations at the same point differ (random operations without a seed).
 
-    State: the target stays as it was to the last bit, also when an exception is raised. Moving
+    State: the target is unchanged to the last bit, even if an exception is raised. Moving
     statistics, seed generators, the global seed generator of Keras and metrics start every
     evaluation from the same values, and their updates are discarded; so a dropout mask is the same
-    in every evaluation. (Building an unbuilt target is the one lasting change.)
+    in every evaluation. (The only lasting change is that an unbuilt target is built.)
 
     Kinks: where ReLU, |x| or a maximum has a kink near x, a difference quotient across it is
-    wrong. With order 4, two tests see it without knowing the analytic gradient: slope(h) and
+    wrong. With order 4, two tests detect that without the analytic gradient: slope(h) and
     slope(2h) disagree (G1), or bend(2h) is not twice bend(h) (G4), the sign of a kink exactly at
     x. The step is then divided by 10, up to three times. Elements where even that does not help
     have no measurable derivative; they are left out of the errors and counted as `kinks`, and
-    `GradientReport.require` refuses them unless told otherwise. Order 2 has no such test.
+    `GradientReport.require` refuses them unless its `kinks` allows them. Order 2 has no such test.
 
     Example:
         >>> import keras, numpy as np
@@ -330,9 +330,9 @@ def check(
         >>> check(cube, np.array([2.0]), upstream=[1.0])["x"].analytic
         12.0
 
-    Numerics: outputs are subtracted before they are weighted and summed, so that outputs which a
-    change does not reach cancel exactly, and do not count in what can be told from zero. Keras's
-    promotion of float64 to float32 on JAX and PyTorch is off during the check. Measured for batch
+    Numerics: outputs are subtracted before they are weighted and summed, so that outputs that do
+    not depend on the changed element cancel exactly and do not count in the resolution. Keras's
+    conversion of float64 to float32 on JAX and PyTorch is off during the check. Measured for batch
     normalization of the example: below 1e-11 in norm with order 4, below 1e-9 with order 2.
 
     Reference: Press et al., Numerical Recipes, 3rd ed. (2007), section 5.7, for the balance of
@@ -390,7 +390,7 @@ def _chosen_elements(size: int, samples: int | None, seed: list[int]) -> NDArray
 
 
 class _Scalar:
-    """The target as a scalar function of a flat list of float64 arrays, its values.
+    """The target as a scalar function of a flat list of float64 arrays, called its values.
 
     The values are the floating-point leaves of the inputs, then those of the variables. The
     scalar is Σ_k Σ outputs[k] · upstream[k]; with a loss there is one output, the loss.
@@ -461,7 +461,7 @@ class _Scalar:
             _require_finite(name, value)
 
     def _run(self, tensors: Sequence[Tensor]) -> Any:
-        """What the target returns for these inputs; every run draws the same random numbers."""
+        """The target's result for these inputs; every run draws the same random numbers."""
         leaves = list(self._leaves)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
@@ -481,7 +481,7 @@ class _Scalar:
         return [sum(self._layer.losses, value) if self._layer is not None else value]
 
     def outputs(self, changes: dict[int, Array]) -> list[Array]:
-        """The outputs where some of the values are replaced; no state is kept."""
+        """The outputs with some of the values replaced; no state is kept."""
         tensors = list(self._tensors)
         for index, array in changes.items():
             tensors[index] = _to_tensor(array)
@@ -494,7 +494,7 @@ class _Scalar:
             return self._call(tensors[:count])
 
     def fix_upstream(self, upstream: Any, seed: int) -> None:
-        """Evaluate once at the point itself, and fix the weights of the outputs."""
+        """Evaluate once at the unchanged point, and fix the weights of the outputs."""
         self.base = self.outputs({})
         if not self.base:
             raise ValueError(
@@ -551,7 +551,7 @@ class _Scalar:
 
 
 def _weighted_sum(high: list[Array], low: list[Array], upstream: list[Array]) -> float:
-    """Σ (high - low) · upstream: outputs that are equal cancel before anything is rounded."""
+    """Σ (high - low) · upstream: equal outputs cancel before anything is rounded."""
     triples = zip(high, low, upstream, strict=True)
     return float(sum(np.sum((h - lo) * u) for h, lo, u in triples))
 
@@ -564,7 +564,7 @@ class _Estimate(NamedTuple):
     rounding: float
 
     def agrees(self, scale: float, bounds: tuple[float, float]) -> bool:
-        """Whether the disagreement lies within the bounds; never when it is not a number."""
+        """Whether the disagreement lies within the bounds; False if it is not a number."""
         relative, units = bounds
         allowed = relative * max(abs(self.derivative), scale) + units * self.rounding
         return self.disagreement <= allowed < math.inf
@@ -575,12 +575,12 @@ class _Measured(NamedTuple):
 
     elements: NDArray[np.intp]  # flat indices, (n,)
     derivative: Array  # (n,)
-    resolution: Array  # what can be told from zero, (n,)
+    resolution: Array  # the smallest that can be told from zero, (n,)
     kink: NDArray[np.bool_]  # (n,)
 
 
 class _Stencil:
-    """Central differences of a `_Scalar`, elementwise, with kinks found and avoided."""
+    """Central differences of a `_Scalar`, elementwise; detects kinks and avoids them."""
 
     def __init__(self, scalar: _Scalar, order: int, step: float, scale_step: bool) -> None:
         self._scalar, self._order = scalar, order
@@ -602,7 +602,7 @@ class _Stencil:
         )
 
     def _refine(self, index: int, element: int, first: _Estimate, scale: float) -> _Estimate:
-        """Shrink the step until two step sizes agree; else the estimate that comes closest."""
+        """Shrink the step until two step sizes agree; else return the closest estimate."""
         best = first
         for factor in SHRINK[1:]:
             if best.agrees(scale, RETRY):
@@ -618,7 +618,7 @@ class _Stencil:
         points = [x + h, x - h] if self._order == 2 else [x + h, x - h, x + 2 * h, x - 2 * h]
         outputs = [self._outputs(index, element, point) for point in points]
 
-        def slope(high: int, low: int) -> float:  # divided by the step that rounding has left
+        def slope(high: int, low: int) -> float:  # divided by the step as rounded
             change = _weighted_sum(outputs[high], outputs[low], self._scalar.upstream)
             return change / (points[high] - points[low])
 
@@ -643,8 +643,8 @@ class _Stencil:
     def _size_reached(self, index: int, element: int, outputs: Sequence[list[Array]]) -> float:
         """The scale of those terms of L that the element reaches; the others cancel exactly.
 
-        A change may be lost in a large output. Such a one counts, unless it is the same after a
-        change that it could not swallow either.
+        A change may be lost to rounding in a large output. Such an output counts, unless it also
+        stays the same after a change too large to be lost.
         """
         base, upstream = self._scalar.base, self._scalar.upstream
         largest = max(float(np.abs(o).max(initial=0.0)) for o in base)
@@ -669,7 +669,7 @@ class _Stencil:
 def _entry(
     name: str, shape: tuple[int, ...], gradient: Array, measured: _Measured
 ) -> GradientEntry:
-    """Compare the analytic gradient with what was measured, leaving out the kinks."""
+    """Compare the analytic gradient with the measured one, leaving out the kinks."""
     smooth = ~measured.kink
     elements, b = measured.elements[smooth], measured.derivative[smooth]
     a = gradient.ravel()[elements]
@@ -716,7 +716,7 @@ def _input_names(target: Callable[..., Any], inputs: tuple[Any, ...]) -> list[st
     function = target.call if isinstance(target, keras.layers.Layer) else target
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # no signature, as of some built-in functions
+    except (TypeError, ValueError):  # no signature, like some built-in functions
         parameters = []
     for number, parameter in enumerate(parameters[: len(inputs)]):
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -740,14 +740,14 @@ def _replace_names(found: list[str], names: Sequence[str] | None) -> list[str]:
 
 
 def _takes_one(function: Any) -> bool:
-    """Whether a function can be called with one argument alone."""
+    """Whether a function can be called with a single argument."""
     if not callable(function):
         return False
     try:
         inspect.signature(function).bind(None)
     except TypeError:
         return False
-    except ValueError:  # no signature, as of some built-in functions
+    except ValueError:  # no signature, like some built-in functions
         pass
     return True
 
@@ -793,7 +793,7 @@ def _require_float64(name: str, dtype: Any) -> None:
 
 
 def _require_float64_layer(layer: Any) -> None:
-    """Refuse a layer that would round its floating-point inputs to fewer digits."""
+    """Refuse a layer that would round its floating-point inputs to a lower precision."""
     if isinstance(layer, keras.layers.InputLayer):
         dtype = layer.dtype
     elif layer._convert_input_args and layer.autocast:  # a functional model casts nothing itself

@@ -10,20 +10,20 @@ t > 0 a step length. Along the step of gradient descent:
 The largest (X3) over t bounds the Lipschitz constant of the gradient from below: the smaller it is,
 the further the gradient can be trusted, and the larger the steps may be.
 
-How much of what a layer should learn is changed by the step of the layers below it, its internal
-covariate shift, in terms of its gradient g_i:
+The internal covariate shift of a layer, how much the step of the layers below it changes what it
+should learn, in terms of its gradient g_i:
 
     (X4)  g_i'        = gradient for layer i at (w_1 - t g_1, ..., w_(i-1) - t g_(i-1), w_i, ...)
     (X5)  shift       = ||g_i' - g_i|| / ||g_i||,   cosine = g_i . g_i' / (||g_i|| ||g_i'||)
 
-Of the outputs a of a layer, with the channels c last, the distribution itself, and how far it has
-gone since an earlier look at the same examples:
+For the outputs a of a layer, with the channels c last, the distribution itself, and how far it has
+moved since an earlier look at the same examples:
 
     (X6)  drift       = root mean square over c of (mean_c - earlier mean_c) / earlier std_c
     (X7)  scale       = geometric mean over c of std_c / earlier std_c
 
-Everything is measured on the model as it is and leaves it as it is: weights, moving statistics and
-the states of seed generators are put back, bit by bit.
+Measuring does not change the model: weights, moving statistics and the states of seed generators
+are put back, bit for bit.
 
 Reference: Ioffe and Szegedy, 2015, Batch Normalization, section 2 (the hypothesis). Santurkar,
 Tsipras, Ilyas and Madry, 2018, How Does Batch Normalization Help Optimization?, section 2.2 and
@@ -96,12 +96,12 @@ class AlongGradient:
 
 
 def along_gradient(model: Any, x: Any, y: Any, lengths: Sequence[float]) -> AlongGradient:
-    """Loss and change of the gradient at some lengths along the step of gradient descent.
+    """Loss and change of the gradient at several distances along a step of gradient descent.
 
     Args:
-        model: a built, compiled `keras.Model`; its loss counts, with penalties.
+        model: a built, compiled `keras.Model`; the loss is its own, with penalties.
         x: inputs of some examples, in one batch.
-        y: their targets; None where the loss takes none, as of `add_loss` alone.
+        y: their targets; None if the loss takes none, as with `add_loss` alone.
         lengths: step lengths t > 0, such as multiples of the learning rate.
 
     Returns:
@@ -152,7 +152,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _refuse_string(argument: str, names: Sequence[str] | None) -> None:
-    """It would be read letter by letter."""
+    """Refuses a string in place of several names: it would be read letter by letter."""
     if isinstance(names, str):
         raise ValueError(
             f"`{argument}` must be a list of names. Received: {argument}={names!r}. Pass "
@@ -179,7 +179,7 @@ class _Surface:
 
     def evaluate(self, variables: Sequence[Any]) -> tuple[float, list[Floats]]:
         """The loss, and its gradient with respect to some of the weights, in float64."""
-        with restored_randomness():  # the same masks of dropout each time
+        with restored_randomness():  # the same dropout masks each time
             value, grads = gradients(self.loss, [], variables=variables)
         arrays = [np.array(ops.convert_to_numpy(g), np.float64) for g in grads]
         return float(ops.convert_to_numpy(value)), arrays
@@ -188,7 +188,7 @@ class _Surface:
     def moved(
         self, gradient: Sequence[Floats], length: float, variables: Sequence[Any]
     ) -> Iterator[None]:
-        """For the length of the block, w - t g in place of w."""
+        """Sets the weights to w - t g for the length of the block."""
         own = [np.array(ops.convert_to_numpy(v.value)) for v in variables]
         try:
             for variable, w, g in zip(variables, own, gradient, strict=True):
@@ -207,8 +207,8 @@ class CovariateShift:
     """How the step of the layers below changes the gradient of a layer, (X5).
 
     Args:
-        shift: length of the change over that of the gradient; 0 for the lowest layer.
-        cosine: of the angle between the gradient before and after; 1 for the lowest layer.
+        shift: norm of the change divided by that of the gradient; 0 for the lowest layer.
+        cosine: cosine of the angle between the gradient before and after; 1 for the lowest layer.
     """
 
     shift: float
@@ -224,17 +224,17 @@ def covariate_shift(
         model: a built, compiled `keras.Model` with its layers in the order of their calls, such as
             a chain.
         x: inputs of some examples, in one batch.
-        y: their targets; None where the loss takes none, as of `add_loss` alone.
+        y: their targets; None if the loss takes none, as with `add_loss` alone.
         length: step length t > 0.
-        layers: names of the layers to look at, with trainable weights each. Each takes one
-            gradient of the loss. Default: all that have some.
+        layers: names of the layers to look at, all with trainable weights. Each costs one
+            gradient of the loss. Default: all that have trainable weights.
 
     Returns:
         Name -> `CovariateShift`, in the order of the model.
 
     Raises:
         ValueError: for a model that is not compiled, a length that is not > 0, a string in place
-            of the names, names of layers that are not there or have no trainable weights.
+            of the names, names of layers that do not exist or have no trainable weights.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -292,7 +292,7 @@ class Distribution:
     The gradient is that of each example's own loss: N times that of the mean over N examples.
 
     Args:
-        mean: (C,), of each channel, over examples and positions.
+        mean: (C,), mean of each channel, over examples and positions.
         std: (C,), standard deviation of each channel.
         quantiles: (5,), of all outputs, at `LEVELS`.
         zeros: share of the outputs that are exactly 0.
@@ -309,7 +309,7 @@ class Distribution:
 
     @classmethod
     def of(cls, outputs: Array, gradient: Array) -> Distribution:
-        """From (N, ..., C) and (N, ..., C)."""
+        """Computes it from outputs (N, ..., C) and their gradient (N, ..., C)."""
         a, g = outputs.astype(np.float64), gradient.astype(np.float64)
         channels = tuple(range(a.ndim - 1))
         return cls(
@@ -322,9 +322,9 @@ class Distribution:
         )
 
     def since(self, earlier: Distribution) -> tuple[float, float]:
-        """Drift (X6) and scale (X7) since an earlier look, over the channels that varied at both.
+        """Drift (X6) and scale (X7) since an earlier look, over the channels that varied in both.
 
-        NaN if there are none.
+        NaN if there are no such channels.
         """
         varied = (self.std > 0) & (earlier.std > 0)
         if not varied.any():
@@ -341,17 +341,17 @@ def distributions(
     Args:
         model: a built, compiled `keras.Model`.
         x: inputs of some examples, in one batch.
-        y: their targets; None where the loss takes none, as of `add_loss` alone.
+        y: their targets; None if the loss takes none, as with `add_loss` alone.
         layers: names of layers, each called once, whose output is one array of a floating dtype.
-            Default: all such but the inputs.
+            Default: all such layers except the inputs.
 
     Returns:
         Name -> `Distribution`.
 
     Raises:
-        ValueError: for a model that is not compiled, a string in place of the names, layers that
-            are not there, that are called more than once or not at all, or that are named and have
-            other outputs.
+        ValueError: for a model that is not compiled, a string in place of the names, and named
+            layers that do not exist, are called more than once or not at all, or have other
+            outputs.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -376,7 +376,7 @@ def distributions(
         outputs[id(layer)] = call(*args, **kwargs)
         return outputs[id(layer)]
 
-    scope = keras.StatelessScope(collect_losses=True)  # nothing that is assigned stays
+    scope = keras.StatelessScope(collect_losses=True)  # assignments inside it are discarded
     with intercepted(chosen, note), restored_randomness(), scope:
         surface.loss()
     if missing := [y.name for y in chosen if id(y) not in outputs]:
@@ -428,34 +428,34 @@ def _once(layer: Any, outputs: dict[int, Tensor]) -> None:
 class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
     """Looks into a net every few steps of `fit`, always with the same examples.
 
-    Before step 0, `every`, 2 `every`, ... and after the last: the loss along the gradient, the
-    internal covariate shift, and the distributions of outputs and gradients, with their drift since
-    the last look. Training is not touched. With `steps_per_execution`, before the first execution
-    that begins at such a step or later.
+    Before step 0, `every`, 2 `every`, ... and after the last, it records the loss along the
+    gradient, the internal covariate shift, and the distributions of outputs and gradients, with
+    their drift since the last look. Training is not affected. With `steps_per_execution`, it looks
+    before the first execution that begins at such a step or later.
 
     Args:
-        x: inputs of some examples, in one batch: as many as in a step of training, to look at
+        x: inputs of some examples, in one batch: as many as in a training step, in order to see
             what batch normalization makes of a batch.
-        y: their targets; None where the loss takes none, as of `add_loss` alone.
+        y: their targets; None if the loss takes none, as with `add_loss` alone.
         every: int >= 1, steps between two looks. Default: 50.
         lengths: step lengths, in units of the learning rate at the time. Default: from half of it
             to four times.
-        layers: names of layers for the distributions, see `distributions`, also for the default;
-            () for none.
+        layers: names of layers for the distributions; () for none. Default: as in
+            `distributions`.
         shifts: names of layers for the covariate shift under a step of the learning rate, see
             `covariate_shift`; () for none. Default: all with weights.
 
     Attributes:
         records: a dict for each look: "step", "loss", "gradient_norm", "smoothness", and the arrays
             "losses" and "changes", as in `AlongGradient`.
-        layer_records: a dict for each look and layer: "step", "layer", and as far as asked for
+        layer_records: a dict for each look and layer: "step", "layer", and, if asked for,
             "mean_rms", "std" (root mean squares over the channels), "zeros", "quantiles",
             "gradient_rms", "gradient_quantiles", "drift", "scale" (NaN at the first look), "shift",
             "cosine".
 
     Raises:
         ValueError: for `every` or `lengths` out of their range, a string in place of names; from
-            `fit`, as the functions.
+            `fit`, for the same reasons as the functions.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -507,18 +507,18 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         self._earlier = self._step
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Looks, if it is time."""
+        """Looks into the net if it is time."""
         self._step = self._earlier + batch
         if self._step >= self._next:  # several steps may be taken at once
             self._look()
             self._next = (self._step // self.every + 1) * self.every
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts."""
+        """Counts the steps."""
         self._step = self._earlier + batch + 1
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Looks a last time."""
+        """Looks into the net for the last time."""
         self._look()
 
     def _look(self) -> None:
@@ -534,7 +534,7 @@ class InsideMonitor(keras.callbacks.Callback):  # type: ignore[misc]
             "losses": along.losses,
             "changes": along.changes,
         }
-        if not rate:  # as at the start of a warm-up: a step that leads nowhere
+        if not rate:  # as at the start of a warm-up: a step of length 0
             still = np.zeros(len(self.lengths))
             record |= {"smoothness": math.nan, "losses": along.loss + still, "changes": still}
         self.records.append(record)

@@ -4,40 +4,40 @@
     composed         the function of the same name in `functional`: keras.ops, any backend, shape
                      and dtype; compiled by XLA on JAX
     fused            TensorFlow's FusedBatchNormV3 and its gradient, float32 and half precision, for
-                     means that are not far from 0 (see FARTHEST_MEAN); oneDNN's is the quickest,
-                     Eigen's loses to `compiled`;
+                     means that are not far from 0 (see FARTHEST_MEAN); fastest with oneDNN, but
+                     slower than `compiled` with Eigen;
                      `normalize`: its inference mode, narrow rows laid side by side as below
     folded           TensorFlow, JAX: sums as products of matrices with ones; rows of few channels
                      are first laid side by side, (N H W, 6) -> (N H W / 16, 96), to fill a vector
     native           PyTorch: native_batch_norm and its gradient, for means that are not far from 0,
-                     of many rows with statistics merged from parts; else, and for rows of few
-                     channels, laid side by side as above, in pieces that stay in the cache;
+                     with statistics merged from parts if there are many rows; else, and for rows
+                     of few channels, laid side by side as above, in pieces that stay in the cache;
                      layer, group and instance normalization: the kernel of torch.nn's; RMS
                      normalization: a norm, and backward the kernel of layer normalization
     staged           JAX on a CPU: sums over short runs of rows, then over the runs; of x if all
-                     means turn out to be near 0, else of x less the mean of every sixteenth row
-    products         layer and RMS normalization: forward, sums of x less the mean of an example's
+                     means turn out to be near 0, else of x minus the mean of every sixteenth row
+    products         layer and RMS normalization: forward, sums of x minus the mean of an example's
                      first sixteenth (on JAX of x itself, as above); backward, the sums over an
                      example and over the examples as products of matrices with gamma and with
                      ones; x is kept
     compiled         TensorFlow without a GPU, in training, and outside of graphs: forward and
                      backward as one program each, which XLA compiles when it first meets arrays of
-                     these shapes (in inference, when they have come ten times); by
-                     `training_step` with the step of batch normalization's moving statistics
-    by_channel       group and instance normalization: sums channel by channel, added up within
-                     the groups afterwards, so that scale and shift are one number for each
-                     example and channel, and touch x in two sweeps
+                     these shapes (in inference, at the tenth time); in `training_step`, the update
+                     of batch normalization's moving statistics is part of the program
+    by_channel       group and instance normalization: sums for each channel, then added up within
+                     the groups, so that scale and shift are one number for each example and
+                     channel, and two passes over x suffice
 
 "fused" is in `_kernels_fused`, "native" in `_kernels_torch`, "compiled" in `_kernels_xla`, the rest
-in `_kernels_sums`. Which one is taken where is the table in `_kernels_choice`, and `choose` tells.
-The environment variable KERAS_NORM_IMPLEMENTATION, read whenever a function is traced, names one to
-take wherever it can do what is asked (`make test-implementations`).
+in `_kernels_sums`. A table in `_kernels_choice` decides which is used where; `choose` returns its
+name. The environment variable KERAS_NORM_IMPLEMENTATION, read whenever a function is traced, names
+one to use wherever it can do what is asked (`make test-implementations`).
 
 All of them give the numbers of `functional` to rounding, in at least float32; where a sum would
-round more, the work is done anew by the composed one (`FARTHEST_MEAN`). But PyTorch's own gradients
-of gamma and beta, in layer normalization, add up the rows one by one: of 262,144 rows they are off
-by 1e-5.
-The mean and variance that come back are for moving statistics: no gradient flows through them.
+round more, the composed one repeats the work (`FARTHEST_MEAN`). The exception: PyTorch's own
+gradients of gamma and beta in layer normalization add up the rows one by one; for 262,144 rows they
+are off by 1e-5.
+The returned mean and variance are for moving statistics: no gradient flows through them.
 """
 
 from collections.abc import Sequence
@@ -83,24 +83,24 @@ def choose(
     weighted: bool = False,
     training: bool = False,
 ) -> str:
-    """The implementation that a function takes when none is asked for.
+    """The name of the implementation that a function uses unless told otherwise.
 
     Args:
         function: "batch_normalization", "normalize", "layer_normalization", "rms_normalization",
             "group_normalization" or "instance_normalization".
-        shape: of the input; None for what is unknown.
+        shape: of the input; None for an unknown size.
         dtype: of the input, such as "float32".
         axis: as the function takes it.
         weighted: whether there are weights (a mask).
         training: as the function takes it.
 
     Returns:
-        The name of an implementation; "composed" where no other can be taken, or pays. Asked
-        outside of a graph on TensorFlow, it counts as a call with this shape.
+        The name of an implementation; "composed" where no other is possible, or faster. Outside
+        of a graph on TensorFlow, asking counts as a call with this shape.
 
     Raises:
-        ValueError: for a function that is not one of these, for axes that the shape lacks, and
-            for an unknown name in KERAS_NORM_IMPLEMENTATION.
+        ValueError: for a function that is not one of these, axes that the shape does not have,
+            and an unknown name in KERAS_NORM_IMPLEMENTATION.
 
     Example:
         >>> choose("batch_normalization", (256, 32, 32, 64), "float64", weighted=True)
@@ -124,13 +124,13 @@ def choose_for(
     training: bool = False,
     implementation: str | None = None,
 ) -> str:
-    """`choose` for an array: the implementation that a function takes for it.
+    """`choose` for an array: the name of the implementation that a function uses for it.
 
     Args:
         function: as in `choose`.
         x: an array.
         axis, weights, training: as the function takes them.
-        implementation: what is asked of the function, if anything is.
+        implementation: the argument of that name of the function, or None.
 
     Returns:
         As `choose`; `implementation`, if it is given.
@@ -158,13 +158,13 @@ def batch_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """As `functional.batch_normalization`, on the implementation that `choose` names.
+    """As `functional.batch_normalization`, by the implementation that `choose` names.
 
     Args:
         x, gamma, beta, axis, epsilon, weights: as there.
-        training: bool, whether this is a step of training, of which many will follow, so that it
-            pays to compile it (TensorFlow). The numbers are the same to rounding.
-        implementation: the name of one, to force it. Default: what `choose` names.
+        training: bool, whether this is a training step, one of many, so that compiling it pays
+            off (TensorFlow). The numbers are the same to rounding.
+        implementation: the name of the one to use. Default: what `choose` names.
 
     Returns:
         (y, mean, variance) as there; no gradient flows through mean and variance.
@@ -199,7 +199,7 @@ def batch_normalization(
 
 
 def _check_shapes(x: Array, axis: Axis, **arrays: Array | None) -> None:
-    """What `functional` refuses, the kernels would broadcast, or take without a word."""
+    """Refuses what `functional` refuses: the kernels would broadcast it, or accept it silently."""
     if type(axis) is int:  # quickly, for the arrays of a small layer
         right = (x.shape[axis],)
         if all(v is None or getattr(v, "shape", None) == right for v in arrays.values()):
@@ -230,7 +230,7 @@ def normalize(
     epsilon: float = 1e-3,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.normalize`, on the implementation that `choose` names.
+    """As `functional.normalize`, by the implementation that `choose` names.
 
     Args:
         x, mean, variance, gamma, beta, axis, epsilon: as there.
@@ -302,10 +302,10 @@ def layer_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.layer_normalization`, on the implementation that `choose` names.
+    """As `functional.layer_normalization`, by the implementation that `choose` names.
 
     Args:
-        x, gamma, beta, axis, epsilon, rms_scaling: as there. With `rms_scaling` always composed.
+        x, gamma, beta, axis, epsilon, rms_scaling: as there. `rms_scaling` is always "composed".
         training: as in `batch_normalization`.
         implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
             "native" on PyTorch). Default: what `choose` names.
@@ -346,7 +346,7 @@ def rms_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.rms_normalization`, on the implementation that `choose` names.
+    """As `functional.rms_normalization`, by the implementation that `choose` names.
 
     Args:
         x, gamma, axis, epsilon: as there.
@@ -378,10 +378,10 @@ def rms_normalization(
 
 
 class Shortcut:
-    """To PyTorch's kernel, for inputs like one for which it was chosen before.
+    """A shortcut to PyTorch's kernel, for inputs like one for which it was chosen before.
 
-    What there is to choose and to check depends on an input's sizes and dtype alone. It is much
-    Python, of which little stays in the processor's caches from one layer to the next.
+    The choice and the checks depend on an input's sizes and dtype alone. They are much Python
+    code, little of which stays in the processor's caches from one layer to the next.
 
     Args:
         function: "layer_normalization" or "rms_normalization".
@@ -401,12 +401,12 @@ class Shortcut:
         self._is_closed = keras.backend.backend() != "torch"
 
     def take(self, x: Any, gamma: Any, beta: Any, epsilon: float) -> Array | None:
-        """y by the kernel; None where the long way has to be gone.
+        """y by the kernel; None where the full path, with its choice and checks, is needed.
 
-        Once a mean was far from 0, or not finite, that is always: others will be so, too.
+        After a mean that was far from 0, or not finite, it always is: others will be, too.
 
         Args:
-            x: what the layer is called with.
+            x: the layer's inputs.
             gamma, beta: variables of the layer, or None.
             epsilon: of the layer.
         """
@@ -415,7 +415,7 @@ class Shortcut:
         gamma = None if gamma is None else gamma.value
         beta = None if beta is None else beta.value
         if any(v is not None and v.dtype is not x.dtype for v in (gamma, beta)):
-            return None  # they were of that of x before
+            return None  # they had the dtype of x before
         functional.check_epsilon(epsilon)
         sizes = x.shape[-self._axes :]
         y = _kernels_torch.rows(x, gamma, beta, sizes, epsilon, self._centers)
@@ -423,10 +423,10 @@ class Shortcut:
         return y
 
     def learn(self, x: Any, gamma: Any, beta: Any) -> None:
-        """Opens the way for inputs like x, which has just gone the long one, if it may be taken.
+        """Allows the shortcut, where possible, for inputs like x, which took the full path.
 
         Args:
-            x, gamma, beta: as `take` gets them. The long way casts parameters to the dtype of x.
+            x, gamma, beta: as in `take`. The full path casts parameters to the dtype of x.
         """
         if not self._is_open_to(x) or self._key(x) in self._known:
             return
@@ -460,7 +460,7 @@ def group_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.group_normalization`, on the implementation that `choose` names.
+    """As `functional.group_normalization`, by the implementation that `choose` names.
 
     Args:
         x, gamma, beta, groups, axis, epsilon: as there.
@@ -503,7 +503,7 @@ def instance_normalization(
     training: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """As `functional.instance_normalization`, on the implementation that `choose` names.
+    """As `functional.instance_normalization`, by the implementation that `choose` names.
 
     Args:
         x, gamma, beta, axis, epsilon: as there.

@@ -1,6 +1,6 @@
 """The Keras layers: variables, moving statistics, masks, dtype policy, config; no mathematics.
 
-Import these in place of `keras.layers`' of the same name:
+Import these in place of the layers of the same name in `keras.layers`:
 
     from keras_norm.layers import BatchNormalization
 
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
     DecorrelatedBatchNormalization = research.DecorrelatedBatchNormalization
     FilterResponseNormalization = research.FilterResponseNormalization
     QuantileNormalization = research.QuantileNormalization
-else:  # to a type checker a function of this name would make every name right
+else:  # a type checker that saw a function of this name would accept every attribute
 
     def __getattr__(name: str) -> Any:
         if name in _OF_RESEARCH:
-            from keras_norm import research  # when asked for: it is built on this module
+            from keras_norm import research  # only on request: it imports this module
 
             return getattr(research, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -79,21 +79,22 @@ class BatchNormalization(MovingStatistics):
 
         y = gamma (x - mean) / sqrt(variance + epsilon) + beta
 
-    with the mean and the biased variance of the batch, which also move the moving statistics:
+    with the mean and the biased variance of the batch, which also update the moving statistics:
 
         (B11)  moving_mean     <- momentum moving_mean     + (1 - momentum) mean
         (B12)  moving_variance <- momentum moving_variance + (1 - momentum) variance
 
     In inference the moving statistics take the place of the batch's. The gradient is the
-    hand-derived one, (B6) to (B10). Whatever stands after the `*` below goes beyond
-    `keras.layers.BatchNormalization`; with its defaults the two agree.
+    hand-derived one, (B6) to (B10). The keyword-only arguments, from `debiased` on, are not in
+    `keras.layers.BatchNormalization`; with their defaults the two layers agree.
 
     Args:
         axis: int, the axis of the channels: -1 for channels last, 1 for images with channels
-            first; or a tuple of axes, which together keep their own statistics. Default: -1.
+            first; or a tuple of axes, for one set of statistics per combination of their indices.
+            Default: -1.
         momentum: float in [0, 1], weight of the old value in the moving statistics (PyTorch's
-            momentum is its complement); None for the average over all batches so far, each
-            with the same weight. Can be changed at any time. Default: 0.99.
+            momentum is 1 minus this); None for the equally weighted average over all batches so
+            far. Can be changed at any time. Default: 0.99.
         epsilon: float >= 0, added to the variance. Default: 1e-3 (PyTorch's is 1e-5).
         center: bool, whether there is a beta. Default: True.
         scale: bool, whether there is a gamma. Default: True.
@@ -102,55 +103,55 @@ class BatchNormalization(MovingStatistics):
         beta_regularizer, gamma_regularizer: Keras regularizers. Default: none.
         beta_constraint, gamma_constraint: Keras constraints. Default: none.
         renorm: bool, batch renormalization, (B17) to (B19): in training, too, the layer
-            normalizes by moving statistics, up to bounds. Default: False.
+            normalizes by moving statistics, with a correction that can be bounded. Default: False.
         renorm_clipping: dict of bounds of that correction, with the keys "rmax", "rmin", "dmax";
-            what is missing is not bounded. Default: none.
+            a missing key means no bound. Default: none.
         renorm_momentum: float in [0, 1], momentum of those moving statistics. Default: 0.99.
         synchronized: bool, whether the replicas of a data-parallel step normalize by the
             statistics of the whole batch, merged by counts, (B13) to (B15): under
             `tf.distribute`, and under `torch.distributed`. On JAX with `keras.distribution`
             they always do. Default: False.
-        debiased: bool, whether the moving statistics forget their initial values at the first
-            batch: averages with the weights of (B11), divided by their sum. Default: False.
-        unbiased: bool, whether the moving variance is that of N - 1, (B16). Default: False.
-        virtual_batch_size: int >= 1, the largest number of examples to be normalized together
-            in training (ghost batches; see `functional.ghost_batch_normalization`). The moving
-            statistics are those of the batch. Default: the whole batch.
+        debiased: bool, whether the first batch replaces the initial moving statistics: they are
+            averages with the weights of (B11), divided by the sum of the weights. Default: False.
+        unbiased: bool, whether the moving variance divides by N - 1, (B16). Default: False.
+        virtual_batch_size: int >= 1, the largest number of examples normalized together in
+            training (ghost batches; see `functional.ghost_batch_normalization`). The moving
+            statistics still follow the whole batch. Default: the whole batch.
         train_parameters: bool, whether gamma and beta are trained. Default: True.
         update_statistics: bool, whether the moving statistics move in training. Default: True.
         use_batch_statistics: True to normalize by the batch in inference, too; False to
             normalize by the moving statistics in training, too; None to follow `training`.
             Default: None.
-        warn_untouched: bool, whether to warn, once, when inference meets moving statistics that
+        warn_untouched: bool, whether to warn, once, when inference uses moving statistics that
             still have their initial values (on JAX outside of compiled functions only, and so
-            not in `predict`). Default: False, for a model that has just been made is called for
-            many good reasons.
+            not in `predict`). Default: False, because there are many good reasons to call a new
+            model.
         **kwargs: of every Keras layer: `name`, `dtype`, `trainable`.
 
     Call arguments:
         inputs: array of any rank >= 1; (N, C), (N, H, W, C), ...
         training: bool. True normalizes by the batch and updates the moving statistics, unless
             `trainable` is False: a frozen layer is in inference mode, as in Keras.
-        mask: bool array: what is False does not count in the statistics (it is normalized all
-            the same). Any shape that broadcasts to the inputs; one of lower rank than the
-            inputs belongs to their first axes: (N,), (N, H, W), as Keras's masks do.
-        sample_weight: array of numbers >= 0 of such a shape: how much every element counts in
-            the statistics. A constant for the gradient. Default: all alike.
+        mask: bool array: elements where it is False do not count in the statistics, but are
+            normalized like the rest. Any shape that broadcasts to the inputs; a mask of lower
+            rank is aligned with their first axes, as Keras's masks are: (N,), (N, H, W).
+        sample_weight: array of numbers >= 0, of such a shape: how much each element counts in
+            the statistics. Constant for the gradient. Default: all count alike.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
 
     State:
         gamma (C,), beta (C,): trained. moving_mean (C,), moving_variance (C,): updated in every
-        call with `training=True` while the layer is trainable; with `renorm` moving_stddev,
-        renorm_mean and renorm_stddev (C,) likewise; with `momentum=None` or `debiased`
-        moving_count (C,), the sum of the weights so far. The order of `get_weights()` is this
-        one, that of `keras.layers` for what exists there. For several axes, C stands for the
+        call with `training=True` while the layer is trainable; with `renorm` also moving_stddev,
+        renorm_mean and renorm_stddev (C,); with `momentum=None` or `debiased` also moving_count
+        (C,), the sum of the weights so far. `get_weights()` gives them in this order, which is
+        that of `keras.layers` for those that exist there. For several axes, C stands for the
         sizes of those axes, in their order in the inputs.
 
-    Three switches: `train_parameters`, `update_statistics` and `use_batch_statistics` are
-    attributes beside `trainable`, to be read and set at any time; like `momentum`, they act on
-    functions that were compiled before:
+    Three switches, `train_parameters`, `update_statistics` and `use_batch_statistics`, are
+    attributes beside `trainable` that can be read and set at any time; like `momentum`, they also
+    act on functions that are already compiled:
 
         >>> layer = BatchNormalization(momentum=0.9)
         >>> layer.update_statistics = False
@@ -159,31 +160,32 @@ class BatchNormalization(MovingStatistics):
         0.0
 
     Without `train_parameters`, gamma and beta are not among `trainable_variables`, and their
-    gradient in training is zero. (An optimizer with momentum or weight decay in a training
-    function compiled before goes on moving them by those; compile the model again, as for
+    gradient in training is zero. (In a training function that is already compiled, an optimizer
+    with momentum or weight decay keeps changing them by those; compile the model again, as for
     `trainable`. On JAX do so before the next `fit`, and never in a callback: Keras's training
-    step ends in an error there, and the model's weights are lost.) One change may come too late,
-    and then raises: a layer that was made with `use_batch_statistics=None`, and not told otherwise
-    until a function with it was compiled, stays with that, for its functions are compiled
-    without the choice. `trainable = False` switches off the training of parameters and the
-    updates, and lets the moving statistics normalize unless `use_batch_statistics` is True.
+    step ends in an error there, and the model's weights are lost.) One change can come too late,
+    and then raises: `use_batch_statistics` cannot be set to True or False if it was None until a
+    function that contains the layer was compiled, because such a function is compiled without
+    the choice. `trainable = False` stops both the training of the parameters and the updates, and
+    the layer normalizes by the moving statistics unless `use_batch_statistics` is True.
 
-    What is left out: a batch whose statistics are not finite, or in which nothing has weight,
-    leaves all moving statistics as they are and is counted in `skipped_batches`; a channel
-    without weight keeps its own. One element per channel has variance 0: y is beta, no gradient
-    reaches the inputs, and the moving variance moves towards 0.
+    A batch whose statistics are not finite, or in which nothing has weight, leaves all moving
+    statistics as they are and is counted in `skipped_batches`; a channel without weight keeps
+    its own. With one element per channel, the variance is 0: y is beta, no gradient reaches the
+    inputs, and the moving variance moves towards 0.
 
     Rematerialized on PyTorch (`keras.RematScope`, `torch.utils.checkpoint`), a step moves the
-    statistics once, though it calls the layer twice. The repeated call of `renorm`, or with
-    `use_batch_statistics=False`, finds them moved, and its gradient is off by as much.
-    `tf.recompute_grad` gives no sign of a repeated call: there they move twice, as Keras's do.
+    statistics once, though it calls the layer twice. With `renorm`, or with
+    `use_batch_statistics=False`, the repeated call uses the moved statistics, and its gradient is
+    off by as much. On TensorFlow, `tf.recompute_grad` gives no sign that a call is a repetition:
+    there they move twice, as Keras's do.
 
     Raises:
         ValueError: for a momentum outside [0, 1], a negative epsilon, an axis that the inputs do
             not have, an integer or complex dtype, inputs whose channels are unknown, a mask or
-            weights that do not broadcast to the inputs, wrong bounds of renormalization, for a
-            virtual batch size together with `renorm` or `synchronized`, and for a `training`
-            that is not known while the layer is traced.
+            weights that do not broadcast to the inputs, wrong bounds of renormalization, a
+            virtual batch size together with `renorm` or `synchronized`, and a `training` whose
+            value is not known while the layer is traced.
 
     Example:
         >>> layer = BatchNormalization(momentum=0.9, epsilon=1e-5)
@@ -197,8 +199,8 @@ class BatchNormalization(MovingStatistics):
     Numerics:
         Statistics are accumulated, and moving statistics kept, in at least float32; float16 and
         bfloat16 inputs give outputs of the same dtype. Agrees with `keras.layers` after 100
-        training steps to 1e-9 in float64 and 1e-4 in float32. Replicas that are not synchronized
-        keep moving statistics of the whole batch, merged by counts, all the same.
+        training steps to 1e-9 in float64 and 1e-4 in float32. Even replicas that are not
+        synchronized keep moving statistics of the whole batch, merged by counts.
 
     Reference:
         Ioffe and Szegedy, 2015, Batch Normalization, algorithms 1 and 2 (the paper's inference
@@ -272,7 +274,7 @@ class BatchNormalization(MovingStatistics):
         self.moving_variance: Any = None
         self.moving_count: Any = None
         self._warned = False
-        self._traced = False  # whether a compiled function holds this layer
+        self._traced = False  # whether a compiled function contains this layer
         self._chooses = False  # whether functions look up `use_batch_statistics` when they run
         self._live = LiveNumbers(  # the first four in the order of `kernels.training_step`
             momentum=0.0, rest=1.0, train=1.0, update=1.0, moving_in_training=0.0, moving=1.0
@@ -282,7 +284,7 @@ class BatchNormalization(MovingStatistics):
         self.update_statistics = update_statistics
         self.use_batch_statistics = use_batch_statistics
 
-    # What may be changed after a function was compiled ----------------------------------------
+    # What may change after a function was compiled --------------------------------------------
 
     @property
     def train_parameters(self) -> bool:
@@ -300,7 +302,7 @@ class BatchNormalization(MovingStatistics):
 
     @property
     def use_batch_statistics(self) -> bool | None:
-        """Whether the batch's statistics normalize; None where `training` decides."""
+        """Whether to normalize by the batch's statistics; None: `training` decides."""
         self._refresh()
         return self._use_batch_statistics
 
@@ -331,7 +333,7 @@ class BatchNormalization(MovingStatistics):
 
     @property
     def trainable(self) -> bool:
-        """False: neither parameters nor moving statistics change, and training is inference."""
+        """If False, no parameter or moving statistic changes, and training acts as inference."""
         return bool(super().trainable)
 
     @trainable.setter
@@ -422,7 +424,7 @@ class BatchNormalization(MovingStatistics):
         return y
 
     def _is_plain(self, x: Array, weights: Any) -> bool:
-        """Whether a step is nothing but (B1) to (B12), and its kernel a compiled one."""
+        """Whether a step is just (B1) to (B12), with a compiled kernel."""
         special = self._chooses or self.renorm or self.unbiased or self.moving_count is not None
         return (
             not special
@@ -434,7 +436,7 @@ class BatchNormalization(MovingStatistics):
         )
 
     def _normalize_and_move(self, x: Array) -> Array:
-        """(B1) to (B12); what `_gated`, `_normalize_at_once` and `_update` do elsewhere."""
+        """(B1) to (B12) in one kernel; otherwise `_gated`, `_normalize_at_once`, `_update`."""
         state = self.moving_mean, self.moving_variance, self._live.counter
         y, moved = kernels.training_step(
             x,
@@ -486,7 +488,7 @@ class BatchNormalization(MovingStatistics):
     def _normalize_by_kernel(
         self, x: Array, gamma: Any, beta: Any, use_moving: Any, updates: bool
     ) -> tuple[Array, Array, Array]:
-        """A kernel normalizes by the statistics it takes: the switch chooses between two paths."""
+        """As above; a kernel computes its own statistics, so the switch chooses between paths."""
         where: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
 
         def by_batch() -> tuple[Array, Array, Array]:
@@ -554,7 +556,7 @@ class BatchNormalization(MovingStatistics):
         mean, variance, weight, squares = self._whole_batch(batch)
         moves = kernels.are_finite(mean, variance)
         if weight is not None:
-            present = weight > 0  # (C,), or () where all channels have the same
+            present = weight > 0  # (C,), or () where it is the same for all channels
             moves = ops.logical_and(moves, ops.any(present) if len(weight.shape) else present)
             if batch.weights is not None:
                 moves = ops.logical_and(moves, ops.all(ops.isfinite(weight)))
@@ -587,7 +589,7 @@ class BatchNormalization(MovingStatistics):
     def _whole_batch(self, batch: "_Batch") -> tuple[Array, Array, Any, Any]:
         """Statistics of what all replicas saw, and the sums of weights and of their squares.
 
-        The last two are None where every channel is sure to have elements and nobody asks.
+        The last two are None where every channel surely has elements and the sums are not needed.
         """
         mean, variance = ops.stop_gradient(batch.mean), ops.stop_gradient(batch.variance)
         several = distributed.replicas() > 1
@@ -607,7 +609,7 @@ class BatchNormalization(MovingStatistics):
         return mean, variance, weight, squares
 
     def _move(self, variable: Any, value: Array, keep: Any, rest: Any, moves: Any) -> Array:
-        # Of the tensor: PyTorch's keras.Variable * float rounds the float to float32.
+        # Multiply the tensor: on PyTorch, keras.Variable * float rounds the float to float32.
         old = ops.stop_gradient(variable.value)  # a tensor, read once
         value = old * keep + in_dtype(value, variable.dtype) * rest
         variable.assign(value if moves is True else ops.where(moves, value, old))
@@ -665,7 +667,7 @@ _PLAIN_ARGUMENTS = (
 
 
 class _Batch(NamedTuple):
-    """What the moving statistics learn from."""
+    """What the moving statistics are updated from."""
 
     x: Array
     weights: Array | None
@@ -673,12 +675,12 @@ class _Batch(NamedTuple):
     variance: Array
 
     def may_lack_weight(self, axis: Any) -> bool:
-        """Whether a channel may be without any element that counts: masked, or a batch of 0."""
+        """Whether a channel may have no element that counts: all masked, or an empty batch."""
         return self.weights is not None or not all(self._sizes(axis, self.x.shape))
 
     def elements(self, axis: Any) -> Array:
-        """How many each channel has, (), in the dtype of the statistics."""
-        # Integers first: every product with what is not known yet is an operation.
+        """The number of elements of each channel, (), in the dtype of the statistics."""
+        # Integers first: every product with a size that is not known yet adds an operation.
         sizes = sorted(self._sizes(axis, ops.shape(self.x)), key=lambda n: not isinstance(n, int))
         n = math.prod(sizes)
         return ops.cast(ops.convert_to_tensor(n), self.mean.dtype)
@@ -693,12 +695,12 @@ def _initial_value(variable: Any, initializer: Any) -> Any:
 
 
 def _decided(number: Any) -> Any:
-    """A switch as a bool where it is known now, else as a boolean tensor."""
+    """A switch as a bool where its value is known now, else as a boolean tensor."""
     return bool(number) if isinstance(number, float) else number > 0.5
 
 
 def _gated(gamma: Any, beta: Any, trained: Any) -> tuple[Array | None, Array | None]:
-    """gamma and beta, with a gradient only where the switch says so."""
+    """gamma and beta, with a gradient only if they are trained."""
     given = [v for v in (gamma, beta) if v is not None]
     if trained is True or not given:
         return gamma, beta
@@ -768,24 +770,24 @@ def _check_virtual_batch_size(size: int | None, renorm: bool, synchronized: bool
 class SpatialBatchNormalization(BatchNormalization):
     """Batch normalization of images: each channel by its statistics over examples and positions.
 
-    A face of `BatchNormalization` for the layouts of Keras's convolutions. With x of shape
+    `BatchNormalization` for the data layouts of Keras's convolutions. With x of shape
     (N, H, W, C), and likewise for sequences and volumes, equations (B1) to (B5):
 
         mean_c = (1 / N H W) sum over n, h, w of x[n, h, w, c]
 
-    so that gamma and beta have C elements, not H W C: a channel is treated alike everywhere, as
-    the convolution before it does.
+    so that gamma and beta have C elements, not H W C: a channel is treated alike at every
+    position, as in a convolution.
 
     Args:
         data_format: "channels_last" for (N, ..., C), "channels_first" for (N, C, ...). Default:
             `keras.config.image_data_format()`.
-        **kwargs: every argument of `BatchNormalization` but `axis`.
+        **kwargs: any argument of `BatchNormalization` except `axis`.
 
     Call arguments, Returns, State, Numerics: as `BatchNormalization`.
 
     Raises:
-        ValueError: for inputs that have not 3, 4 or 5 dimensions, an unknown data format, an
-            `axis`, and what `BatchNormalization` refuses.
+        ValueError: for inputs that do not have 3, 4 or 5 dimensions, an unknown data format, an
+            `axis`, and whatever `BatchNormalization` refuses.
 
     Example:
         >>> layer = SpatialBatchNormalization("channels_first", epsilon=0.0)
@@ -849,7 +851,7 @@ class _WithinExample(keras.layers.Layer):
         self._sizes: tuple[tuple[int, int], ...] = ()  # of the axes, where they are fixed
         self._shortcut: kernels.Shortcut | None = None
         self.supports_masking = True
-        # Under a mixed policy inputs in float32 are normalized as they are, and then rounded.
+        # Under a mixed policy, float32 inputs are normalized in float32, and the result rounded.
         self.autocast = False
 
     def _add_parameter(self, name: str, shape: Sequence[int]) -> Any:
@@ -863,13 +865,13 @@ class _WithinExample(keras.layers.Layer):
         )
 
     def _expect_sizes(self, input_shape: Sequence[int | None]) -> None:
-        """Later inputs may have more or fewer dimensions, but these sizes on the axes."""
+        """Remembers the sizes of the axes: later inputs may differ in rank, not in these."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
         sizes = ((a, input_shape[a]) for a in axes)
         self._sizes = tuple((a, n) for a, n in sizes if n is not None)
 
     def _check_sizes(self, shape: Sequence[int | None]) -> None:
-        """As an `InputSpec` would, which takes a small layer on PyTorch a tenth of its time."""
+        """What an `InputSpec` checks, but that takes a tenth of a small layer's time on PyTorch."""
         for axis, size in self._sizes:
             if not -len(shape) <= axis < len(shape) or shape[axis] not in (size, None):
                 raise ValueError(
@@ -879,7 +881,7 @@ class _WithinExample(keras.layers.Layer):
                 )
 
     def _floating(self, inputs: Array) -> Array:
-        """The inputs in their own dtype; integers in that of the layer."""
+        """The inputs in their own dtype if it is floating, else in that of the layer."""
         check_dense(inputs)
         x = kernels.tensor(inputs)
         if self._sizes:
@@ -908,7 +910,7 @@ class _WithinExample(keras.layers.Layer):
 
 
 class _Affine(_WithinExample):
-    """One of these with gamma and beta."""
+    """A normalization within each example, with gamma and beta."""
 
     def __init__(
         self,
@@ -955,7 +957,7 @@ class LayerNormalization(_Affine):
         y = gamma (x - mean) / sqrt(variance + epsilon) + beta
 
     with mean and variance over `axis`, for every index of the other axes. The gradient is the
-    hand-derived one, (L6) to (L9). Unlike batch normalization it does not depend on the other
+    hand-derived one, (L6) to (L9). Unlike batch normalization, it does not depend on the other
     examples of the batch, so it suits batches of any size, and sequences.
 
     Args:
@@ -968,16 +970,16 @@ class LayerNormalization(_Affine):
         beta_regularizer, gamma_regularizer: Keras regularizers. Default: none.
         beta_constraint, gamma_constraint: Keras constraints. Default: none.
         rms_scaling: bool, y = gamma x / sqrt(variance + epsilon), without beta. Deprecated in
-            Keras, and here for its saved models; for RMS normalization use `RMSNormalization`.
-            Default: False.
+            Keras, and kept here for models saved with it; for RMS normalization use
+            `RMSNormalization`. Default: False.
         **kwargs: of every Keras layer: `name`, `dtype`, `trainable`.
 
     Call arguments:
         inputs: array of any rank >= 1; (N, D), (N, T, D), (N, H, W, C), ... A Keras mask passes
-            through unchanged; what it masks is normalized like the rest, and counts in the
+            through unchanged; masked elements are normalized like the rest, and count in the
             statistics only if `axis` names the axis of the mask.
-        training: bool, which changes no number: on TensorFlow without a GPU, steps of training
-            are compiled by XLA where arrays are large. Default: what `fit` says.
+        training: bool, which does not change the result: on TensorFlow without a GPU, training
+            steps are compiled by XLA where arrays are large. Default: set by `fit`.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype.
@@ -987,7 +989,7 @@ class LayerNormalization(_Affine):
         in this order, as in `keras.layers`.
 
     Raises:
-        TypeError: for an axis that is no integer, list or tuple, as in Keras.
+        TypeError: for an axis that is not an integer, list or tuple, as in Keras.
         ValueError: for a negative epsilon, an axis that the inputs do not have or that is named
             twice, an integer or complex dtype, a normalized axis of unknown size.
 
@@ -999,9 +1001,9 @@ class LayerNormalization(_Affine):
 
     Numerics:
         Statistics are accumulated in at least float32, variables kept in the policy's variable
-        dtype; float16 and bfloat16 inputs give outputs of the same dtype. In float32 a mean of
-        1000 beside a variance of 1 costs no digit (`keras.layers` forms x inv_std - mean inv_std
-        there, the difference of two large numbers).
+        dtype; float16 and bfloat16 inputs give outputs of the same dtype. In float32, a mean of
+        1000 with a variance of 1 costs no digits (`keras.layers` computes
+        x inv_std - mean inv_std there, the difference of two large numbers).
 
     Reference:
         Ba, Kiros and Hinton, 2016, Layer Normalization, section 3.
@@ -1098,8 +1100,8 @@ class RMSNormalization(_WithinExample):
 
         y = scale x / sqrt(mean(x^2) + epsilon)
 
-    with the mean over `axis`. The gradient is the hand-derived one, (R5) and (R6). It costs less
-    than layer normalization, because it has no mean and no beta.
+    with the mean over `axis`. The gradient is the hand-derived one, (R5) and (R6). The layer costs
+    less than layer normalization, because it has no mean and no beta.
 
     Args:
         axis: int, or list or tuple of int: the axes over which each example is normalized, and
@@ -1116,10 +1118,10 @@ class RMSNormalization(_WithinExample):
         Array of the inputs' shape, in the layer's compute dtype.
 
     State:
-        scale, of the shape of the normalized axes, from 1: trained.
+        scale, of the shape of the normalized axes: trained, initially 1.
 
     Raises:
-        TypeError: for an axis that is no integer, list or tuple.
+        TypeError: for an axis that is not an integer, list or tuple.
         ValueError: for a negative epsilon, an axis that the inputs do not have or that is named
             twice, an integer or complex dtype, a normalized axis of unknown size.
 
@@ -1166,10 +1168,10 @@ class RMSNormalization(_WithinExample):
 
 
 class _ByChannel(_Affine):
-    """One of these with one gamma and one beta for each channel."""
+    """A normalization within each example, with a gamma and a beta for each channel."""
 
     def __init__(self, axis: Any = -1, *args: Any, **kwargs: Any) -> None:
-        one = isinstance(axis, list | tuple) and len(axis) == 1  # as Keras keeps it in places
+        one = isinstance(axis, list | tuple) and len(axis) == 1  # Keras sometimes stores it so
         super().__init__(axis[0] if one else axis, *args, **kwargs)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
@@ -1191,20 +1193,20 @@ class GroupNormalization(_ByChannel):
     """Normalizes groups of channels of each example by their own mean and variance.
 
     In training and inference alike, equations (GN1) to (GN3) of
-    `keras_norm.functional.group_normalization`: the channels are shared out in order into
-    `groups`, and
+    `keras_norm.functional.group_normalization`: consecutive channels are divided into `groups`,
+    and
 
         y = gamma (x - mean) / sqrt(variance + epsilon) + beta
 
     with mean and variance over the positions and channels of each group, and gamma and beta for
-    each channel. The gradient is the hand-derived one, (GN4) and (GN5). One group is layer
-    normalization over channels and positions, but for its gamma and beta; as many groups as
-    channels is instance normalization.
+    each channel. The gradient is the hand-derived one, (GN4) and (GN5). With one group it is layer
+    normalization over channels and positions, except for gamma and beta; with as many groups as
+    channels it is instance normalization.
 
     Args:
         groups: int >= 1 that divides the number of channels; -1 for as many groups as channels;
-            or None for the greatest common divisor of 32 and the number of channels, which suits
-            every net (not in Keras). Default: 32.
+            or None for the greatest common divisor of 32 and the number of channels, which fits
+            every network (not in Keras). Default: 32.
         axis: int, the axis of the channels, not 0: -1 for channels last, 1 for images with
             channels first. Default: -1.
         epsilon: float >= 0, added to the variance. Default: 1e-3 (PyTorch's is 1e-5).
@@ -1239,8 +1241,8 @@ class GroupNormalization(_ByChannel):
         [[-1.0, 1.0, -1.0, 1.0]]
 
     Numerics:
-        As `LayerNormalization`. `groups` stays as it was given (in `keras.layers` `build` writes
-        the number of channels over -1).
+        As `LayerNormalization`. `groups` stays as it was given (in `keras.layers`, `build`
+        replaces -1 by the number of channels).
 
     Reference:
         Wu and He, 2018, Group Normalization, section 3.
@@ -1310,9 +1312,9 @@ class InstanceNormalization(_ByChannel):
         y = gamma (x - mean) / sqrt(variance + epsilon) + beta
 
     with mean and variance over the positions, and gamma and beta for each channel. The gradient
-    is the hand-derived one, (I3) and (I4). It takes the contrast out of an image, which made it
-    the normalization of style transfer. Keras has no layer of this name; it is
-    `GroupNormalization(groups=-1)`, but refuses inputs without positions.
+    is the hand-derived one, (I3) and (I4). It removes the contrast of an image, which made it the
+    normalization of style transfer. Keras has no layer of this name; it equals
+    `GroupNormalization(groups=-1)`, except that it refuses inputs without positions.
 
     Args:
         axis: int, the axis of the channels, not 0: -1 for channels last, 1 for images with
@@ -1331,8 +1333,8 @@ class InstanceNormalization(_ByChannel):
         training: as in `LayerNormalization`.
 
     Returns:
-        Array of the inputs' shape, in the layer's compute dtype. With one position for each
-        channel the variance is 0, and the output beta.
+        Array of the inputs' shape, in the layer's compute dtype. With a single position, the
+        variance is 0 and the output is beta.
 
     State:
         gamma (C,), beta (C,): trained; `get_weights()` gives them in this order.
@@ -1383,41 +1385,41 @@ class Dropout(keras.layers.Layer):
 
         y = x / (1 - rate) with probability 1 - rate, else 0
 
-    so that the expectation of y is x, and inference gives back the inputs themselves, to the last
-    bit. The gradient is the hand-derived one, (D4): that of the units that stayed, scaled alike.
+    so that the expectation of y is x, and inference returns the inputs unchanged, to the last
+    bit. The gradient is the hand-derived one, (D4): that of the units kept, with the same scale.
 
     Args:
-        rate: float in [0, 1], the fraction that is set to zero; with 1 all of it. Courses often
-            give the keep probability p instead: rate = 1 - p.
+        rate: float in [0, 1], the fraction of the inputs set to zero; with 1, all of them. Courses
+            often give the keep probability p instead: rate = 1 - p.
         noise_shape: tuple or list of integers >= 1 or None: the shape of the mask, which is then
             broadcast to the inputs; None stands for their own size on that axis. With
             (None, 1, None), all time steps of (N, T, D) lose the same features. Default: the
             inputs' shape.
-        seed: int, for masks that are the same in every run. (They are not always those of
+        seed: int, for the same masks in every run. (They are not always those of
             `keras.layers.Dropout` with the same seed.) Default: from
             `keras.utils.set_random_seed`.
         **kwargs: of every Keras layer: `name`, `dtype`, `trainable` (without effect, as in Keras).
 
     Call arguments:
         inputs: array of any shape, of a floating dtype.
-        training: bool. True drops out; False gives back the inputs. Default: False, or what
-            `fit`, `evaluate` and `predict` say.
+        training: bool. True drops out; False returns the inputs. Default: False, or what `fit`,
+            `evaluate` and `predict` set.
 
     Returns:
         Array of the inputs' shape, in the layer's compute dtype. A Keras mask passes through.
 
     State:
-        A `keras.random.SeedGenerator` (unless the rate is 0), which moves on with every call in
-        training: two calls drop out different units, on every backend, also without a seed. A
-        `.keras` file keeps it, so that training goes on with the masks that would have come
-        next (with `keras.layers.Dropout` it begins anew); a weights file, whose layout is that of
+        A `keras.random.SeedGenerator` (unless the rate is 0), which advances with every call in
+        training: two calls drop out different units, on every backend, with or without a seed. A
+        `.keras` file stores it, so that training resumes with the masks that would have come
+        next (with `keras.layers.Dropout` they start over); a weights file, whose layout is that of
         `keras.layers`, does not. Rematerialized on PyTorch, the backward pass repeats the mask of
-        the forward pass; to know the call again, each draws a number of PyTorch's own generator.
+        the forward pass; to recognize the call, each draws a number from PyTorch's own generator.
 
     Raises:
         ValueError: for a rate outside [0, 1], a noise_shape that holds anything but integers
-            >= 1 and None, or that does not broadcast to the inputs, inputs of integers in
-            training, and a `training` that is not known while the layer is traced.
+            >= 1 and None, or that does not broadcast to the inputs, integer inputs in training,
+            and a `training` whose value is not known while the layer is traced.
 
     Example:
         >>> layer = Dropout(rate=0.5, seed=1)
@@ -1482,7 +1484,7 @@ class Dropout(keras.layers.Layer):
             Path(dir_path, _STATE_OF_DROPOUT).write_text(json.dumps(state.tolist()))
 
     def load_assets(self, dir_path: str | None) -> None:
-        """Reads it; a file that was written without it leaves the generator as it is."""
+        """Reads the state of the seed generator; a file without it leaves it unchanged."""
         file = Path(dir_path or "", _STATE_OF_DROPOUT)
         if self.rate > 0 and dir_path and file.exists():
             state = self.seed_generator.state
@@ -1519,5 +1521,5 @@ def _checked_noise_shape(noise_shape: Any) -> tuple[int | None, ...] | None:
     return tuple(noise_shape)
 
 
-# At the end, for it is built on this module: models that were saved with its layers can be loaded.
+# At the end, as it is built on this module; imported so that models saved with its layers load.
 import keras_norm.research  # noqa: E402, F401

@@ -114,12 +114,12 @@ def LeNet(  # noqa: N802
         -> dense (classes)
 
     Normalization and activation follow each of the first four, "conv1", "conv2", "dense1" and
-    "dense2". The first has padding 2 in the classic net (`padding="same"`), and none in the
-    variant with batch normalization of the book (the default).
+    "dense2". "conv1" has padding 2 in the classic net (`padding="same"`), and none in the book's
+    variant with batch normalization (the default).
 
     Args:
         normalization: "batch", None, a layer class or a factory, for all positions; or a list of
-            four, or a mapping such as `{"conv1": "batch"}`. Default: "batch".
+            four of these, or a mapping such as `{"conv1": "batch"}`. Default: "batch".
         activation: any Keras activation. Default: "sigmoid".
         placement: "before" or "after" the activation. Default: "before".
         padding: of the first convolution, "valid" or "same". Default: "valid".
@@ -136,8 +136,8 @@ def LeNet(  # noqa: N802
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
 
     Raises:
-        ValueError: for an unknown normalization or placement, images that are too small, and
-            every other argument out of its range.
+        ValueError: for an unknown normalization or placement, images that are too small, and any
+            other argument out of its range.
 
     Example:
         >>> model = LeNet("batch", activation="relu")
@@ -146,8 +146,8 @@ def LeNet(  # noqa: N802
 
     Reference:
         LeCun, Bottou, Bengio and Haffner, 1998, Gradient-based learning applied to document
-        recognition; in this form Zhang, Lipton, Li and Smola, Dive into Deep Learning, chapters
-        on LeNet and batch normalization.
+        recognition; in this form in Zhang, Lipton, Li and Smola, Dive into Deep Learning,
+        chapters on LeNet and batch normalization.
     """
     classes = checked_classes(classes)
     shape = checked_input_shape(input_shape)
@@ -205,7 +205,7 @@ def MLP(  # noqa: N802
         placement: "before" or "after" the activation. Default: "before".
         dropout: fraction of activations set to zero after each block, in [0, 1). Default: 0.
         use_bias: whether the hidden layers have a bias. Default: True.
-        kernel_initializer: Keras initializer of every kernel; for a given standard deviation
+        kernel_initializer: Keras initializer of every kernel; for a given standard deviation, use
             `keras.initializers.RandomNormal(stddev=...)`. Default: "he_normal".
         kernel_regularizer: Keras regularizer of every kernel. (Keras's L2(l) adds l sum w^2 to
             the loss.) Default: none.
@@ -217,7 +217,7 @@ def MLP(  # noqa: N802
         A functional `keras.Model` from (N, *input_shape) to logits (N, classes).
 
     Raises:
-        ValueError: for widths below 1 and every other argument out of its range.
+        ValueError: for widths below 1 and any other argument out of its range.
 
     Example:
         >>> MLP((50, 30), normalization=None, input_shape=(20,)).count_params()
@@ -272,7 +272,7 @@ def CNN(  # noqa: N802
     classes: int = 10,
     name: str = "cnn",
 ) -> keras.Model:
-    """A convolutional net in stages, each at half the resolution of the one before.
+    """A convolutional net in stages, each with half the resolution of the one before.
 
         stage 1 ... S:  `blocks` convolutions (same padding), the resolution halved at the end
         head            -> dense blocks -> logits
@@ -286,11 +286,11 @@ def CNN(  # noqa: N802
             Default: "batch".
         blocks: convolutions in a stage, int >= 1. Default: 1.
         kernel_size: side of the kernels, int >= 1, or one for each stage. Default: 3.
-        downsample: how a stage halves its resolution: "max_pool", "average_pool", or "stride", of
-            its last convolution, or "none". Default: "max_pool".
-        residual: whether the input of a stage is added to its output before it is pooled (through
-            a 1x1 convolution "skip1", ... where the channels differ; with "stride" that halves
-            too). Default: False.
+        downsample: how a stage halves its resolution: "max_pool", "average_pool", "stride" (of
+            its last convolution), or "none" (not at all). Default: "max_pool".
+        residual: whether the input of a stage is added to its output before pooling (through a
+            1x1 convolution "skip1", ... if the numbers of channels differ; with "stride" it
+            halves the resolution, too). Default: False.
         head: "average" or "max" over all positions, or "flatten". Default: "average".
         dense: widths of hidden dense layers after the head. Default: none.
         activation, placement, use_bias, kernel_initializer: as in `LeNet`. Defaults: "relu",
@@ -306,7 +306,7 @@ def CNN(  # noqa: N802
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
 
     Raises:
-        ValueError: for images too small to be halved in every stage, and every other argument out
+        ValueError: for images too small to be halved in every stage, and any other argument out
             of its range.
 
     Example:
@@ -416,7 +416,7 @@ def ConvNet(  # noqa: N802
     Args:
         normalization: as in `LeNet`, after both convolutions. Default: None, as published.
         name: of the model. Default: "convnet".
-        options: further arguments of `CNN`, which makes it: activation, dropout, input_shape, ...
+        options: passed on to `CNN`, which makes the net: activation, dropout, input_shape, ...
 
     Returns:
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
@@ -445,9 +445,9 @@ def TwoLayerNet(  # noqa: N802
 
     Args:
         normalization: as in `LeNet`, of the hidden layer. Default: None, as published.
-        hidden: its width, int >= 1. Default: 4000.
+        hidden: width of the hidden layer, int >= 1. Default: 4000.
         name: of the model. Default: "two_layer_net".
-        options: further arguments of `MLP`, which makes it: activation, dropout, input_shape, ...
+        options: passed on to `MLP`, which makes the net: activation, dropout, input_shape, ...
 
     Returns:
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
@@ -477,7 +477,7 @@ def WideMLP(  # noqa: N802
         normalization: as in `LeNet`, of the three hidden layers. Default: "layer", as published.
         dropout: after each block, in [0, 1). Default: .5, as published.
         name: of the model. Default: "wide_mlp".
-        options: further arguments of `MLP`, which makes it: activation, input_shape, ...
+        options: passed on to `MLP`, which makes the net: activation, input_shape, ...
 
     Returns:
         A functional `keras.Model` from (N, H, W, C) to logits (N, classes).
@@ -494,7 +494,7 @@ def WideMLP(  # noqa: N802
     return MLP((1024, 512, 256), normalization, dropout=dropout, name=name, **options)
 
 
-# Another normalization in a model that exists -------------------------------------------------
+# Another normalization in an existing model ---------------------------------------------------
 
 _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (BatchNormalization, keras.layers.BatchNormalization),
@@ -516,38 +516,38 @@ _OF_SEVERAL_AXES = (
 
 
 def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
-    """A copy of a model with another normalization in every place where it has one.
+    """A copy of a model in which another normalization replaces each of its own.
 
     Every batch, layer, RMS, group, instance, decorrelated, quantile and filter-response
-    normalization, of this package or of `keras.layers`, gives way to a new layer of the same
+    normalization, of this package or of `keras.layers`, is replaced by a new layer with the same
     name, axis, dtype policy and `trainable`. All other layers keep their weights; the new layers
-    take over what fits by name and shape: gamma (called scale in RMS normalization), beta, and
-    between batch normalizations the moving statistics.
+    take over the weights that match by name and shape: gamma (called scale in RMS normalization),
+    beta, and, between batch normalizations, the moving statistics.
 
     Between two layers of one family (batch and spatial; group and instance; layer; RMS; each of
-    the others; ours or Keras's) the new one is also made with the arguments of the old one that
-    it knows, such as epsilon, momentum, center, scale, regularizers and groups, and gives the
-    same numbers in inference. Between families it has its own defaults.
+    the others; ours or Keras's), the new layer also gets those arguments of the old one that it
+    accepts, such as epsilon, momentum, center, scale, regularizers and groups, and gives the
+    same numbers in inference. Between families, it has its own defaults.
 
     Args:
-        model: functional or Sequential, built, such as the models of this module; models within
-            it are rebuilt likewise.
+        model: functional or Sequential, built, such as the models of this module; models nested
+            in it are rebuilt likewise.
         to: as `normalization` in `make_normalization`: a name of `NORMALIZATIONS`, a layer
-            class, a factory, or None to leave the normalization out. What a functools.partial
-            gives comes before the arguments of the old layer; a function makes the layer alone.
+            class, a factory, or None to leave the normalization out. Arguments of a
+            functools.partial override those of the old layer; a function gets none of these.
 
     Returns:
         A new model of the same class and name; compiled like the original, with a fresh
-        optimizer, if that was compiled (of a class with a `compile` of its own, only if it has
-        `get_compile_config` and `compile_from_config`). The original is left as it is, to the
-        last bit.
+        optimizer, if that was compiled (for a class with its own `compile`, only if it has
+        `get_compile_config` and `compile_from_config`). The original is unchanged, to the last
+        bit.
 
     Raises:
         ValueError: for a subclassed or unbuilt model, one without normalization, a normalization
-            that is inside of another layer, an axis that the new kind cannot have, a model class
-            whose get_config() lacks arguments of its constructor, a `Lambda` in a layer that
-            cannot be made again, an optimizer or metric that cannot, and what
-            `make_normalization` refuses.
+            inside another layer, an axis that the new kind cannot have, a model class whose
+            get_config() lacks arguments of its constructor, a `Lambda` in a layer that cannot be
+            recreated, an optimizer or metric that cannot be, and what `make_normalization`
+            refuses.
 
     Example:
         >>> model = LeNet("batch", activation="relu")
@@ -558,7 +558,7 @@ def swap_normalization(model: keras.Model, to: Normalization) -> keras.Model:
         13
 
     Numerics:
-        A channel axis is carried over: after `BatchNormalization(axis=1)` comes
+        The channel axis is kept: `BatchNormalization(axis=1)` becomes
         `GroupNormalization(axis=1)`, or `LayerNormalization(axis=1)`, which normalizes over the
         channels of each position alone. A factory that sets its own axis or dtype keeps them.
     """
@@ -596,7 +596,7 @@ def _instead_of(
 
 
 def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments by which a layer of this kind normalizes like the old one, and on its axis."""
+    """The arguments with which a layer of this kind normalizes like the old one, on its axis."""
     kind = factory.func if isinstance(factory, functools.partial) else factory
     if not inspect.isclass(kind):
         return {}
@@ -620,7 +620,7 @@ def _options_like(old: keras.layers.Layer, factory: Callable[..., Any]) -> dict[
 
 
 def _given(factory: Callable[..., Any]) -> set[str]:
-    """The arguments that a partial of the user's gives."""
+    """The arguments that are set in a functools.partial of the user."""
     if not isinstance(factory, functools.partial) or factory in NORMALIZATIONS.values():
         return set()
     by_position = list(inspect.signature(factory.func).parameters)[: len(factory.args)]
@@ -628,18 +628,18 @@ def _given(factory: Callable[..., Any]) -> set[str]:
 
 
 def _of_the_family(old: keras.layers.Layer, kind: type) -> dict[str, Any]:
-    """What the old layer was made with, as far as a layer of its family takes it."""
+    """The arguments of the old layer that a layer of its family accepts."""
     family = next(family for family in _FAMILIES if isinstance(old, family))
     if not issubclass(kind, family):
         return {}
     config, names = old.get_config(), _arguments(kind)
     if config.get("rms_scaling") and takes("rms_scaling", kind, or_any=True):
         names.add("rms_scaling")  # Keras's layer does not name it
-    # The attributes, for an object of the user's may not come back from the configuration.
+    # The attributes, because a config may not restore the user's own objects.
     options = {name: getattr(old, name, config[name]) for name in names & config.keys()}
     if issubclass(kind, keras.layers.BatchNormalization):
         if options.get("momentum", 0) is None:
-            del options["momentum"]  # the average of all batches, which Keras has not
+            del options["momentum"]  # the average of all batches, which Keras does not have
         if keras.backend.backend() != "tensorflow":
             options.pop("synchronized", None)  # Keras refuses it
     if issubclass(kind, keras.layers.GroupNormalization) and options.get("groups", 1) is None:
@@ -649,7 +649,7 @@ def _of_the_family(old: keras.layers.Layer, kind: type) -> dict[str, Any]:
 
 
 def _arguments(kind: type) -> set[str]:
-    """What its constructor names, those that ours hand on among them, beside those of any layer."""
+    """The arguments of its constructor, including those that ours pass on, and of any layer."""
     names: set[str] = set()
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -681,31 +681,32 @@ def _carry_over(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
             variable.assign(ops.convert_to_numpy(source))
 
 
-# A model that exists, from the beginning again -------------------------------------------------
+# An existing model, back at the start ----------------------------------------------------------
 
 
 def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -> None:
-    """Puts a compiled model back to where training begins, without compiling it again.
+    """Resets a compiled model to the start of training, without compiling it again.
 
     A search trains the same net many times, and compiling can take longer than training. This
-    draws new weights by the initializers of the layers, and sets moving statistics, seed
-    generators and the state of the optimizer to what they are in a new model. What a layer has
-    measured by its method `adapt` belongs to the data, and stays; so do the functions that `fit`
-    has compiled.
+    draws new weights by the initializers of the layers, and resets moving statistics, seed
+    generators and the state of the optimizer to those of a new model. What a layer has measured
+    by its method `adapt` belongs to the data and is kept; so are the functions that `fit` has
+    compiled.
 
     Args:
         model: functional or Sequential, compiled; changed in place.
         seed: given to `keras.utils.set_random_seed` before the weights are drawn.
-        learning_rate: number >= 0, the new rate. Default: None, the rate that the optimizer has.
+        learning_rate: number >= 0, the new rate. Default: None, the optimizer's present rate.
 
     Returns:
         None.
 
     Raises:
-        ValueError: for a model without an optimizer, a subclassed one, a rate that is no number
-            >= 0, and layers or an optimizer that cannot be made again from their configuration.
-        TypeError: for a new rate where a schedule or a function sets the rate.
-        Nothing of the model has changed then.
+        ValueError: for a model without an optimizer, a subclassed model, a rate that is not a
+            number >= 0, and layers or an optimizer that cannot be recreated from their
+            configuration.
+        TypeError: for a new rate if a schedule or a function sets the rate.
+        In either case, the model is unchanged.
 
     Example:
         >>> import numpy as np
@@ -720,8 +721,8 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
         >>> int(model.optimizer.iterations), float(model.optimizer.learning_rate)
         (1, 0.5)
 
-    Numerics: equal seeds give equal weights to the last bit. An initializer with a seed of its
-    own draws the same weights each time.
+    Numerics: equal seeds give equal weights to the last bit. An initializer with its own seed
+    draws the same weights each time.
     """
     optimizer = _optimizer_of(model, "restart")
     if not isinstance(model, keras.Sequential) and not hasattr(model, "_nodes_by_depth"):
@@ -758,11 +759,11 @@ def restart(model: keras.Model, seed: int, learning_rate: float | None = None) -
 
 
 def make_variables(model: keras.Model, x: Any, y: Any) -> None:
-    """Makes the variables of the optimizer and of the metrics, which `fit` makes while it traces.
+    """Makes the variables of the optimizer and metrics now, not while `fit` traces (TensorFlow).
 
-    TensorFlow traces a step of training a second time when the first trace has made variables.
-    Called after `compile`, this saves the second; on other backends it does nothing. Nothing else
-    changes, least of all a random state: the training gives the same numbers.
+    TensorFlow traces a training step a second time if the first trace has made variables. Called
+    after `compile`, this saves the second trace; on other backends it does nothing. Nothing else
+    changes, in particular no random state: the training gives the same numbers.
 
     Args:
         model: functional or Sequential, compiled.
@@ -815,7 +816,7 @@ def _optimizer_of(model: keras.Model, function: str) -> Any:
 
 
 def _paired_layers(model: Any, twin: Any) -> Iterator[tuple[Any, Any]]:
-    """The variables of all layers, also those of seed generators; none of metrics."""
+    """The variables of all layers, including those of seed generators; none of metrics."""
     for old, new in zip(model.layers, twin.layers, strict=True):
         inside = {id(v) for y in getattr(old, "layers", []) for v in y.variables}
         if isinstance(old, keras.Model) and inside == {id(v) for v in old.variables}:

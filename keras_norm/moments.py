@@ -1,19 +1,20 @@
 """Count, mean and M2 of every channel: updated by batches, merged exactly, with standard errors.
 
-`Moments` is the package's one estimator of statistics. With non-negative weights w that default
-to 1, of the elements x of one channel:
+`Moments` is the package's one estimator of statistics. For the elements x of one channel, with
+non-negative weights w that default to 1:
 
     (M1)  count = sum w
     (M2)  mean  = sum w x / count
     (M3)  m2    = sum w (x - mean)^2            variance = m2 / count
 
-Two of them, a and b, become those of all elements of both (Chan, Golub and LeVeque, 1979):
+The moments of two sets, a and b, merge to those of all their elements (Chan, Golub and LeVeque,
+1979):
 
     (M4)  count = count_a + count_b,   d = mean_b - mean_a
     (M5)  mean  = mean_a + d count_b / count
     (M6)  m2    = m2_a + m2_b + d^2 count_a count_b / count
 
-The pixels of one image are no independent draws: the standard errors are those of examples,
+The pixels of one image are not independent draws, so the standard errors are those of examples,
 each of which brings all its elements at once (cluster-robust, by linearization). With, for
 example i,
 
@@ -24,25 +25,25 @@ and k examples of non-zero weight,
     (M8)  SE(mean)^2     = k / (k - 1) sum a_i^2 / count^2
     (M9)  SE(variance)^2 = k / (k - 1) sum (b_i - variance n_i)^2 / count^2
 
-One element per example makes of these s / sqrt(n) and, to the factor k / (k - 1),
+With one element per example these are s / sqrt(n) and, up to the factor k / (k - 1),
 sqrt((m4 - variance^2) / n), where m4 is the fourth central moment: normality is not assumed.
-What is kept for them is the Gram matrix of v_i = (n_i, a_i, b_i), sum v_i v_i^T, 3 x 3 for each
-channel. A new centre c' = c + d is a linear map of v_i,
+To compute them, the Gram matrix of v_i = (n_i, a_i, b_i), sum v_i v_i^T, is kept: 3 x 3 for each
+channel. A change of the centre to c' = c + d is a linear map of v_i,
 
     (M10) n' = n,   a' = a - d n,   b' = b - 2 d a + d^2 n
 
 so that Gram matrices around different means can be moved to a common one and added.
 
-`Covariance` also keeps what channels do together, within groups of them,
+`Covariance` also keeps how channels vary together, within groups of them,
 
     (M11) comoment = sum w (x - mean) (x - mean)^T,    covariance = comoment / count
     (M12) comoment = comoment_a + comoment_b + d d^T count_a count_b / count
 
-and `Quantiles` a sketch of each channel's distribution: all elements up to a capacity, and beyond
-it every second one of their order, with twice the weight, and so on. To leave out every second of
-an even number of sorted elements of weight w, beginning with the first and with the second in
-turn, moves no rank by more than w for each two times (Manku, Rajagopalan and Lindsay, 1998): of n
-elements and the capacity k, for levels h = 0, 1, ... below H = ceil(log2(n / k)),
+and `Quantiles` keeps a sketch of each channel's distribution: all elements up to a capacity, and
+beyond it every second element in sorted order, with twice the weight, and so on. Leaving out every
+second of an even number of sorted elements of weight w, starting alternately with the first and
+the second, moves no rank by more than w for every two times (Manku, Rajagopalan and Lindsay,
+1998). For n elements and the capacity k, with levels h = 0, 1, ... below H = ceil(log2(n / k)),
 
     (M13) compactions_h <= n / (2^h k)
     (M14) rank error    <= sum over h of 2^h (compactions_h + 1) / 2 <= (H / 2 + 1) n / k
@@ -66,7 +67,7 @@ Axis = int | tuple[int, ...]
 Floats = npt.NDArray[np.float64]
 
 _SUMS = ("count", "mean", "m2", "examples", "_gram")  # attributes
-_BLOCK = 1 << 22  # elements that are held in float64 at a time
+_BLOCK = 1 << 22  # elements held in float64 at a time
 
 
 def _host(x: Any) -> npt.NDArray[Any]:
@@ -74,7 +75,7 @@ def _host(x: Any) -> npt.NDArray[Any]:
 
 
 def _of_rank(weights: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
-    """Weights of lower rank belong to the first axes, as Keras's masks do."""
+    """Weights with axes added at the end: those of lower rank belong to the first axes."""
     return weights.reshape(*weights.shape, *[1] * max(ndim - weights.ndim, 0))
 
 
@@ -87,14 +88,14 @@ class Moments:
     """The count, mean and M2 of every channel, (M1) to (M3), in float64 on the host.
 
     Args:
-        axis: the axis, or axes, that keep their own statistics; all others are pooled. Axis 0
-            counts the examples, unless it is itself in `axis`: then an update is one example.
+        axis: the axis, or axes, that keep their own statistics; all others are pooled. The
+            examples are on axis 0, unless it is in `axis` itself: then an update is one example.
             Default: -1.
 
     State (all float64, of the shape of the channels (C,); scalars before the first update):
-        count: total weight, the number of elements when all weights are 1.
+        count: total weight; the number of elements if all weights are 1.
         mean, m2: (M2), (M3); 0 where the count is 0.
-        examples: how many examples had a weight.
+        examples: how many examples had a weight above 0.
 
     Example:
         >>> x = np.array([[1.0, 10.0], [3.0, 50.0], [5.0, 0.0]])
@@ -107,8 +108,9 @@ class Moments:
 
     Numerics:
         Two-pass in each batch, merged by (M4) to (M6): never E[x^2] - E[x]^2. At mean 1000 and
-        variance 1 the variance of 10^6 float64 values is exact to 1e-12, and independent of the
-        batches they came in to 1e-12. Two processes' halves merge to the moments of all to 1e-10.
+        variance 1 the variance of 10^6 float64 values is exact to 1e-12, and does not depend on
+        how they were split into batches, to 1e-12. Halves of the data from two processes merge to
+        the moments of all of it to 1e-10.
 
     Reference:
         Chan, Golub and LeVeque, 1979, Updating formulae and a pairwise algorithm for computing
@@ -137,7 +139,7 @@ class Moments:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing with a weight has come yet."""
+        """Whether no element with a weight above 0 has been taken in yet."""
         return not np.any(self.count > 0)
 
     def update(self, x: Array, *, mask: Array | None = None, weights: Array | None = None) -> Self:
@@ -145,18 +147,18 @@ class Moments:
 
         Args:
             x: array of any rank >= 1 and any real dtype; NumPy or a tensor.
-            mask: bool, broadcastable to x; one of lower rank belongs to the first axes, (N,) or
-                (N, H, W), as Keras's masks do. What is False does not count, and may be NaN.
-                Default: all counts.
-            weights: non-negative, of such a shape. A weight of 2 counts an element twice.
+            mask: bool, broadcastable to x; a mask of lower rank belongs to the first axes, (N,)
+                or (N, H, W), as Keras's masks do. Elements where it is False do not count, and
+                may be NaN. Default: all elements count.
+            weights: non-negative, of a shape as for `mask`. A weight of 2 counts an element twice.
                 Default: 1.
 
         Returns:
-            Itself.
+            The object itself.
 
         Raises:
             ValueError: for shapes that do not fit, negative weights, and values that are not
-                finite. Nothing is taken in then.
+                finite. Then nothing is taken in.
         """
         x = _host(x)
         channels = canonical_axes(self.axis, x.ndim)
@@ -177,7 +179,7 @@ class Moments:
         return _of_block(x, w, channels, self.axis)
 
     def _with_sums_of(self, moments: "Moments") -> Self:
-        """An empty one of the same kind, but for the sums, which are those of another."""
+        """An object of the same kind, empty except for its sums, which are those of another."""
         new = self._like()
         new._reset(moments.count.shape)
         for name in _SUMS:
@@ -219,10 +221,10 @@ class Moments:
             count: (N, C), or broadcastable to it: sum w.
 
         Returns:
-            Itself.
+            The object itself.
 
         Raises:
-            ValueError: for sums that are not finite. Nothing is taken in then.
+            ValueError: for sums that are not finite. Then nothing is taken in.
         """
         a, b, n = (_host(v).astype(np.float64, copy=False) for v in (first, second, count))
         return self.merge(_of_sums(_host(shift).astype(np.float64), n, a, b, self.axis))
@@ -230,16 +232,16 @@ class Moments:
     # Merging ---------------------------------------------------------------------------------
 
     def merge(self, other: "Moments") -> Self:
-        """Takes in all that another has taken in, (M4) to (M6).
+        """Takes in everything that another has taken in, (M4) to (M6).
 
-        No example may be divided between the two: each counts as one for the standard errors.
+        No example may be split between the two, since for the standard errors each counts as one.
 
         Returns:
-            Itself.
+            The object itself.
 
         Raises:
             ValueError: for another `axis`, other channels, or values that are not finite.
-                Nothing is taken in then.
+                Then nothing is taken in.
         """
         self._check_kind(other)
         if self.count.shape and other.count.shape and self.count.shape != other.count.shape:
@@ -323,21 +325,27 @@ class Moments:
 
         Args:
             unbiased: divide by count - 1 instead of by the count (weights then say how often an
-                element counts). Default: False, as batch normalization in Keras.
+                element counts). Default: False, as in Keras's batch normalization.
 
         Returns:
-            (C,), float64; NaN where there is too little data: none, or one element if unbiased.
+            (C,), float64; NaN where there is too little data: no element, or one if unbiased.
         """
         divisor = self.count - (1.0 if unbiased else 0.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(divisor > 0, self.m2 / divisor, np.nan)
 
     def standard_error_of_mean(self) -> Floats:
-        """(M8), in the unit of x, (C,) float64; infinite for fewer than two examples."""
+        """The standard error (M8), in the unit of x, (C,) float64.
+
+        Infinite for fewer than two examples.
+        """
         return self._standard_error(self._gram[1, 1])
 
     def standard_error_of_variance(self) -> Floats:
-        """(M9), in the unit of x squared, (C,) float64; infinite for fewer than two examples."""
+        """The standard error (M9), in the unit of x squared, (C,) float64.
+
+        Infinite for fewer than two examples.
+        """
         v = _divide(self.m2, self.count)
         gram = self._gram
         return self._standard_error(gram[2, 2] - 2 * v * gram[0, 2] + v * v * gram[0, 0])
@@ -364,7 +372,7 @@ class Moments:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave.
+        """Rebuilds the object from what `to_dict` returned.
 
         Raises:
             ValueError: for anything else.
@@ -396,7 +404,7 @@ class Moments:
 
 
 def _recentred(gram: Floats, d: Floats) -> Floats:
-    """The Gram matrix of v = (n, a, b) around a centre that is d further, (M10)."""
+    """The Gram matrix of v = (n, a, b) after its centre has moved by d, (M10)."""
     nn, na, nb = gram[0]
     aa, ab, bb = gram[1, 1], gram[1, 2], gram[2, 2]
     d2 = d * d
@@ -409,9 +417,9 @@ def _recentred(gram: Floats, d: Floats) -> Floats:
 
 
 def _of_sums(shift: Floats, n: Floats, a: Floats, b: Floats, axis: Axis) -> Moments:
-    """Moments from the sums (N, C) of the examples around a shift that is near the mean.
+    """Moments from the sums (N, C) of the examples around a shift near the mean.
 
-    n may be (1, C), the same for all examples.
+    n may be (1, C): the same for all examples.
     """
     new = Moments(axis)
     new._reset(a.shape[1:])
@@ -437,7 +445,7 @@ def _of_block(
 ) -> Moments:
     x = x.astype(np.float64)
     reduced = tuple(i for i in range(x.ndim) if i not in channels)
-    if 0 in channels:  # no axis counts the examples: all of it is one
+    if 0 in channels:  # no axis is left for the examples: all of x is one
         x, w = x[None], None if w is None else w[None]
         channels = tuple(c + 1 for c in channels)
         reduced = (0, *(i + 1 for i in reduced))
@@ -462,7 +470,7 @@ def _of_block(
 def _rows(
     x: npt.NDArray[Any], w: Floats | None, channel: int
 ) -> tuple[npt.NDArray[Any], Floats | None]:
-    """(N, ..., C) -> (M, C), and the weights (M,), which must be those of positions."""
+    """(N, ..., C) -> (M, C), and the weights (M,), which must be the same for all channels."""
     size = x.shape[channel]
     if w is not None:
         if w.shape[channel] != 1 and size != 1:
@@ -481,13 +489,13 @@ class Covariance(Moments):
 
     Args:
         axis: int, the axis of the channels. Default: -1.
-        group_size: int S >= 1, neighbouring channels that form a group; divides their number.
-            Default: None, all of them.
+        group_size: int S >= 1, number of neighbouring channels that form a group; it must divide
+            the number of channels. Default: None, all channels form one group.
 
     Raises:
         ValueError: for another `group_size`.
 
-    State, beside that of `Moments`:
+    State, besides that of `Moments`:
         comoment: (C / S, S, S), (M11).
 
     Example:
@@ -500,8 +508,9 @@ class Covariance(Moments):
         True
 
     Numerics:
-        As `Moments`: two-pass in float64, merged by (M12); halves merge to the covariance of all
-        to 1e-10 of the standard deviations, at mean 1000 beside variance 1 as well.
+        As `Moments`: two-pass in float64, merged by (M12); halves of the data merge to the
+        covariance of all of it to 1e-10 of the standard deviations, even at mean 1000 with
+        variance 1.
 
     Reference:
         Chan, Golub and LeVeque, 1979; for covariances Pébay, 2008, Formulas for robust, one-pass
@@ -560,7 +569,7 @@ class Covariance(Moments):
         return new
 
     def update_from_sums(self, shift: Array, first: Array, second: Array, count: Array) -> Self:
-        """Refused: sums of each channel by itself hold no covariances.
+        """Refused: the sums of single channels hold no covariances.
 
         Raises:
             ValueError: always.
@@ -608,8 +617,8 @@ class Covariance(Moments):
             unbiased: divide by count - 1 instead of by the count. Default: False.
 
         Returns:
-            (C / S, S, S), float64; NaN where there is too little data. Before any data the
-            number of channels is unknown, and it is a single NaN, ().
+            (C / S, S, S), float64; NaN where there is too little data. Before any data, when the
+            number of channels is unknown, a single NaN, ().
         """
         if self.count.ndim == 0:
             return np.full((), np.nan)
@@ -624,7 +633,7 @@ class Covariance(Moments):
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave.
+        """Rebuilds the object from what `to_dict` returned.
 
         Raises:
             ValueError: for anything else.
@@ -645,13 +654,13 @@ class Quantiles(Moments):
 
     Args:
         axis: int, the axis of the channels. Default: -1.
-        capacity: int >= 2, even: so many elements of each channel are held on a level. Up to
-            this number all are, and quantiles are exact. Default: 4096.
+        capacity: int >= 2, even: how many elements of each channel a level holds. Up to this
+            number all elements are held, and quantiles are exact. Default: 4096.
 
-    State, beside that of `Moments`:
+    State, besides that of `Moments`:
         rank_error: how far the rank of a quantile may be off, as a fraction of the elements: a
-            bound that holds for any data, in any order; 0 while all elements are held. Of 10^6
-            elements with a capacity of 4096 it is at most (8 / 2 + 1) / 4096 = 0.12%.
+            bound that holds for any data, in any order; 0 while all elements are held. For 10^6
+            elements and a capacity of 4096 it is at most (8 / 2 + 1) / 4096 = 0.12%.
 
     A mask says which positions count; ranks have no other weights.
 
@@ -665,15 +674,15 @@ class Quantiles(Moments):
         (True, True)
 
     Numerics:
-        Elements of at most float32 are held in float32, others in float64: memory is that of
+        Elements of at most float32 are held in float32, others in float64. The memory is that of
         `capacity` elements per channel and level, and there are log2(n / capacity) levels. Two
-        sketches merge to one whose error is at most the sum of theirs, by counts.
+        sketches merge to one whose error, counted in elements, is at most the sum of theirs.
 
     Reference:
         Manku, Rajagopalan and Lindsay, 1998, Approximate medians and other quantiles in one pass
         and with limited memory; Karnin, Lang and Liberty, 2016, Optimal quantile approximation in
-        streams (which draws lots for what is kept; here it takes turns, for a bound that is
-        certain).
+        streams (where chance decides which elements are kept; here the choice alternates, so that
+        the bound is certain).
     """
 
     _format = "keras_norm.moments.quantiles/1"
@@ -693,9 +702,9 @@ class Quantiles(Moments):
     def _reset(self, shape: tuple[int, ...]) -> None:
         super()._reset(shape)
         self._levels: list[npt.NDArray[Any]] = []  # (m, C), each element of weight 2^level
-        self._fresh: list[npt.NDArray[Any]] = []  # (m, C), of level 0, not yet put together
+        self._fresh: list[npt.NDArray[Any]] = []  # (m, C), of level 0, not yet joined
         self._waiting: list[bool] = []  # per level: whether the last compaction has no partner
-        self._bound = 0.0  # of the rank error, in elements, of pairs of compactions
+        self._bound = 0.0  # bound of the rank error from pairs of compactions, in elements
         self._scale = 1.0
 
     def _of_block(
@@ -735,7 +744,7 @@ class Quantiles(Moments):
             )
 
     def merge(self, other: Moments) -> Self:
-        """Takes in all that another has taken in; see `Moments.merge`."""
+        """Takes in everything that another has taken in; see `Moments.merge`."""
         super().merge(other)
         self._compact()
         return self
@@ -754,11 +763,11 @@ class Quantiles(Moments):
             self._waiting.append(False)
 
     def _compact(self) -> None:
-        """Until no level has more elements than its capacity."""
+        """Halves levels until none has more elements than its capacity."""
         self._at(0)
         fresh, self._fresh = [v for v in self._fresh if len(v)], []
         if sum(map(len, fresh)) + len(self._levels[0]) <= self.capacity:
-            self._fresh = fresh  # put together when it is worth it
+            self._fresh = fresh  # joined when it is worth it
         else:
             for rows in fresh:
                 start = 0
@@ -775,7 +784,7 @@ class Quantiles(Moments):
             level += 1
 
     def _halve(self, level: int) -> None:
-        """Every second element goes to the level above, from the first or the second in turn."""
+        """Moves every second element to the level above, alternately from the first or second."""
         self._at(level + 1)
         items = np.sort(self._levels[level], axis=0)
         even = len(items) - len(items) % 2
@@ -793,7 +802,7 @@ class Quantiles(Moments):
 
     @property
     def _all_levels(self) -> list[npt.NDArray[Any]]:
-        """(m, C) for each level, with what was not yet put together."""
+        """(m, C) for each level, including the elements not yet joined to it."""
         self._at(0)
         return [np.concatenate([self._levels[0], *self._fresh]), *self._levels[1:]]
 
@@ -813,9 +822,9 @@ class Quantiles(Moments):
         return self._rank_bound / total if total else 0.0
 
     def quantile(self, levels: Any) -> Floats:
-        """The quantiles of every channel, by straight lines between neighbouring elements.
+        """The quantiles of every channel, by linear interpolation between neighbouring elements.
 
-        The element of rank r (from 0) of n stands at the level (r + 1/2) / n, as in
+        The element of rank r (from 0) of n is the quantile of level (r + 1/2) / n, as in
         `numpy.quantile(..., method="hazen")` and in quantile normalization.
 
         Args:
@@ -823,7 +832,7 @@ class Quantiles(Moments):
 
         Returns:
             (*S, C), float64; NaN where there is no element. The rank of each is off by at most
-            `rank_error`, and half an element.
+            `rank_error`, plus half an element.
 
         Raises:
             ValueError: for levels outside [0, 1].
@@ -854,7 +863,7 @@ class Quantiles(Moments):
     def scaled(self, factor: float) -> Self:
         """A copy in which every weight so far counts `factor` times; see `Moments.scaled`.
 
-        The quantiles stay. It can only be merged with others that are scaled alike.
+        The quantiles stay. The copy can be merged only with others that are scaled alike.
         """
         new = super().scaled(factor)
         new._scale = self._scale * factor
@@ -882,7 +891,7 @@ class Quantiles(Moments):
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave.
+        """Rebuilds the object from what `to_dict` returned.
 
         Raises:
             ValueError: for anything else.
@@ -907,26 +916,26 @@ def example_sums(
 ) -> tuple[Array, Array, Array, Array]:
     """The sums of each example that `Moments.update_from_sums` takes, computed on the device.
 
-    Everything here is `keras.ops`: it can stand inside a compiled function, where the float64 of
-    `Moments.update` is too slow or not to be had.
+    Only `keras.ops` are used, so that it can be called inside a compiled function, where the
+    float64 of `Moments.update` is too slow or not available.
 
     Args:
         x: array of any rank >= 1, of a floating dtype, with the examples on axis 0.
         axis: the axis, or axes, that keep their own statistics. Default: -1.
-        weights: non-negative, of x's rank and broadcastable to it. What has weight 0 may be NaN.
-            Default: 1.
+        weights: non-negative, of x's rank and broadcastable to it. Elements of weight 0 may be
+            NaN. Default: 1.
 
     Returns:
         (shift, first, second, count): the mean of the first eighth of the batch (with weights: of
         all of it), (C,); sum w (x - shift) and sum w (x - shift)^2, (N, C); sum w, (N, C), or
-        (1, C) without weights. In at least float32. With examples on no axis (axis 0 in `axis`),
-        N is 1.
+        (1, C) without weights. In at least float32. If no axis is left for examples (axis 0 in
+        `axis`), N is 1.
 
     Numerics:
-        Only the positions within an example are summed in float32, around a mean that is never
-        farther than sqrt(7) sigma from the batch's own, as that of an eighth cannot be; examples
-        and batches are summed in float64 by `Moments`. For 10,000 images of 32 x 32 at
-        mean 1000 and variance 1: mean to 1e-7, variance to 1e-6, relative.
+        Only the positions within an example are summed in float32, around a mean that, as that of
+        an eighth of the batch, is never farther than sqrt(7) sigma from the batch's own. `Moments`
+        sums examples and batches in float64. For 10,000 images of 32 x 32 at mean 1000 and
+        variance 1: mean to 1e-7, variance to 1e-6, relative.
 
     Example:
         >>> x = ops.convert_to_tensor(np.array([[1.0, 10.0], [3.0, 50.0]], "float32"))
@@ -966,7 +975,7 @@ def example_sums(
 
 
 def _columns(shape: Sequence[Any], channels: tuple[int, ...]) -> int:
-    """How many positions to lay side by side: rows of a few channels do not fill a vector."""
+    """How many positions to put in one row: a few channels alone do not fill a vector."""
     inner, last = shape[2:-1], channels == (len(shape) - 1,)
     return math.prod(inner) if last and all(isinstance(n, int) for n in inner) else 1
 

@@ -25,16 +25,16 @@ same function to the variables of a model. With w the weights, dw the gradient o
                        (U3)  w <- w sqrt(columns) / ||w||
                        (U4)  w <- w - learning_rate orthogonal(g)
 
-Where epsilon sits. As in Keras. The published AdaGrad and RMSProp have it outside the root,
+Where epsilon sits: as in Keras. The published AdaGrad and RMSProp have it outside the root,
 sqrt(mean_square) + epsilon; inside, it acts like sqrt(epsilon) where the gradients vanish, so
-1e-7 here stands for about 3e-4 there. Adam is in the form at the end of section 2 of its paper;
+1e-7 here corresponds to about 3e-4 there. Adam has the form at the end of section 2 of its paper;
 the paper's algorithm 1, m_hat / (sqrt(v_hat) + epsilon), is the same with (A5)'s epsilon divided
 by sqrt(1 - beta_2^t), a factor of 32 in the first step and of 1 in the end.
 
 Two kinds of decay. `weight_decay` (all rules) is Keras's, decoupled from the gradient: (D1)
-before the step; it never enters the velocity or the moments. `l2_decay` (`SGD`) is coupled,
-PyTorch's `weight_decay`: (S1), the gradient of l2_decay / 2 sum(w^2), so it passes through the
-momentum. Under a constant learning rate a velocity sums about 1 / (1 - momentum) steps: a
+comes before the step and never enters the velocity or the moments. `l2_decay` (`SGD`) is coupled,
+like PyTorch's `weight_decay`: (S1) adds the gradient of l2_decay / 2 sum(w^2), which passes through
+the momentum. Under a constant learning rate a velocity sums about 1 / (1 - momentum) steps, so a
 decoupled decay of l2_decay / (1 - momentum) shrinks the weights about as fast.
 
 Where the learning rate sits. Inside the velocity (M1), as in Keras; PyTorch multiplies the
@@ -88,19 +88,19 @@ Rates = Mapping[Pattern, float]
 
 
 class MomentumState(NamedTuple):
-    """What momentum remembers: `velocity`, shaped like the weights."""
+    """The state of momentum: `velocity`, shaped like the weights."""
 
     velocity: Array
 
 
 class AdagradState(NamedTuple):
-    """What AdaGrad remembers: `accumulator`, the sum of all squared gradients."""
+    """The state of AdaGrad: `accumulator`, the sum of all squared gradients."""
 
     accumulator: Array
 
 
 class RMSpropState(NamedTuple):
-    """What RMSProp remembers: `mean_square`; with momentum `velocity`; if centered `mean`."""
+    """The state of RMSProp: `mean_square`; with momentum `velocity`; if centered `mean`."""
 
     mean_square: Array
     velocity: Array | None = None
@@ -108,7 +108,7 @@ class RMSpropState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers: steps `t`, moments `m` and `v`; with AMSGrad the largest v, `v_max`."""
+    """The state of Adam: steps `t`, moments `m` and `v`; with AMSGrad the largest v, `v_max`."""
 
     t: Array
     m: Array
@@ -137,7 +137,7 @@ def sgd_step(
         l2_decay: float >= 0, coupled decay. Default: 0.
 
     Returns:
-        (w, None), `w` with the shape and dtype that it had.
+        (w, None), `w` with unchanged shape and dtype.
 
     Example:
         >>> import numpy as np
@@ -253,20 +253,20 @@ def nesterov_step(
 
 
 def orthogonal(g: Array, ns_steps: int = 3) -> Array:
-    """Nearly the orthogonal matrix next to g: its singular values pushed towards 1.
+    """Approximates the orthogonal matrix nearest to g: pushes its singular values towards 1.
 
-    With g = U S V^T, the iteration works on S alone and leaves U and V:
+    With g = U S V^T, the iteration changes S alone and keeps U and V:
 
         (U5)  x = g / ||g||
         (U6)  x <- 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x      so often
 
     Args:
-        g: (..., C), taken as a matrix of C columns and as many rows as the rest gives.
-        ns_steps: int >= 1, Newton-Schulz iterations. 3 bring singular values from .1 up to between
-            .6 and 1.3; 5 those from .01 up. Default: 3.
+        g: (..., C), taken as a matrix of C columns, with the other axes flattened into rows.
+        ns_steps: int >= 1, Newton-Schulz iterations, of (U6). 3 bring singular values of .1 and
+            more to between .6 and 1.3; 5 those of .01 and more. Default: 3.
 
     Returns:
-        An array of g's shape and dtype; zero for zero.
+        An array of g's shape and dtype; zero if g is zero.
 
     Example:
         >>> import numpy as np
@@ -275,8 +275,8 @@ def orthogonal(g: Array, ns_steps: int = 3) -> Array:
         (True, True)
 
     Numerics: the polynomial does not converge to 1: it rises fast and then stays in the band.
-    Products of matrices in g's dtype, on the shorter side. A long matrix is multiplied twice in
-    all: (U6) is followed on the small x x^T, and so is what x is to be multiplied by in the end.
+    Matrix products are in g's dtype, on the shorter side. A long matrix is multiplied only twice:
+    (U6) is followed on the small x x^T, along with the factor by which x is multiplied at the end.
     In float32 that loses 1e-5 of the largest entry in 3 iterations, 5e-4 in 5.
 
     Reference: Jordan et al., 2024, Muon: an optimizer for hidden layers in neural networks.
@@ -287,7 +287,7 @@ def orthogonal(g: Array, ns_steps: int = 3) -> Array:
     x = ops.transpose(x) if tall else x  # (shorter, longer)
     x = x / (ops.sqrt(ops.sum(ops.square(x))) + 1e-7)  # (U5)
     a = ops.matmul(x, ops.transpose(x))
-    # Clearly longer than wide: it is cheaper to follow (U6) on the small x x^T.
+    # Clearly longer than wide: following (U6) on the small x x^T is cheaper.
     if 2 * x.shape[1] > 3 * x.shape[0]:
         factor = None
         for step in range(ns_steps):
@@ -304,7 +304,7 @@ def orthogonal(g: Array, ns_steps: int = 3) -> Array:
 
 
 def _of_gram(a: Array) -> Array:
-    """What (U6) multiplies x by, with a = x x^T, but for its first term."""
+    """The factor of x in (U6) without its first term, with a = x x^T."""
     return -4.775 * a + 2.0315 * ops.matmul(a, a)
 
 
@@ -326,7 +326,7 @@ def muon_step(
         (U3)  w <- w sqrt(C) / ||w||              with normalize
         (U4)  w <- w - learning_rate orthogonal(g)
 
-    All directions of the matrix are moved equally far, also those in which the gradient is small.
+    The matrix moves equally far in all directions, even those in which the gradient is small.
 
     Args:
         w: weights (..., C), a matrix of C columns, such as a convolution's kernel (H, W, C_in, C).
@@ -336,8 +336,8 @@ def muon_step(
         momentum: float in [0, 1], weight of the old velocity. Default: 0.6.
         nesterov: bool, whether to use Nesterov's momentum. Default: True.
         ns_steps: int >= 1, of `orthogonal`. Default: 3.
-        normalize: whether the weights keep the norm of an orthogonal matrix: for layers whose
-            scale does not matter, because a normalization follows. It stands in for decay.
+        normalize: bool, whether the weights keep the norm of an orthogonal matrix: for layers
+            whose scale does not matter, because a normalization follows. Replaces weight decay.
             Default: True.
 
     Returns:
@@ -377,7 +377,7 @@ def adagrad_step(
         (G1)  accumulator <- accumulator + dw^2
         (G2)  w <- w - learning_rate dw / sqrt(accumulator + epsilon)
 
-    The accumulator only grows: after t gradients of like size, a step is 1 / sqrt(t) of the
+    The accumulator only grows: after t gradients of similar size, a step is 1 / sqrt(t) of the
     first.
 
     Args:
@@ -426,8 +426,8 @@ def rmsprop_step(
         (R1)  mean_square <- rho mean_square + (1 - rho) dw^2
         (R2)  w <- w - learning_rate dw / sqrt(mean_square + epsilon)
 
-    Centered, the variance of the gradient takes the place of its mean square; with momentum,
-    the steps are summed up:
+    If centered, the variance of the gradient replaces its mean square; with momentum, the steps
+    accumulate:
 
         (R3)  mean <- rho mean + (1 - rho) dw
         (R4)  mean_square in (R2) becomes mean_square - mean^2, at least 0
@@ -497,13 +497,13 @@ def adam_step(
         (A4)  correction = sqrt(1 - beta_2^t) / (1 - beta_1^t)
         (A5)  w <- w - learning_rate correction m / (sqrt(v) + epsilon)
 
-    m and v start at zero, so after t steps their weights add up to 1 - beta^t only; (A4)
-    divides that out of both. With AMSGrad, (A6) v_max <- max(v_max, v) takes v's place in (A5).
+    m and v start at zero, so after t steps their weights add up to only 1 - beta^t; (A4)
+    divides both by that. With AMSGrad, (A6) v_max <- max(v_max, v) takes v's place in (A5).
 
     Args:
         w: weights, floating array of any shape.
         dw: gradient of the loss with respect to `w`, same shape and dtype.
-        state: `AdamState`, t counting the steps taken so far, or None before the first step.
+        state: `AdamState`, where t counts the steps so far, or None before the first step.
         learning_rate: float or scalar array of w's dtype.
         beta_1: float in [0, 1), weight of the old m. Default: 0.9.
         beta_2: float in [0, 1), weight of the old v. Default: 0.999.
@@ -546,7 +546,7 @@ def adam_step(
 
 
 def decay_step(w: Array, *, learning_rate: float | Array, weight_decay: float) -> Array:
-    """Decoupled weight decay, which every rule can take before its step.
+    """Decoupled weight decay, which can precede the step of any rule.
 
         (D1)  w <- w - learning_rate weight_decay w
 
@@ -556,15 +556,15 @@ def decay_step(w: Array, *, learning_rate: float | Array, weight_decay: float) -
         weight_decay: float >= 0.
 
     Returns:
-        The weights, with the shape and dtype that they had.
+        The weights, with unchanged shape and dtype.
 
     Example:
         >>> import numpy as np
         >>> float(decay_step(np.array([8.0]), learning_rate=0.5, weight_decay=0.25)[0])
         7.0
 
-    Reference: Loshchilov and Hutter, 2019, Decoupled Weight Decay Regularization, section 2;
-    as in Keras and PyTorch, the learning rate is a factor (the paper's schedule alone is).
+    Reference: Loshchilov and Hutter, 2019, Decoupled Weight Decay Regularization, section 2; as
+    in Keras and PyTorch, the learning rate is a factor (in the paper, only its schedule is).
     """
     (w,) = _tensors(w)
     return w - w * weight_decay * learning_rate  # (D1)
@@ -585,7 +585,7 @@ def adamw_step(
     """One step of AdamW: decoupled weight decay, then Adam.
 
         (D1)  w <- w - learning_rate weight_decay w
-        (A1) to (A5) of `adam_step`, with the gradient dw, to which decay adds nothing
+        (A1) to (A5) of `adam_step`, with the gradient dw, which does not include the decay
 
     Args:
         w: weights, floating array of any shape.
@@ -631,7 +631,7 @@ def _tensors(*arrays: Array | None) -> tuple[Array, ...]:
 
 
 def _one_minus_power(beta: float, t: Array) -> Array:
-    """1 - beta^t, without the cancellation where beta^t is near 1."""
+    """1 - beta^t, without cancellation where beta^t is near 1."""
     return -ops.expm1(t * math.log(beta)) if beta else ops.ones_like(t)
 
 
@@ -661,7 +661,7 @@ class _Rule(keras.optimizers.Optimizer):
         if kwargs.get("weight_decay") is not None:
             _check("weight_decay", kwargs["weight_decay"])
         super().__init__(learning_rate, **kwargs)
-        # Pairs and not a dict: TensorFlow would wrap that, and refuse functions as keys.
+        # Pairs, not a dict: TensorFlow would wrap a dict, and refuse functions as keys.
         self._multipliers = _pairs("learning_rate_multipliers", learning_rate_multipliers)
         self._factors: tuple[float, ...] = ()
         self._slots: dict[str, list[Any]] = {}
@@ -673,7 +673,7 @@ class _Rule(keras.optimizers.Optimizer):
         return None if self._multipliers is None else dict(self._multipliers)
 
     def _slot_groups(self) -> Sequence[Sequence[str]]:
-        """The slots in use; those of a group lie next to each other, variable by variable."""
+        """The slots in use; for each variable, those of a group are next to each other."""
         return [[name] for name in self._slot_names]
 
     def _step(self, w: Array, dw: Array, slots: Any, learning_rate: Array, variable: Any) -> Any:
@@ -687,8 +687,8 @@ class _Rule(keras.optimizers.Optimizer):
             variables: the trainable variables of the model, in its order.
 
         Raises:
-            ValueError: if a pattern of `learning_rate_multipliers` (or `l2_decay`) decides for
-                no variable. Nothing has been created then.
+            ValueError: if a pattern of `learning_rate_multipliers` (or `l2_decay`) applies to no
+                variable; nothing has been created in that case.
         """
         if self.built:
             return
@@ -709,9 +709,9 @@ class _Rule(keras.optimizers.Optimizer):
     def add_variable(
         self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
     ) -> Any:
-        """Adds a variable; a rule's own state in float32 where the weights are in half precision.
+        """Adds a variable; a rule's own state is float32 if the weights are in half precision.
 
-        A moving average in bfloat16 stands still as soon as a step changes it by less than
+        A moving average in bfloat16 stops moving as soon as a step changes it by less than
         0.4%. Arguments and result as in `keras.optimizers.Optimizer.add_variable`.
         """
         if self._widen:
@@ -745,7 +745,7 @@ class _Rule(keras.optimizers.Optimizer):
         self.assign(variable, w)
 
     def _apply_weight_decay(self, variables: Any) -> None:
-        """Nothing: `update_step` decays, at the learning rate of the variable."""
+        """Does nothing: `update_step` applies the decay, at the variable's learning rate."""
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments, serializable."""
@@ -756,7 +756,7 @@ class _Rule(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Makes an optimizer from the result of `get_config` (or of Keras's class of that name)."""
+        """Makes an optimizer from the result of its (or its Keras namesake's) `get_config`."""
         config = dict(config)
         for name in ("learning_rate_multipliers", "l2_decay"):
             if isinstance(config.get(name), list):
@@ -770,13 +770,13 @@ def _accumulation_dtype(dtype: Any) -> str:
 
 
 def _dense(gradient: Array) -> Array:
-    """The gradient of an embedding as an array: a row that occurs twice is added up."""
+    """The gradient of an embedding as an array: rows that occur more than once are summed."""
     gradient = ops.convert_to_tensor(gradient, sparse=False)
     return ops.add(gradient, 0.0) if hasattr(gradient, "dense_shape") else gradient
 
 
 def _check(name: str, value: Any, *, below: float = math.inf) -> None:
-    """Numbers of an optimizer are finite and not negative; some have a bound."""
+    """Refuses a number that is not finite, is negative, or is not below its bound."""
     if not (is_real(value) and 0.0 <= value < below):
         bound = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"`{name}` must be a number, {bound}. Received: {name}={value!r}.")
@@ -826,7 +826,7 @@ def _resolve(
     variables: Sequence[Any],
     otherwise: float,
 ) -> tuple[float, ...]:
-    """The rate of each variable: that of the first pattern that fits it."""
+    """The rate of each variable: that of the first pattern that matches it."""
     paths = [getattr(variable, "path", variable.name) for variable in variables]
     rates = [otherwise] * len(paths)
     idle = {index: pattern for index, (pattern, _) in enumerate(pairs or ())}
@@ -884,15 +884,15 @@ class SGD(_Rule):
             Default: 0.01.
         momentum: number in [0, 1], weight of the old velocity. Default: 0.
         nesterov: bool, whether to use Nesterov's momentum. Default: False.
-        l2_decay: number >= 0, or dict of patterns (as below) to such numbers, 0 where none fits:
-            decay that passes through the momentum, PyTorch's `weight_decay`. It is added
-            after clipping; variables excluded by `exclude_from_weight_decay` take none.
+        l2_decay: number >= 0, or dict of patterns (as below) to such numbers, 0 where none matches:
+            decay that passes through the momentum, like PyTorch's `weight_decay`. It is added
+            after clipping, but not to variables excluded by `exclude_from_weight_decay`.
             Default: None, no decay.
         learning_rate_multipliers: dict of patterns to factors >= 0 of the learning rate. A
-            pattern is a regular expression searched in the variable's path, or a (registered,
-            if the model is to be saved) function of the variable that returns a bool. The first
-            that fits decides; where none fits, the factor is 1. It also scales `weight_decay`'s
-            effect, which is proportional to the learning rate. Default: None.
+            pattern is a regular expression searched for in the variable's path, or a function of
+            the variable that returns a bool (registered, if the model is to be saved). The first
+            match decides; without one, the factor is 1. The factor also scales the effect of
+            `weight_decay`, which is proportional to the learning rate. Default: None.
         **kwargs: weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps and name of
             `keras.optimizers.Optimizer`.
@@ -900,7 +900,7 @@ class SGD(_Rule):
     State: with momentum, one velocity per variable (`float32` for variables in half precision).
 
     Raises:
-        ValueError: for a number out of its range; when built, for a pattern that fits nothing.
+        ValueError: for a number out of its range; when built, for a pattern that matches nothing.
 
     Example:
         >>> import numpy as np
@@ -977,7 +977,7 @@ class SGD(_Rule):
         variable: Any,
         momentum: float,
     ) -> Any:
-        """The step with the coupled decay of the variable; a plain one without velocities."""
+        """The step with the variable's coupled decay; plain gradient descent without velocities."""
         decays = self._use_weight_decay(variable)
         rates = {
             "learning_rate": learning_rate,
@@ -1003,28 +1003,29 @@ class SGD(_Rule):
 class Muon(SGD):
     """Muon for the kernels of convolutions, gradient descent with Nesterov's momentum elsewhere.
 
-    The steps are those of `muon_step` for the variables that `matrices` fits, and of
+    The steps are those of `muon_step` for the variables that `matrices` matches, and of
     `nesterov_step`, or with `nesterov=False` of `momentum_step`, for all others.
 
     Args:
-        learning_rate: as in `SGD`; of the matrices, in units of their singular values. Give the
-            others theirs by `learning_rate_multipliers`. Default: 0.24.
+        learning_rate: as in `SGD`; for the matrices, in units of their singular values. Adapt it
+            to the other variables by `learning_rate_multipliers`. Default: 0.24.
         momentum: number in [0, 1], of the matrices. Default: 0.6.
         other_momentum: number in [0, 1], of all other variables. Default: 0.85.
         matrices: pattern (as in `SGD`) of the variables that are matrices, of rank 2 or more.
             Default: None, all of rank 3 or more.
-        nesterov: bool, whether to use Nesterov's momentum, of the matrices and of all others.
+        nesterov: bool, whether to use Nesterov's momentum, for the matrices and all others.
             Default: True.
         ns_steps, normalize: of `muon_step`.
         l2_decay: as in `SGD`, for all other variables. Default: None.
-        learning_rate_multipliers, **kwargs: as in `SGD`. A factor of 0 keeps no matrix as it is
-            where `normalize` sets its norm: leave it out of `matrices`, or do not train it.
+        learning_rate_multipliers, **kwargs: as in `SGD`. With `normalize`, a factor of 0 does not
+            freeze a matrix, as its norm is still set: leave it out of `matrices`, or do not train
+            it.
 
     State: one velocity per variable (`float32` for variables in half precision).
 
     Raises:
-        ValueError: for a number out of its range; when built, for patterns that fit nothing, or
-            `matrices` that fits a variable of rank 1 or less.
+        ValueError: for a number out of its range; when built, for patterns that match nothing, or
+            `matrices` that matches a variable of rank 1 or less.
 
     Example:
         >>> import numpy as np
@@ -1035,7 +1036,7 @@ class Muon(SGD):
 
     Reference: see `muon_step`.
 
-    Differs from Keras: `keras.optimizers.Muon` leaves kernels of convolutions to AdamW.
+    Differs from Keras: `keras.optimizers.Muon` leaves the kernels of convolutions to AdamW.
     """
 
     def __init__(
@@ -1147,7 +1148,7 @@ class Adagrad(_Rule):
     State: one accumulator per variable.
 
     Raises:
-        ValueError: for a number out of its range; when built, for a pattern that fits nothing.
+        ValueError: for a number out of its range; when built, for a pattern that matches nothing.
 
     Example:
         >>> import keras
@@ -1226,7 +1227,7 @@ class RMSprop(_Rule):
     State: per variable the mean square; with momentum the velocity; if centered the mean.
 
     Raises:
-        ValueError: for a number out of its range; when built, for a pattern that fits nothing.
+        ValueError: for a number out of its range; when built, for a pattern that matches nothing.
 
     Example:
         >>> import keras
@@ -1319,7 +1320,7 @@ class Adam(_Rule):
     State: m and v per variable, with AMSGrad the largest v; t is `iterations`.
 
     Raises:
-        ValueError: for a number out of its range; when built, for a pattern that fits nothing.
+        ValueError: for a number out of its range; when built, for a pattern that matches nothing.
 
     Example:
         >>> import keras
@@ -1413,7 +1414,7 @@ class AdamW(Adam):
 
     Raises:
         ValueError: for a number out of its range, or `weight_decay=None`; when built, for a
-            pattern that fits nothing.
+            pattern that matches nothing.
 
     Example:
         >>> import keras
@@ -1426,7 +1427,7 @@ class AdamW(Adam):
 
     Reference: Loshchilov and Hutter, 2019, Decoupled Weight Decay Regularization.
 
-    Differs from Keras: as `Adam`; and decay follows `learning_rate_multipliers`.
+    Differs from Keras: as `Adam`; and `learning_rate_multipliers` also scale the decay.
     """
 
     def __init__(
@@ -1467,7 +1468,7 @@ class CyclicalLearningRate(keras.optimizers.schedules.LearningRateSchedule):
         (C2)  height = 1 - |offset / half_cycle - 1|
         (C3)  rate   = minimum (1 - height) + peak height
 
-    The minimum stays as it is; only the maximum is multiplied by `decay` after each cycle. The
+    Only the maximum is multiplied by `decay` after each cycle; the minimum stays the same. The
     rate is continuous: every cycle begins and ends at the minimum.
 
     Args:
@@ -1490,8 +1491,8 @@ class CyclicalLearningRate(keras.optimizers.schedules.LearningRateSchedule):
         >>> [float(schedule(step)) for step in (0, 1, 4, 6, 8, 12)]
         [0.125, 0.375, 1.125, 0.625, 0.125, 0.5625]
 
-    Numerics: steps are counted in integers, so the corners are exact however late: the minimum,
-    and with `decay=1` the maximum, to the last bit.
+    Numerics: steps are counted in integers, so the corners stay exact however late they come: the
+    minimum, and with `decay=1` the maximum, to the last bit.
 
     Reference: Smith, 2017, Cyclical Learning Rates for Training Neural Networks, section 3.2
     (there the decaying policy halves the distance from minimum to maximum).
@@ -1553,11 +1554,11 @@ class PiecewiseLinear(keras.optimizers.schedules.LearningRateSchedule):
         (P1)  u    = (step - p) / (q - p)
         (P2)  rate = a (1 - u) + b u
 
-    Before the first point it is the first value, after the last point the last.
+    Before the first point the rate is the first value, after the last point the last.
 
     Args:
         points: sequence of at least two strictly increasing ints >= 0, in steps.
-        values: sequence of as many numbers >= 0, the rates there.
+        values: sequence of as many numbers >= 0, the rates at the points.
 
     Call arguments:
         step: integer scalar or array, the number of steps taken before this one.

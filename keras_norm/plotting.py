@@ -1,18 +1,19 @@
-"""The house's plots: drawn from `Results`, or from a saved results.csv alone.
+"""Plots in one style, drawn from `Results` or from a saved results.csv alone.
 
 Every function returns the Matplotlib figure. With `path` it is also written, whole or not at all,
-at 150 dots per inch, and closed; without, it stays open for `matplotlib.pyplot.show()`.
+at 150 dots per inch, and closed; without it, the figure stays open for
+`matplotlib.pyplot.show()`.
 
-The same in all plots: colours that colour-blind readers can tell apart (petroff10), each with a
-marker of its own; a setting keeps its colour in all plots of a study of up to ten settings; means
-are thick, single seeds faint; the legend names the band and the number of seeds; what others
-published is dashed, with its source in the legend. Matplotlib is imported when a plot is drawn.
+All plots have these in common: colours that colour-blind readers can tell apart (petroff10), each
+with its own marker; a setting keeps its colour in all plots of a study of up to ten settings;
+means are thick, single seeds faint; the legend names the band and the number of seeds; published
+figures are dashed, with their source in the legend. Matplotlib is imported when a plot is drawn.
 
 Arguments with the same meaning everywhere:
     source: `Results`, or the path of results.json, results.csv or their folder.
     names: Settings to draw, at least one, in this order; default all.
-    published: Figures of others, name -> metric -> figure or (figure, source), or a list of these,
-        as in `Results.table`. One whose name is drawn gets the colour of that setting.
+    published: Published numbers, name -> metric -> figure or (figure, source), or a list of these,
+        as in `Results.table`. One with the name of a drawn setting gets that setting's colour.
     labels: Metric, setting name, key or value -> text to show instead. Default: underscores become
         blanks, and accuracies and seconds get their unit.
     title: Title above the plot, in lines that fit its width; default none.
@@ -71,7 +72,7 @@ _MARKERS = "os^DvPX*<p"
 _DASHES = [(0, (6, 3)), (0, (3, 2)), (0, (8, 2, 2, 2)), (0, (2, 1))]
 _BAND = "mean, band: ± 1 standard deviation over n seeds"
 _GREY = "#444444"
-_NAME_WIDTH = 52  # letters in a line beside an axis
+_NAME_WIDTH = 52  # characters in a line beside an axis
 _DPI_MOVING = 72
 _FRAMES_PER_SECOND = 12
 
@@ -81,7 +82,7 @@ _FRAMES_PER_SECOND = 12
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The house's Matplotlib settings, for the length of a `with` block.
+    """The Matplotlib settings of these plots, for the length of a `with` block.
 
     Example:
         >>> from matplotlib import pyplot
@@ -126,7 +127,7 @@ def style() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
-    """The house's style; figures that an error leaves unfinished are closed."""
+    """Applies the style; closes figures that an error leaves unfinished."""
     from matplotlib import pyplot
 
     before = set(pyplot.get_fignums())
@@ -140,10 +141,10 @@ def _drawing() -> Iterator[None]:
 
 
 def finish(figure: Figure, path: PathLike, title: str | None = None) -> Figure:
-    """Give the figure its title, write it, close it.
+    """Give the figure its title; with a path, write and close it.
 
     Raises:
-        ValueError: The path is none of the three kinds of file. The figure is closed then, too.
+        ValueError: The path is none of the three kinds of file. The figure is then closed too.
     """
     if title:
         _head(figure, title)
@@ -160,7 +161,7 @@ def finish(figure: Figure, path: PathLike, title: str | None = None) -> Figure:
 
 def _head(figure: Figure, title: str) -> None:
     """The title of a figure, in lines that fit its width."""
-    widest = int(11 * figure.get_figwidth())  # letters of the title's size
+    widest = int(11 * figure.get_figwidth())  # characters in the size of the title
     figure.suptitle("\n".join(_wrapped(line, widest) for line in title.split("\n")))
 
 
@@ -185,13 +186,13 @@ def _results(source: Source, names: Iterable[str] | None = None) -> tuple[Result
 
 
 def _colors(results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker per name: by its place in the study, as long as those suffice."""
+    """Colour and marker per name: by its place in the study, as long as there are enough."""
     order = results.names if len(results.names) <= 10 else list(names)
     return {name: _look(order.index(name)) for name in names}
 
 
 def _make_apart(looks: Mapping[str, dict[str, Any]]) -> None:
-    """Each line and marker smaller than the one before: lines that coincide stay visible."""
+    """Make each line and marker smaller than the last, so that lines that coincide are visible."""
     shares = np.linspace(1, 0, len(looks)) if len(looks) > 1 else [0.5]
     for look, share in zip(looks.values(), shares, strict=True):
         look |= {"linewidth": 1.4 + 1.4 * share, "markersize": 4 + 3 * share}
@@ -223,7 +224,7 @@ def _name(name: str, labels: Labels | None) -> str:
 
 
 def _wrapped(text: str, letters: int) -> str:
-    """In lines of at most so many letters, "n = 5" in one; as it is where none is longer."""
+    """The text, if a line is too long, in lines of at most `letters`, never breaking "n = 5"."""
     if all(len(line) <= letters for line in text.split("\n")):
         return text
     return textwrap.fill(text.replace(" = ", "\xa0=\xa0"), letters).replace("\xa0", " ")
@@ -232,12 +233,12 @@ def _wrapped(text: str, letters: int) -> str:
 def _legend(
     figure: Figure, handles: Sequence[Any], published: Sequence[Any] = (), note: str = ""
 ) -> None:
-    """A legend below the plots, with a title that names the band; one of published figures below.
+    """Draw a legend below the plots, titled with the band, and one of published figures below it.
 
-    The figure grows by their height, so that the plots keep theirs.
+    The figure grows by the height of the legends, so that the plots keep theirs.
     """
     blocks = [(list(handles), note), (list(published), "")]
-    widest = int(13 * figure.get_figwidth()) - 7  # letters in a row
+    widest = int(13 * figure.get_figwidth()) - 7  # characters in a row
     for handle in (*handles, *published):
         handle.set_label(_wrapped(handle.get_label(), widest))
     sizes = [_legend_shape(entries, widest + 7) for entries, _ in blocks]
@@ -264,7 +265,7 @@ def _legend(
 
 
 def _legend_shape(handles: Sequence[Any], letters: int) -> tuple[int, int]:
-    """Lines and columns of a legend in a figure that has room for so many letters."""
+    """Lines and columns of a legend in a figure with room for so many characters per line."""
     if not handles:
         return 0, 1
     texts = [handle.get_label().split("\n") for handle in handles]
@@ -288,12 +289,12 @@ def _published_lines(
     labels: Labels | None,
     vertical: bool = False,
 ) -> list[Any]:
-    """A dashed line per published figure in the panel of its metric; their legend entries."""
+    """Draw a dashed line per published figure in its metric's panel; return the legend entries."""
     figures = [f for f in published_figures(published) if f.metric in panels]
     handles, drawn = [], Counter[str]()
     for figure in figures:
         known = figure.name in looks
-        alike = f"{figure.metric} of {figure.name}" if known else "others"  # of one colour
+        alike = f"{figure.metric} of {figure.name}" if known else "others"  # have the same colour
         color, dashes = looks[figure.name]["color"] if known else _GREY, _DASHES[drawn[alike] % 4]
         drawn[alike] += 1
         look: dict[str, Any] = {"color": color, "linestyle": dashes, "linewidth": 1.1}
@@ -323,7 +324,7 @@ def _mean_and_band(axes: Axes, x: npt.ArrayLike, values: Floats, look: Mapping[s
 
 
 def _count(runs: Sequence[Run]) -> str:
-    """ "n = 5", or "n = 3, 2 diverged, 1 failed": n are the runs in mean and band."""
+    """ "n = 5", or "n = 3, 2 diverged, 1 failed": n counts the runs in mean and band."""
     counts = Counter(run.status for run in runs)
     lost = [f", {counts[s]} {s}" for s in ("diverged", "failed") if counts[s]]
     return f"n = {counts['finished']}" + "".join(lost)
@@ -353,10 +354,10 @@ def learning_curves(
         source: Results, or the path of saved ones.
         metrics: Metrics of the history.
         names: Settings to draw; default all.
-        published: Figures of others, drawn as dashed lines.
+        published: Published numbers, drawn as dashed lines.
         labels: Texts to show instead of names and metrics.
         yscale: "linear" (default) or "log".
-        share_y: Whether the panels have one y axis; default: if all metrics are accuracies.
+        share_y: Whether the panels share the y axis; default: only if all metrics are accuracies.
         title: Title; default none.
         path: File to write; default none.
 
@@ -364,7 +365,7 @@ def learning_curves(
         The figure.
 
     Raises:
-        ValueError: No run has the metric in its history; a name is not there.
+        ValueError: No run has the metric in its history; a name does not exist.
 
     Example:
         >>> from keras_norm import experiments, plotting
@@ -417,12 +418,12 @@ def _metrics(metrics: str | Sequence[str]) -> list[str]:
 
 
 def _measures(run: Run, metrics: Iterable[str]) -> bool:
-    """Whether a run has a curve of one of the metrics; one that failed early may have none."""
+    """Whether a run has a curve of one of the metrics; a run that failed early may have none."""
     return run.status == "failed" or any(metric in run.history for metric in metrics)
 
 
 def _ticks_at_epochs(axes: Axes, results: Results, metric: str) -> None:
-    """Ticks where the points are, if those are whole, few and apart; else at whole numbers."""
+    """Put ticks at the points, if these are whole, few and far apart; else at whole numbers."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     measured = {epoch for run in results if metric in run.history for epoch in run.epochs}
@@ -435,14 +436,14 @@ def _ticks_at_epochs(axes: Axes, results: Results, metric: str) -> None:
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """A logarithmic y axis between .001 and 10,000 says 60, not 6×10¹."""
+    """Make a logarithmic y axis between .001 and 10,000 show 60, not 6×10¹."""
     if axes.get_yscale() != "log":
         return
     from matplotlib.ticker import LogFormatterSciNotation
 
     class Plain(LogFormatterSciNotation):  # type: ignore[misc]
         def __call__(self, x: float, pos: int | None = None) -> str:
-            text = str(super().__call__(x, pos))  # empty where there is no room
+            text = str(super().__call__(x, pos))  # empty if there is no room
             low, high = sorted(axes.get_ylim())
             return f"{x:g}" if text and low >= 1e-3 and high <= 1e4 else text
 
@@ -453,7 +454,7 @@ def _plain_numbers(axes: Axes) -> None:
 def _panels(
     metrics: Sequence[str], share_y: bool, alone: tuple[float, float] = (6.0, 3.5)
 ) -> tuple[Figure, dict[str, Axes]]:
-    """A panel per metric; a single one has the size `alone`, in inches."""
+    """A figure with a panel per metric; a single panel has the size `alone`, in inches."""
     from matplotlib import pyplot
 
     columns = min(len(metrics), 3)
@@ -466,7 +467,7 @@ def _panels(
 
 
 def _curves(axes: Axes, results: Results, name: str, metric: str, look: Mapping[str, Any]) -> None:
-    """One setting in one panel."""
+    """Draw one setting in one panel."""
     runs = [r for r in results if r.name == name and metric in r.history]
     epochs, values = Results(runs).curves(name, metric) if runs else (np.empty(0), np.empty((0, 0)))
     runs = sorted((r for r in runs if r.status != "failed"), key=lambda r: r.seed)
@@ -495,20 +496,20 @@ def sweep(
     title: str | None = None,
     path: PathLike = None,
 ) -> Figure:
-    """Final metrics against a numeric setting: a line per group, band, and every seed as a point.
+    """Final metrics against a numeric setting: a line and band per group, each seed as a point.
 
     A panel per metric. Diverged runs stay out of mean and band: they are crosses in a strip at the
-    bottom, with their number and that of all runs at this place.
+    bottom, with their number and the number of all runs at that x.
 
     Args:
         source: Results, or the path of saved ones.
         x: Key of a setting with numbers, such as "learning_rate".
         metrics: Metric, as in `Results.values`, or several of them.
-        group: Key of the setting that tells the lines apart; default None, one line.
+        group: Key of the setting whose values make separate lines; default None, one line.
         names: Settings to draw; default all.
         xscale: "log" (default) or "linear".
         yscale: "linear" (default) or "log".
-        published: Figures of others, drawn as dashed lines; a name that is the text of a group
+        published: Published numbers, drawn as dashed lines; a name that is the text of a group
             gives the line the colour of that group.
         labels: Texts to show instead of keys, values and metrics.
         title: Title; default none.
@@ -518,8 +519,8 @@ def sweep(
         The figure.
 
     Raises:
-        ValueError: A setting lacks `x` as a number, or as one above 0 for a logarithmic axis; two
-            settings fall on the same x and group.
+        ValueError: A setting has no number `x`, or none above 0 for a logarithmic axis; two
+            settings have the same x and group.
 
     Example:
         >>> from keras_norm import experiments, plotting
@@ -568,7 +569,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Point:
-    """One place of a sweep: the values of the runs that did not diverge, and how many did."""
+    """One x of a sweep: the values of the runs that did not diverge, and how many did."""
 
     x: float
     values: Floats
@@ -613,9 +614,9 @@ def _sweep_points(
 
 
 def _plain_ticks(axes: Axes, places: Sequence[float]) -> None:
-    """Ticks at up to eight places of a logarithmic axis, as plain numbers: 250, not 2×10².
+    """Put ticks at up to eight places of a logarithmic axis, as plain numbers: 250, not 2×10².
 
-    Powers of ten serve an axis with more places than that, or with two that nearly coincide.
+    An axis with more places than that, or with two that nearly coincide, gets powers of ten.
     """
     if len(places) > 8 or places[0] <= 0:
         return
@@ -638,7 +639,7 @@ def _sweep_line(axes: Axes, points: Sequence[_Point], look: Mapping[str, Any]) -
 
 
 def _diverged_strip(axes: Axes, lines: Sequence[tuple[list[_Point], Mapping[str, Any]]]) -> None:
-    """Diverged runs as crosses below the data, a row per group that has any."""
+    """Draw diverged runs as crosses below the data, in a row for each group that has any."""
     from matplotlib.patches import Rectangle
 
     lost = [([p for p in points if p.diverged], look) for points, look in lines]
@@ -664,7 +665,7 @@ def _diverged_strip(axes: Axes, lines: Sequence[tuple[list[_Point], Mapping[str,
 
 
 def _make_room_below(axes: Axes, share: float) -> None:
-    """Extend the y axis so that its lowest `share` is free of data, and of ticks."""
+    """Extend the y axis so that its lowest `share` is free of data and ticks."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
     scale = axes.yaxis.get_transform()
@@ -691,11 +692,11 @@ def bars(
         source: Results, or the path of saved ones.
         metric: Metric, as in `Results.values`. Diverged runs are left out and counted.
         names: Settings to draw, from top to bottom; default all.
-        published: Figures of others: a dashed mark beside the setting of that name, a dashed line
-            through the plot for other names. Several marks of one source share an entry of the
+        published: Published numbers: a dashed mark beside the setting of that name, a dashed line
+            through the plot for other names. Several marks from one source share an entry of the
             legend.
         labels: Texts to show instead of names and the metric.
-        from_zero: True: bars that begin at 0. False: means as dots on an axis that fits the values,
+        from_zero: True: bars that start at 0. False: means as dots on an axis that fits the values,
             so that small differences show. Default: bars if the lowest mean is at most 70% of the
             highest, else dots.
         title: Title; default none.
@@ -705,7 +706,7 @@ def bars(
         The figure.
 
     Raises:
-        ValueError: A name or the metric is not there.
+        ValueError: A name or the metric does not exist.
 
     Example:
         >>> from keras_norm import experiments, plotting
@@ -747,7 +748,7 @@ def bars(
 
 
 def _row_height(texts: Sequence[str], usual: float) -> float:
-    """Inches for each setting beside an axis, where names may take several lines."""
+    """Inches for each setting beside an axis, with room for names that take several lines."""
     lines = max((text.count("\n") + 1 for text in texts), default=1)
     return max(usual, 0.17 * lines)
 
@@ -761,7 +762,7 @@ def _finished_values(results: Results, name: str, metric: str) -> Floats:
 
 
 def _diverged(runs: Sequence[Run], metric: str) -> int:
-    """How many runs diverged, or finished with a value that is no number."""
+    """How many runs diverged, or finished with a value that is not a finite number."""
     return sum(
         run.status == "diverged"
         or (
@@ -790,7 +791,7 @@ def _bar(axes: Axes, y: int, values: Floats, look: Mapping[str, Any], from_zero:
 
 
 def _with_spread(mean: float, spread: float) -> str:
-    """Mean ± spread, to two digits of the spread."""
+    """The text "mean ± spread", to two digits of the spread."""
     if spread <= 1e-12 * abs(mean):  # rounding
         return f"{mean:.4g}"
     places = max(0, 1 - math.floor(math.log10(spread)))
@@ -798,7 +799,7 @@ def _with_spread(mean: float, spread: float) -> str:
 
 
 def _note(axes: Axes, text: str, x: float, y: float) -> None:
-    """A small text above a point, readable on any ground."""
+    """Write a small text above a point, readable on any background."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]
@@ -814,7 +815,7 @@ def _published_marks(
     looks: Mapping[str, Mapping[str, Any]],
     labels: Labels | None,
 ) -> list[Any]:
-    """Published figures of drawn settings as marks beside them, others as lines."""
+    """Draw published figures of drawn settings as marks beside them, others as lines."""
     figures = [f for f in published_figures(published) if f.metric == metric]
     handles = []
     beside = [f for f in figures if f.name in names]
@@ -822,7 +823,7 @@ def _published_marks(
     dashed: dict[str, Any] = {"linestyle": _DASHES[1], "linewidth": 1.6}
     for figure in beside:
         y, color = names.index(figure.name), looks[figure.name]["color"]
-        # Not above its setting: there stands the mean as a number.
+        # Not above its setting: the mean is written there.
         axes.plot([figure.value] * 2, [y - 0.12, y + 0.34], marker="", color=color, **dashed)
         if of_source[figure.source] == 1:
             text = _published_text(figure, "", labels)
@@ -848,7 +849,7 @@ def paired_differences(
 
     Args:
         source: Results, or the path of saved ones.
-        baseline: Name of the setting that the others are held against.
+        baseline: Name of the setting that the others are compared with.
         metric: Metric, as in `Results.values`.
         names: The others, from top to bottom; default all.
         labels: Texts to show instead of names and the metric.
@@ -856,9 +857,9 @@ def paired_differences(
         path: File to write; default none.
 
     Returns:
-        The figure. The p beside each difference is that of the paired t-test; of several
-        differences it is adjusted for their number by Holm's method, and the plot says so. The
-        intervals are those of each difference alone.
+        The figure. The p beside each difference is that of the paired t-test; if there are several
+        differences, it is adjusted for their number by Holm's method, and the plot says so. The
+        intervals are not adjusted.
 
     Raises:
         ValueError: As `Results.compare`.
@@ -940,17 +941,17 @@ def heatmap(
         labels: Texts to show instead of keys, values and the metric.
         digits: Decimal places in the cells; default 3.
         limits: Least and greatest number of the colours, for plots that are to be compared; default
-            those of the cells, but at least so far apart as two standard deviations over seeds
-            (their mean over the cells): what is chance is not to look like a difference.
+            those of the cells, but at least two standard deviations over seeds apart (their mean
+            over the cells), so that chance does not look like a difference.
         title: Title; default none.
         path: File to write; default none.
 
     Returns:
-        The figure. Numbers are in increasing order, other values in the order of the results; a
+        The figure. Numbers are in increasing order, other values in the order of the results. A
         cell without runs is empty.
 
     Raises:
-        ValueError: Two settings fall into the same cell.
+        ValueError: Two settings belong to the same cell.
 
     Example:
         >>> from keras_norm import experiments, plotting
@@ -1000,7 +1001,7 @@ def heatmap(
 
 
 def _limits(means: Floats, spreads: Sequence[float]) -> tuple[float, float] | None:
-    """Wider ends of the colours, where the means lie closer than two mean spreads over seeds."""
+    """Wider limits of the colours, if the means span less than two mean spreads over seeds."""
     least = 2 * float(np.mean(spreads)) if spreads else 0.0
     if not spreads or np.nanmax(means) - np.nanmin(means) >= least:
         return None
@@ -1040,7 +1041,7 @@ def matrix(
 
     Args:
         values: Numbers (rows, columns); NaN leaves a cell empty.
-        rows: Text of each row; what is no text, such as a number, is shown as `str` writes it.
+        rows: Text of each row; other values, such as numbers, are shown as `str` writes them.
         columns: Text of each column, likewise.
         xlabel: What the columns are, with unit.
         ylabel: What the rows are, with unit.
@@ -1091,7 +1092,7 @@ def matrix(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes)
-        bar.set_label(_wrapped(value, int(11 * size[1]) - 2))  # letters beside it
+        bar.set_label(_wrapped(value, int(11 * size[1]) - 2))  # characters beside it
         return finish(figure, path, title)
 
 
@@ -1107,12 +1108,12 @@ def lines(
     title: str | None = None,
     path: PathLike = None,
 ) -> Figure:
-    """A line plot in the house's style.
+    """A line plot in the style of this module.
 
     Args:
         x: Numbers (E,).
-        ys: Name -> numbers (E,), drawn as a line; or (n, E), one row per seed, drawn as mean over
-            the first axis and band of ± 1 standard deviation.
+        ys: Name -> numbers (E,), drawn as a line; or (n, E), one row per seed, drawn as the mean
+            over the first axis and a band of ± 1 standard deviation.
         xlabel: What x is, with unit.
         ylabel: What y is, with unit.
         xscale: "linear" (default) or "log".
@@ -1179,13 +1180,13 @@ def trajectories(
     path: PathLike = None,
     animation: PathLike = None,
 ) -> Figure:
-    """Paths of optimizers over loss surfaces of two weights, still and moving.
+    """Paths of optimizers over loss surfaces of two weights, as a picture and as an animation.
 
     Args:
-        surfaces: Text above a panel -> function of two arrays that gives the loss, all positive but
-            at its minimum; drawn as contours, each twice as high as the one inside of it.
-        paths: Text above a panel -> name -> points (T, 2), from the start on. A name has the same
-            look in all panels; a cross marks its end.
+        surfaces: Text above a panel -> function of two arrays that returns the loss, positive
+            except at its minimum; drawn as contours, each twice as high as the one inside it.
+        paths: Text above a panel -> name -> points (T, 2), from the start on. A name looks the
+            same in all panels; a cross marks the end of its path.
         xlim: Range of the first weight.
         ylim: Range of the second weight. Points outside are not drawn.
         xlabel: What the first weight is.
@@ -1199,8 +1200,8 @@ def trajectories(
 
     Raises:
         ValueError: A panel has no paths, points are not (T, 2), a loss is nowhere above 0 or not
-            finite, `path` is none of the three kinds of file, or `animation` is no .gif. Nothing
-            is written then.
+            finite, `path` is none of the three kinds of file, or `animation` is not a .gif file.
+            Then nothing is written.
 
     Example:
         >>> from keras_norm.plotting import trajectories
@@ -1279,7 +1280,7 @@ def _contours(
 def _animate(figure: Figure, drawn: Sequence[Any], path: str | os.PathLike[str]) -> None:
     """Write the paths as they grow; the lines are whole again afterwards.
 
-    What stands still is drawn once: most of a frame's time is that of axes and contours.
+    The fixed parts are drawn once, because axes and contours take most of the time of a frame.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -1321,8 +1322,8 @@ def image_grid(
 
     Args:
         images: (N, H, W), (N, H, W, 1) or (N, H, W, 3); integers 0 … 255, or floats 0 … 1. Floats
-            beyond that, as of standardized images, are scaled from their common least and greatest
-            value to 0 … 1.
+            outside that range, as in standardized images, are scaled from their common least and
+            greatest value to 0 … 1.
         titles: Text above each image; default none.
         columns: Images per row, at least 1; default up to 8.
         title: Title; default none.
@@ -1332,8 +1333,8 @@ def image_grid(
         The figure.
 
     Raises:
-        ValueError: The shape is another one, there is not one title per image, or `columns` is no
-            whole number of at least 1.
+        ValueError: The shape is another one, there is not one title per image, or `columns` is not
+            a whole number of at least 1.
 
     Example:
         >>> import numpy as np

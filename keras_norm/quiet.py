@@ -1,9 +1,9 @@
-"""Keeps the start-up chatter of TensorFlow off the screen; for scripts, not for the library.
+"""Hides TensorFlow's start-up messages; for scripts, not for the library.
 
-TensorFlow's libraries write notes about the processor and missing GPU drivers straight to the
-process's error stream while they are being imported; `TF_CPP_MIN_LOG_LEVEL` does not reach them.
-A script calls `start()` before it imports Keras. The layers never do: what a program prints is
-the program's business.
+While TensorFlow's libraries are being imported, they write notes about the processor and missing
+GPU drivers directly to the process's error stream, which `TF_CPP_MIN_LOG_LEVEL` does not prevent.
+A script calls `start()` before it imports Keras. The layers never do: each program decides for
+itself what it prints.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ __all__ = ["start", "without_native_messages"]
 
 
 def start() -> None:
-    """Imports Keras and its backend without their start-up notes.
+    """Imports Keras and its backend without their start-up messages.
 
-    Sets `TF_CPP_MIN_LOG_LEVEL` to 3 (errors of the operations still raise Python exceptions),
-    unless the environment has a value already: then that value decides, and nothing is hidden.
-    If the import fails, what was held back is printed. What was imported stays to the end: the
-    garbage collector is told to pass over it (`gc.freeze`), for it looks at everything else each
-    time that a script lets go of a model.
+    Sets `TF_CPP_MIN_LOG_LEVEL` to 3 (errors in operations still raise Python exceptions), unless
+    the environment already has a value: then that value decides, and nothing is hidden. If the
+    import fails, the hidden messages are printed. The imported objects stay until the program
+    ends, so `gc.freeze` excludes them from garbage collection, which runs each time that a script
+    drops a model.
 
     Example:
         >>> start()
@@ -32,7 +32,7 @@ def start() -> None:
     with without_native_messages() if hidden else contextlib.nullcontext():
         import keras
 
-        keras.ops.zeros(())  # the first operation looks for devices, and says so
+        keras.ops.zeros(())  # the first operation looks for devices and prints messages
     gc.freeze()
 
 

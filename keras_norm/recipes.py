@@ -1,14 +1,14 @@
-"""Trainings on CIFAR-10 by name: settings that were tried out together, and what they need.
+"""Trainings on CIFAR-10 by name: settings that belong together, and the code to run them.
 
     >>> from keras_norm import recipes
     >>> recipes.RECIPES["cpu-4min"].widths
     (48, 96, 192)
 
 `train` runs one through `fit`, resumable after every epoch; `keras-norm train --recipe NAME` does
-the same from the command line. Rule, batch size, activation and smoothing of the cpu- recipes were
-chosen on validation images, and so were widths and epochs but those of cpu-25min, which carries on
-what the smaller ones gave. gpu-94 is published, and has not been run to its end yet; what
-course shares with a published net, and what was chosen, docs/training.md says.
+the same from the command line. For the cpu- recipes, rule, batch size, activation and smoothing
+were chosen on validation images, and so were widths and epochs except those of cpu-25min, which
+extrapolates from the smaller ones. gpu-94 is a published recipe and has not been run to its end
+yet; docs/training.md says what course shares with a published net, and what was chosen.
 """
 
 from __future__ import annotations
@@ -72,32 +72,32 @@ class Recipe:
     """Settings of one training of a `FastConvNet`; numbers as in `RECIPES`.
 
     Attributes:
-        name: of the recipe.
+        name: name of the recipe.
         widths: channels of the net's groups.
         epochs: passes over the training images.
         batch_size: images in a step; a last, smaller batch is left out.
-        learning_rate: at its peak, of a mean loss, for batches of 1,024; in proportion to the batch
-            size for others.
+        learning_rate: peak rate for the mean loss of batches of 1,024; for other batch sizes it is
+            scaled in proportion.
         momentum: of Nesterov's rule.
         matrix_rate, matrix_momentum: of `optimizers.Muon`, which then trains the kernels of the
-            convolutions; None leaves them to Nesterov's rule, too.
+            convolutions; None leaves them to Nesterov's rule too.
         l2: decay that passes through the momentum.
-        bias_rate: by what the learning rate of normalization's beta is multiplied; its decay is
-            divided by it.
-        warmup, start, end: share of the steps in which the rate rises from `start` times its peak
-            to the peak; from there it falls in a straight line to `end` times the peak.
+        bias_rate: factor on the learning rate of normalization's beta; its decay is divided by it.
+        warmup, start, end: `warmup` is the share of the steps in which the rate rises from `start`
+            times its peak to the peak; from there it falls in a straight line to `end` times the
+            peak.
         label_smoothing: share of the target spread evenly over all classes.
         shift, flip: of `datasets.FlipAndShift`.
         lookahead: whether slow weights are kept (`callbacks.Lookahead`).
         whitening, identity, activation, logit_scale: of `models.FastConvNet`.
-        whitening_bias: whether the bias of the whitening convolution is trained; the gradient with
-            respect to the first activations is needed for nothing else.
+        whitening_bias: whether the bias of the whitening convolution is trained; nothing else
+            needs the gradient with respect to the first activations.
         normalization: None, or a name or factory as in `models.FastConvNet`; "fast" is
             `models.FAST_NORMALIZATION`.
-        reestimate: number of training images to re-estimate the statistics from at the end; 0 keeps
-            the moving ones.
+        reestimate: number of training images from which the statistics are re-estimated at the
+            end; 0 keeps the moving ones.
         views: pixels of `models.TestTimeAugmentation`.
-        dtype_policy: Keras's, or "auto" for `fastest_policy`.
+        dtype_policy: a policy of Keras, or "auto" for `fastest_policy`.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Recipe:
         return net
 
     def optimizer(self, model: Any, steps: int) -> keras.optimizers.Optimizer:
-        """The optimizer for this model and a training of so many steps."""
+        """The optimizer for this model and a training of `steps` steps."""
         top = max(1, round(self.warmup * steps))
         peak = self.learning_rate * self.batch_size / 1024
         scale = peak if self.matrix_rate is None else self.matrix_rate
@@ -171,7 +171,7 @@ class Recipe:
         )
 
     def steps(self, images: int) -> int:
-        """Steps of a training on so many images."""
+        """Number of steps of a training on `images` images."""
         return self.epochs * max(1, images // self.batch_size)
 
 
@@ -179,13 +179,13 @@ class Recipe:
 class CourseRecipe(Recipe):
     """Four 5x5 convolutions, each with batch normalization and pooled; RMSProp at one rate.
 
-    Of the settings of `Recipe` it has epochs, batch_size, normalization, label_smoothing, shift,
+    Of the settings of `Recipe` it uses epochs, batch_size, normalization, label_smoothing, shift,
     flip, lookahead, reestimate, views and dtype_policy; widths are those of the convolutions.
 
     Attributes:
         weight_std: standard deviation of the weights at the start, above 0; None for He's.
-            Normalization takes the scale of the weights out, and RMSProp moves each by about the
-            rate in a step: the smaller they are, the faster the net learns.
+            Normalization removes the scale of the weights, and RMSProp moves each by about the
+            rate in a step, so the net learns faster the smaller they are.
     """
 
     weight_std: float | None = None
@@ -211,11 +211,11 @@ class CourseRecipe(Recipe):
         )
 
     def optimizer(self, model: Any, steps: int) -> keras.optimizers.Optimizer:
-        """RMSProp."""
+        """The optimizer: RMSProp."""
         return optimizers.RMSprop(self.learning_rate)
 
 
-# With Muon the rate falls from the first step on, and to zero.
+# With Muon the rate falls from the first step on, down to zero.
 _CPU: Any = {
     "batch_size": 512,
     "activation": "relu",
@@ -254,21 +254,21 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a training gave.
+    """The result of a training: the model, its metrics, and what it cost.
 
     Attributes:
         recipe, seed: what was trained.
         model: the trained `keras.Model`.
-        metrics: "validation_accuracy" or "test_accuracy", the same with "_views" (test-time
-            augmentation) and losses, of the part that it was judged by.
+        metrics: "validation_accuracy" or "test_accuracy", depending on the part that it was judged
+            by, the same with "_views" (test-time augmentation), and losses.
         history: metric -> one value per epoch, of the training steps.
-        seconds: "training" (without compilation), "compilation" (what the first step took longer
-            than the others), "statistics" (re-estimation), "evaluation" and "data" (waiting for a
-            batch, were nothing prepared ahead).
-        costs: "images_per_second", "flops_forward" per image, "flops_training" in all.
-        report: of the re-estimation, or None.
-        data: on which data, in a sentence.
-        dtype_policy: that it was trained with.
+        seconds: "training" (without compilation), "compilation" (the extra time of the first
+            step), "statistics" (re-estimation), "evaluation" and "data" (how long steps would wait
+            for batches if none were prepared ahead).
+        costs: "images_per_second", "flops_forward" per image, "flops_training" in total.
+        report: report of the re-estimation, or None.
+        data: the data that it was trained on, in a sentence.
+        dtype_policy: the policy that it was trained with.
     """
 
     recipe: Recipe
@@ -283,7 +283,7 @@ class Outcome:
     dtype_policy: str
 
     def card(self) -> dict[str, Any]:
-        """All of it but the weights, as JSON values."""
+        """Everything except the weights, as JSON values."""
         return {
             "recipe": settings(self.recipe),
             "seed": self.seed,
@@ -328,7 +328,7 @@ def flops(model: Any) -> int:
     A multiplication and an addition count as two. Training takes about three times as many.
 
     Args:
-        model: functional or Sequential, built with sizes that are known.
+        model: functional or Sequential, built with known sizes.
 
     Returns:
         Operations per example.
@@ -344,7 +344,7 @@ def flops(model: Any) -> int:
         kernel = getattr(layer, "kernel", None)
         if kernel is None:
             continue
-        transposed = isinstance(layer, _TRANSPOSED)  # each kernel is laid on every input
+        transposed = isinstance(layer, _TRANSPOSED)  # the kernel is applied at every input
         shape = (layer.input if transposed else layer.output).shape[1:]
         first = getattr(layer, "data_format", "channels_last") == "channels_first"
         positions = math.prod(shape[1:] if first else shape[:-1])
@@ -353,10 +353,10 @@ def flops(model: Any) -> int:
 
 
 def load(name: str = "cifar10", **options: Any) -> datasets.Data:
-    """A data set as the recipes take it: standardized by channel, large enough to be halved.
+    """A data set as the recipes need it: standardized by channel, large enough to be halved.
 
     Args:
-        name: of the data set. Default: "cifar10".
+        name: name of the data set. Default: "cifar10".
         options: of `datasets.load`: data_dir, validation, ...
 
     Returns:
@@ -382,20 +382,21 @@ def train(
     on_epoch: Callable[[float, Mapping[str, float]], None] | None = None,
     dtype_policy: str | None = None,
 ) -> Outcome:
-    """Trains a recipe, and judges it once.
+    """Trains a recipe and judges it once, on validation or test images.
 
     Args:
         recipe: one of `RECIPES`, or its name.
-        data: with a validation part, that judges; without, the test part does. Default:
-            CIFAR-10, all 50,000 images, judged by the test images.
+        data: the net is judged by its validation part, or by its test part if it has no validation
+            part. Default: CIFAR-10, all 50,000 images, judged by the test images.
         seed: of initialization, order and augmentation, int from 0 to 2^32 - 1. Default: 0.
-        backup: .npz file that is written after every epoch, and gone on from if it exists. It
-            stays at the end, for the training is nowhere else until the outcome is saved: then
-            remove it. Default: none.
+        backup: .npz file that is written after every epoch; if it exists, the training resumes
+            from it. It stays at the end, because nothing else holds the training until the outcome
+            is saved; remove it then. Default: none.
         on_epoch: called with the number of epochs done and the metrics of the last one, also
             within an epoch (then with no metrics); to show progress. Default: none.
-        dtype_policy: "float32", "mixed_bfloat16" or another of Keras's; or "auto" for
-            `fastest_policy`. A backup is gone on from as it was begun. Default: the recipe's.
+        dtype_policy: "float32", "mixed_bfloat16" or another policy of Keras; or "auto" for
+            `fastest_policy`. A training resumed from a backup keeps the policy it began with.
+            Default: the recipe's.
 
     Returns:
         An `Outcome`.
@@ -409,7 +410,7 @@ def train(
     if data is None:
         data = load()
     _check(recipe, data)
-    seed = int(seed)  # NumPy's integers are no JSON values
+    seed = int(seed)  # NumPy's integers are not JSON values
     recipe = dataclasses.replace(
         recipe, epochs=int(recipe.epochs), batch_size=int(recipe.batch_size)
     )
@@ -456,15 +457,15 @@ def train(
 
 
 def judge(nets: Sequence[Any], data: datasets.Data, views: int = 1) -> dict[str, float]:
-    """Loss and accuracy of nets whose logits are averaged; of one net, its own.
+    """Loss and accuracy of one net, or of several nets whose logits are averaged.
 
     Args:
         nets: at least one `keras.Model` from images to logits.
-        data: its validation part judges, or the test part where it has none.
+        data: the validation part is used, or the test part if there is no validation part.
         views: pixels of the shift of `models.TestTimeAugmentation`, int >= 0. Default: 1.
 
     Returns:
-        "validation_accuracy" and "validation_loss" ("test_accuracy" and "test_loss" where the data
+        "validation_accuracy" and "validation_loss" ("test_accuracy" and "test_loss" if the data
         have no validation part), and the same with "_views", of test-time augmentation.
 
     Raises:
@@ -492,16 +493,16 @@ def judge(nets: Sequence[Any], data: datasets.Data, views: int = 1) -> dict[str,
 
 
 def _judging(data: datasets.Data) -> tuple[str, Any]:
-    """The part that judges, and its name."""
+    """The name of the part that nets are judged by, and the part."""
     return ("test", data.test) if data.validation is None else ("validation", data.validation)
 
 
 @functools.cache
 def fastest_policy() -> str:
-    """Measures once whether a convolution is clearly faster in bfloat16 here than in float32.
+    """Measures once whether a convolution is clearly faster here in bfloat16 than in float32.
 
     Processors with AVX-512 BF16 or AMX, and GPUs, multiply bfloat16 faster than float32; others
-    have to imitate it. Weights, statistics and sums stay in float32.
+    have to emulate it. Weights, statistics and sums stay in float32.
 
     Returns:
         "mixed_bfloat16" if it takes less than .8 of the time, else "float32".
@@ -529,7 +530,7 @@ def fastest_policy() -> str:
 
 
 def _check(recipe: Recipe, data: datasets.Data) -> None:
-    """What would otherwise be noticed after the training, or as an error of others."""
+    """Refuses what would be noticed only after the training, or as an error from elsewhere."""
     for name in ("epochs", "batch_size"):
         value = getattr(recipe, name)
         if not (is_integer(value) and value >= 1):
@@ -550,7 +551,7 @@ def _check(recipe: Recipe, data: datasets.Data) -> None:
 
 
 def _check_seed_and_policy(seed: Any, policy: Any) -> None:
-    """Before the data are read, which takes its time."""
+    """Refuses a wrong seed or policy before the data are read, which takes time."""
     if not (is_integer(seed) and 0 <= seed < 2**32):
         raise ValueError(f"`seed` must be an int from 0 to {2**32 - 1}. Received: seed={seed!r}.")
     if policy == "auto":
@@ -578,12 +579,12 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 
 
 def _batches_on_device() -> bool:
-    """Whether batches are cut out of images on a GPU, which is faster there than the host is."""
+    """Whether batches are cut from images on the GPU, which is faster than on the host."""
     return keras.backend.backend() != "tensorflow" and kernels.on_gpu()
 
 
 def _callable_text(function: Any) -> str:
-    """A text that is the same in another process, where a function has another address."""
+    """A text for a function that is the same in other processes: without its address."""
     if isinstance(function, functools.partial):
         given = {f"{i}": v for i, v in enumerate(function.args)} | function.keywords
         return f"partial({_callable_text(function.func)}, {given!r})"
@@ -657,13 +658,13 @@ def _judge(
 
 
 class _Clock(keras.callbacks.Callback):  # type: ignore[misc]
-    """How long steps take, and what they gave."""
+    """Records how long steps take, and their metrics."""
 
     def __init__(self, on_epoch: Callable[[float, Mapping[str, float]], None] | None) -> None:
         super().__init__()
         self.on_epoch = on_epoch
         self.epochs: list[float] = []  # seconds of each
-        self.first = 0.0  # seconds of the first steps, beyond the others
+        self.first = 0.0  # seconds that the first steps took longer than the others
         self.history: dict[str, list[float]] = {}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -690,17 +691,17 @@ class _Clock(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
-    """All that the next epoch depends on, in one file."""
+    """Keeps everything that the next epoch depends on in one file."""
 
     def __init__(self, path: Any, settings: str) -> None:
         super().__init__()
         self.path = None if path is None else Path(path)
         self.digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
         self.saved: dict[str, Any] = {}
-        self.policy = ""  # that the training was begun with
+        self.policy = ""  # the one that the training began with
 
     def read(self) -> None:
-        """Reads the file, if there is one, and refuses that of another training."""
+        """Reads the file, if there is one; refuses the file of another training."""
         if self.path is None or not self.path.exists():
             return
         content = io.BytesIO(self.path.read_bytes())
@@ -726,7 +727,7 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
         return [*weights, *self.model.optimizer.variables, *slow]
 
     def restore(self, model: Any, lookahead: Any, clock: _Clock) -> int:
-        """Puts all of them where the file left them; returns the epochs done."""
+        """Restores all of them to their state in the file; returns the epochs done."""
         self.set_model(model)
         self.lookahead, self.clock = lookahead, clock
         if not self.saved:
@@ -759,7 +760,7 @@ class _Backup(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def storable(variable: Any) -> Any:
-    """A variable's value as NumPy's files can hold it: bfloat16 as float32, without a loss."""
+    """A variable's value as NumPy's files can hold it: bfloat16 as float32, which is exact."""
     half = keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
     return ops.convert_to_numpy(ops.cast(variable, "float32") if half else variable)
 
@@ -793,7 +794,7 @@ def command(arguments: argparse.Namespace) -> int:
     """Runs `keras-norm train`.
 
     Args:
-        arguments: of a parser that `configure` has seen.
+        arguments: from a parser that `configure` has set up.
 
     Returns:
         Exit status: 0, or 2 after one line about what was wrong with the arguments.
@@ -832,7 +833,7 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _require_writable(out: Path) -> None:
-    """Before the training, which would be lost."""
+    """Refuses a folder that cannot be written before the training, whose result would be lost."""
     try:
         require_writable(out)
         for name in ("model.keras", "card.json"):

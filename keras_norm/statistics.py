@@ -1,21 +1,22 @@
-"""What is done to the moving statistics of a whole model after training.
+"""Operations on the moving statistics of a whole model after training.
 
 Batch normalization normalizes by the batch in training and by moving statistics in inference.
-Those are a decaying average over batches, of activations of weights that no longer exist.
-`reestimate` replaces them by the mean and the biased variance of data under the final weights
-(precise batch normalization):
+The moving statistics are a decaying average over batches, whose activations came from weights
+that no longer exist. `reestimate` replaces them by the mean and the biased variance of data under
+the final weights (precise batch normalization):
 
     (J1)  mean_l     = sum over the data of the inputs of layer l / count_l
     (J2)  variance_l = sum over the data of (input - mean_l)^2 / count_l
 
 where the inputs of layer l are those that it receives in inference, with the new statistics in
-all layers. A layer's inputs depend on the statistics of the layers below, so that (J1) and (J2)
-are solved from below: exactly, layer by layer (`method="layerwise"`), or approximately in one
+all layers. A layer's inputs depend on the statistics of the layers below, so (J1) and (J2) are
+solved from the bottom up: exactly, layer by layer (`method="layerwise"`), or approximately in one
 sweep in which every layer normalizes by the batch (`method="one_pass"`).
 
 The same is done for the other layers with moving statistics: the mean and the covariances of
 `DecorrelatedBatchNormalization`, and the quantiles of `QuantileNormalization`. What is said below
-of batch normalization holds for them; where an operation has no meaning for a layer, it is refused.
+about batch normalization holds for them too; an operation that has no meaning for a layer is
+refused.
 
 Reference: Wu and Johnson, 2021, Rethinking "Batch" in BatchNorm, section 3; Ioffe and Szegedy,
 2015, algorithm 2.
@@ -71,15 +72,15 @@ Floats = npt.NDArray[np.float64]
 
 _GIB = 2**30
 _IN_ARCHIVE = "keras_norm.statistics.json"  # name of the report in a .keras file
-_DRIFT = 3.0  # from which a stream is no random sample
-_TINY = 0.2  # sigma: the standard error from which a sample is too small
+_DRIFT = 3.0  # the drift above which a stream is not a random sample
+_TINY = 0.2  # sigma: the standard error above which a sample is too small
 
 
 # Layers and transactions ---------------------------------------------------------------------
 
 
 def _normalizations(model: Any) -> dict[str, Layer]:
-    """All built layers with moving statistics, by the names of what they stand in."""
+    """All built layers with moving statistics, by their paths in the model."""
     synchronized(model)
     layers: dict[str, Layer] = {}
     inside = _inside(model) if isinstance(model, keras.Layer) else ()
@@ -102,7 +103,10 @@ def _normalizations(model: Any) -> dict[str, Layer]:
 def _inside(
     layer: Layer, path: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, Layer]]:
-    """All layers in a layer, each once, in order; unlike `layer.path` the same after loading."""
+    """Each layer in a layer once, in order, with a path that is the same after loading.
+
+    That of `layer.path` may not be.
+    """
     seen = set() if seen is None else seen
     seen.add(id(layer))
     for inner in layer._flatten_layers(include_self=False, recursive=False):
@@ -117,7 +121,7 @@ def _statistics_of(layer: Layer) -> list[Any]:
 
 
 def _assign_all(values: Iterable[tuple[Any, npt.NDArray[Any]]]) -> None:
-    """Assigns all, to the end, even if a Ctrl-C comes in between; then lets it through."""
+    """Assigns all values even if Ctrl-C comes in between, and only then raises it."""
     todo, interrupt = list(values), None
     while todo:
         try:
@@ -131,9 +135,9 @@ def _assign_all(values: Iterable[tuple[Any, npt.NDArray[Any]]]) -> None:
 
 @contextlib.contextmanager
 def _transaction(model: Any, keep: Sequence[Layer]) -> Iterator[None]:
-    """Undoes all changes of state on failure; else all but those to the layers in `keep`.
+    """Undoes all changes of state on failure; on success, all but the statistics of `keep`.
 
-    State is what an inference pass could change: non-trainable variables, random seeds.
+    State is what an inference pass could change: non-trainable variables and random seeds.
     """
     before = [(v, copy_of(v)) for v in model.non_trainable_variables]
     statistics = {id(v) for layer in keep for v in _statistics_of(layer)}
@@ -149,9 +153,9 @@ def _transaction(model: Any, keep: Sequence[Layer]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _traced_as_before(layers: Iterable[Layer]) -> Iterator[None]:
-    """What is compiled meanwhile does not bind the layers to their `use_batch_statistics`.
+    """Keeps what is compiled inside the block from fixing the layers' `use_batch_statistics`.
 
-    Programs that measure their inputs are compiled anew where it has changed.
+    The programs that measure the layers' inputs are compiled again when it has changed.
     """
     before = [(layer, layer._traced) for layer in layers if hasattr(layer, "_traced")]
     try:
@@ -163,7 +167,7 @@ def _traced_as_before(layers: Iterable[Layer]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The statistics of every layer with moving statistics at one moment.
+    """A copy of the statistics of every layer with moving statistics, taken at one moment.
 
     Args:
         statistics: layer -> variable -> value.
@@ -176,7 +180,7 @@ class Snapshot:
     def moments(self, name: str) -> tuple[Floats, Floats]:
         """The moving mean and variance of a layer's channels, in float64.
 
-        Of quantiles those of the distribution that they stand for.
+        For quantiles: the mean and variance of the distribution that they describe.
         """
         return kind_by_names(self.statistics[name]).marginals(self.values(name))
 
@@ -217,14 +221,14 @@ def snapshot(model: Any) -> Snapshot:
 
 
 def restore(model: Any, snapshot: Snapshot) -> None:
-    """Puts the statistics of a snapshot back, bit by bit; all, or none on failure.
+    """Puts the statistics of a snapshot back, bit for bit: all of them, or none on failure.
 
     Args:
         model: the model of the snapshot, or one of the same architecture and names.
         snapshot: what `snapshot` returned.
 
     Raises:
-        ValueError: for a snapshot of other layers, variables or shapes. The model is as before.
+        ValueError: for a snapshot of other layers, variables or shapes. The model is unchanged.
     """
     layers = _normalizations(model)
     values = _matching(layers, snapshot)
@@ -270,8 +274,9 @@ class LayerStatistics:
 
     Args:
         name: path of the layer in its model.
-        status: "updated"; or "did not run" or "not selected": it kept its statistics.
-        epsilon: of the layer.
+        status: "updated"; or, for a layer that kept its statistics, "did not run" or "not
+            selected".
+        epsilon: the epsilon of the layer.
         old_mean, old_variance: (C,), the moving statistics before.
         mean, variance: (C,), those after.
         elements: (C,), the number of elements (total weight) in the new statistics.
@@ -279,22 +284,22 @@ class LayerStatistics:
         uses: how often the layer is called in one pass.
         standard_error_of_mean, standard_error_of_variance: (C,), of the data's mean and
             variance, from the spread between examples; infinite for one example.
-        residual: largest difference, in units of sigma, between the statistics and those of the
-            inputs that they produce, where they had to be found by iteration; else 0.
-        leak: for `one_pass`, its error as estimated on the first four batches and two in forty, in
-            units of sigma, root mean square over the channels. From few batches it is an
-            estimate: in half of the layers within a factor of 2, rather too large than too
-            small, up to ten times in deep layers at batches of 20. Else 0.
+        residual: where the statistics had to be found by iteration, the largest difference, in
+            units of sigma, between them and those of the inputs that they produce; else 0.
+        leak: for `one_pass`, its error, estimated on the first four batches and two in forty, in
+            units of sigma, root mean square over the channels. So few batches give a rough value:
+            within a factor of 2 in half of the layers, more often too large than too small, and
+            up to ten times in deep layers with batches of 20. Else 0.
         old, new: for layers whose statistics are more than means and variances, all of them, by
             the names of the variables: "moving_mean" (C,) and "moving_covariance" (C / S, S, S),
-            or "moving_quantiles" (K, C). The means, variances and standard errors above are those
-            of the channels then, of quantiles those of the distribution that they stand for.
-        rank_error: of quantiles: by how much their ranks may be off, as a fraction of the
+            or "moving_quantiles" (K, C). The means, variances and standard errors above are then
+            those of the channels; for quantiles, those of the distribution that they describe.
+        rank_error: for quantiles, by how much their ranks may be off, as a fraction of the
             elements; 0 if they are exact.
         drift: for `layerwise`, how far the mean of the first half of the examples is from that of
-            all, root mean square over the channels, in units of what is to be expected if they
-            came in random order: about 1. Much more means that they are sorted, or changed on
-            the way; the statistics of all of them are exact all the same.
+            all, root mean square over the channels, in units of what to expect if they came in
+            random order, so about 1. Much more means that the examples are sorted, or changed
+            along the way; the statistics of all of them are exact all the same.
     """
 
     name: str
@@ -320,8 +325,9 @@ class LayerStatistics:
     def distance(self) -> float:
         """How far all statistics moved, root mean square over the channels, in units of sigma.
 
-        Of means and variances together; of covariances after whitening by the new ones, so that a
-        changed correlation counts as well; of quantiles, root mean square over them.
+        Means and variances count together. Covariances are compared after whitening by the new
+        ones, so that a changed correlation counts as well. For quantiles, the root mean square is
+        over them too.
         """
         if self.new:
             kind = kind_by_names(self.new)
@@ -350,8 +356,8 @@ class LayerStatistics:
     def error(self) -> float:
         """Standard error of the layer's normalized outputs, root mean square, in sigma.
 
-        What remains to be gained by more data: to first order, an error of the mean moves an
-        output by SE(mean) / sigma, one of the variance by x_hat SE(variance) / (2 sigma^2).
+        It is what more data could still improve. To first order, an error of the mean moves an
+        output by SE(mean) / sigma, and one of the variance by x_hat SE(variance) / (2 sigma^2).
         """
         if self.status != "updated":
             return 0.0
@@ -359,7 +365,7 @@ class LayerStatistics:
         return error_of(self.variance, *errors, self.epsilon)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values; what is not finite is None."""
+        """All fields as JSON values; numbers that are not finite become None."""
         found: dict[str, Any] = {}
         for key, value in dataclasses.asdict(self).items():
             if key in ("old", "new"):
@@ -374,7 +380,7 @@ class LayerStatistics:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> LayerStatistics:
-        """What `to_dict` gave."""
+        """Rebuilds the object from what `to_dict` returned."""
         values = {k: v for k, v in state.items() if k != "shape"}
         for key, value in values.items():
             if key in ("old", "new"):
@@ -401,15 +407,15 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the statistics of a model; prints as a table.
+    """How an operation changed the statistics of a model; prints as a table.
 
     Args:
         method: "layerwise", "one_pass", "adapt" or "diff".
         data: name of the data.
-        samples: the number of examples that came, not the number that was asked for.
+        samples: the number of examples used, not the number that was asked for.
         batch_size: examples per pass.
         layers: one `LayerStatistics` for each batch normalization layer, in order of their calls.
-        settings: whatever else the operation was told.
+        settings: the other settings of the operation.
     """
 
     method: str
@@ -438,7 +444,7 @@ class Report:
     def largest_shift(self) -> float:
         """The largest root mean square shift of a layer, in units of sigma.
 
-        Of covariances and quantiles their `distance`.
+        For covariances and quantiles, their `distance` takes the place of the shift.
         """
         return max((y.distance if y.new else rms(y.shift) for y in self.updated), default=0.0)
 
@@ -474,7 +480,7 @@ class Report:
         return "\n".join([head, *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """All fields as JSON values."""
         return {
             "format": "keras_norm.statistics.report/1",
             "method": self.method,
@@ -487,7 +493,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Report:
-        """What `to_dict` gave.
+        """Rebuilds the report from what `to_dict` returned.
 
         Raises:
             ValueError: for anything else.
@@ -505,11 +511,11 @@ class Report:
         """Writes the report as JSON, whole or not at all, and returns the path.
 
         Args:
-            path: of a file; or of a model that was saved, a .keras file, into which the report
-                goes as one more part. Keras loads the model as before.
+            path: a file to write; or the .keras file of a saved model, to which the report is
+                added as one more part. Keras loads the model as before.
 
         Raises:
-            FileNotFoundError: for a .keras file that is not there: `model.save` comes first.
+            FileNotFoundError: for a .keras file that does not exist: call `model.save` first.
         """
         text = json.dumps(self.to_dict(), allow_nan=False, indent=1)
         if Path(path).suffix == ".keras":
@@ -532,10 +538,10 @@ class Report:
             return cls.from_dict(json.loads(archive.read(_IN_ARCHIVE)))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draws, for each updated layer, how far its statistics moved, and what is uncertain.
+        """Draws how far the statistics of each updated layer moved, and their errors.
 
-        Three panels over the layers: shift / sigma, sigma / old sigma, both as the median over
-        the channels with the band of the middle 80%, and the errors in units of sigma.
+        Three panels over the layers: shift / sigma and sigma / old sigma, both as the median over
+        the channels with a band for the middle 80%, and the errors in units of sigma.
 
         Args:
             path: file to write, whole or not at all: .png, .pdf or .svg. Default: none.
@@ -555,7 +561,7 @@ class Report:
 
 
 def _add_to_archive(path: Path, text: str) -> None:
-    """The report as a part of a .keras file, in the place of an older one."""
+    """Adds the report to a .keras file, in place of an older one."""
     with (
         zipfile.ZipFile(path) as old,
         replace_file(path) as temporary,
@@ -661,9 +667,9 @@ def _beyond_variance(statistics: Mapping[str, npt.NDArray[Any]]) -> dict[str, Fl
 
 
 def _population(layer: Layer, moments: Moments) -> Values:
-    """(J1) and (J2), and their like; a channel without any element keeps its statistics.
+    """(J1) and (J2), or what corresponds to them; a channel without elements keeps its statistics.
 
-    A layer whose moving variance is the unbiased one, of N - 1, gets that.
+    A layer whose moving variance is the unbiased one (over N - 1) gets that.
     """
     return kind_of(layer).population(layer, moments)
 
@@ -746,39 +752,40 @@ def reestimate(
     """Replaces the moving statistics of every batch normalization layer by those of data.
 
     Equations (J1) and (J2) of this module, in inference mode throughout: dropout and augmentation
-    layers are off. Nothing of the model but the statistics changes, and on any failure (of the
-    data, of the disk, Ctrl-C) not even these.
+    layers are off. Only the statistics of the model change, and on any failure (of the data, of
+    the disk, Ctrl-C) not even these.
 
     `method="layerwise"` is exact: the result is the float64 mean and biased variance of the
     inputs that each layer receives, with all layers on their new statistics, whatever the batch
     size and the order of the data. In a functional or Sequential model, nested ones included,
     each operation runs once for each batch: a layer's statistics are complete before its outputs
-    are computed, and activations wait in between, in memory and then on disk. What does not fit
-    is computed again from the last that did.
+    are computed, and in between the activations are kept, in memory and then on disk. Those that
+    do not fit are computed again from the last that did.
 
     A layer that is called several times has one set of statistics: those of all its inputs
-    pooled, each element counting once. If its calls feed each other, these are defined by
-    themselves, and found by iterating until they reproduce themselves to 1e-6 sigma
+    pooled, each element counting once. If its calls feed each other, the statistics depend on
+    themselves, and are found by iterating until they reproduce themselves to 1e-6 sigma
     (`residual` in the report).
 
-    Of a `DecorrelatedBatchNormalization`, the covariances of the data are taken in the same way,
-    equally exact. Of a `QuantileNormalization`, all elements are held up to 2^24 / C of each of
-    its C channels (at least 4096, at most 2^20), and the quantiles are exact so far; of more, they
-    come from a sketch whose largest possible rank error the report states (`rank_error`, in
-    general below 0.01%), and which does depend on batches and order to that degree. The inputs
-    of both are taken to the host to be measured.
+    For a `DecorrelatedBatchNormalization`, the covariances of the data are taken in the same way,
+    and are equally exact. For a `QuantileNormalization`, up to 2^24 / C elements of each of its C
+    channels (at least 4096, at most 2^20) are held, and up to there the quantiles are exact.
+    Beyond, they come from a sketch, whose largest possible rank error the report states
+    (`rank_error`, in general below 0.01%); to that degree they depend on batches and order. The
+    inputs of both layers are copied to the host to be measured.
 
     Calls that are code (subclassed models and layers with normalization layers inside) are run
-    as a whole: once more for each normalization layer in them, since a pass makes only the next
-    one right. The result is exact all the same. Of layers that a loop calls (in a cell of
-    `keras.layers.RNN`) the inputs of every turn are pooled. Such code, and what compiles itself
-    (`tf.function`, `jax.jit`), runs uncompiled, which takes longer. Keras on TensorFlow and PyTorch
-    calls a cell once more than there are time steps, in training too: the first counts twice.
+    as a whole: once more for each normalization layer in them, since each pass makes only the
+    next one right. The result is exact all the same. If a loop calls a layer (in a cell of
+    `keras.layers.RNN`), the inputs of every iteration are pooled. Such code, and what compiles
+    itself (`tf.function`, `jax.jit`), runs uncompiled, which takes longer. On TensorFlow and
+    PyTorch, Keras calls a cell once more than there are time steps, in training too: the first
+    step counts twice.
 
     `method="one_pass"` lets every layer normalize by the batch, in one sweep, and pools by
-    counts. Layers above the first see inputs normalized with the batch's own noise: the error
-    grows with depth and with smaller batches. The report states it per layer as `leak`, estimated
-    on the first four batches and two in forty, which are run a second time.
+    counts. Layers above the first see inputs normalized with the batch's own noise, so that the
+    error grows with depth and with smaller batches. The report states it per layer as `leak`,
+    estimated on the first four batches and two in forty, which are run a second time.
 
     Args:
         model: a built `keras.Model`, functional, Sequential or subclassed, with batch
@@ -787,30 +794,31 @@ def reestimate(
         data: arrays x or (x, y), a list or dict of them for several inputs; a
             `keras.utils.PyDataset`; a `tf.data.Dataset`, data loader or generator of batches x,
             (x, y) or (x, y, weights). Labels and sample weights are not used.
-        samples: the largest number of examples; None for all. Of arrays and PyDatasets with more,
-            a random part is taken, of streams the first. What came is counted. Default: 10,000.
+        samples: the largest number of examples; None for all. If there are more, a random part of
+            arrays and PyDatasets is taken, and the first examples of streams. The report states
+            how many were used. Default: 10,000.
         method: "layerwise" or "one_pass". Default: "layerwise".
-        batch_size: examples per pass; batches of streams are cut anew. Default: 256.
+        batch_size: examples per pass; streams are cut into new batches. Default: 256.
         tolerance: stop when no layer's outputs have a standard error (`Report.error`) above this,
-            in units of sigma; at the latest with `samples`. Arrays are taken in random order then.
-            Default: use all samples.
+            in units of sigma; at the latest after `samples`. Arrays are then taken in random
+            order. Default: use all samples.
         layers: which layers: their names or paths, the layers themselves, or a function of a
             layer. The others keep their statistics. Default: all.
-        memory: budget for waiting activations, in bytes, on the device. Default: 2 GiB.
+        memory: budget for the activations that are kept, in bytes, on the device. Default: 2 GiB.
         disk: budget for those that do not fit into memory, in bytes. Default: 16 GiB.
-        folder: where on disk. Default: the system's folder for temporary files.
-        name: of the data, for the report. Default: what they are.
-        seed: int >= 0, of the random part. Default: 0.
+        folder: where to keep them on disk. Default: the system's folder for temporary files.
+        name: name of the data, for the report. Default: a description of the data.
+        seed: int >= 0, for the random part. Default: 0.
         progress: whether to show a progress bar (on stderr). Default: False.
 
     Returns:
-        A `Report`: per layer old and new statistics, elements, standard errors, shift.
+        A `Report`: for each layer the old and new statistics, elements, standard errors, shift.
 
     Raises:
-        ValueError: for arguments out of range, data without examples or of other shapes than the
-            model's inputs, values that are not finite, a model without built batch normalization
-            layers. The model is as before.
-        OSError: if activations cannot be written to disk. The model is as before.
+        ValueError: for arguments out of range, data without examples or with shapes other than
+            those of the model's inputs, values that are not finite, or a model without built batch
+            normalization layers. The model is unchanged.
+        OSError: if activations cannot be written to disk. The model is unchanged.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -820,8 +828,9 @@ def reestimate(
         (3, 'layerwise', ['dense1_norm'])
 
     Numerics:
-        Sums within an example in float32 (float64 in a float64 model) around the batch's mean,
-        all others in float64; equal to NumPy's float64 moments of the activations to 1e-5 sigma.
+        Sums within an example are in float32 (float64 in a float64 model) around the batch's
+        mean, all others in float64. The results equal NumPy's float64 moments of the activations
+        to 1e-5 sigma.
 
     Reference:
         Wu and Johnson, 2021, Rethinking "Batch" in BatchNorm, section 3.
@@ -844,7 +853,7 @@ def reestimate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What `reestimate` and its kin have in common; see there."""
+    """The arguments that `reestimate`, `adapt` and `RunningAdaptation` share; see `reestimate`."""
 
     samples: int | None
     method: str = "layerwise"
@@ -867,7 +876,7 @@ def _replace_statistics(
     method: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Gives the selected layers what the rule makes of the moments of their inputs."""
+    """Assigns to the selected layers what the rule makes of the moments of their inputs."""
     o = options
     _check_numbers(o.method, o.samples, o.batch_size, o.tolerance, o.seed)
     everything = _normalizations(model)
@@ -879,7 +888,7 @@ def _replace_statistics(
         stack.enter_context(_transaction(model, list(chosen.values())))
         stack.enter_context(_traced_as_before(everything.values()))
         held = store if o.method == "layerwise" else None
-        shuffled = o.tolerance is not None  # an early end is to find a random part
+        shuffled = o.tolerance is not None  # so that an early stop leaves a random part
         sample = Sample(data, o.samples, o.batch_size, o.seed, held, model, shuffled)
         names, layers = list(chosen), list(chosen.values())
         job = Job(model, names, layers, sample, store, rule, o.method, o.tolerance, bar)
@@ -976,7 +985,7 @@ def _blend(sources: Mapping[int, Values], prior: float) -> Rule:
 
 
 def _mean(old: Floats, new: Floats, share: Floats) -> Floats:
-    """With `share` of the new; all of it where the share is 1, even if the old is not finite."""
+    """The old moved by `share` towards the new; at 0 or 1 just one, even if the other is NaN."""
     with np.errstate(invalid="ignore"):
         blend = old + share * (new - old)
     return np.where(share == 1, new, np.where(share == 0, old, blend))
@@ -1009,28 +1018,28 @@ def adapt(
 ) -> Report:
     """Adapts a model to another domain by its batch normalization statistics (AdaBN).
 
-    Weights, gamma and beta stay; the moving statistics, those of the source domain, are blended
-    with those of n target examples. No labels are needed. With N = `prior` pseudo-examples:
+    Weights, gamma and beta stay; the moving statistics, which are those of the source domain, are
+    blended with those of n target examples. No labels are needed. With N = `prior`
+    pseudo-examples:
 
         (J3)  mean     = N / (N + n) mean_source     + n / (N + n) mean_target
         (J4)  variance = N / (N + n) variance_source + n / (N + n) variance_target
 
     Covariances are blended as variances are, and quantiles one by one, which blends the two
     distributions half-way in transport cost. All are applied layer by layer: a layer's target
-    statistics are those of the inputs that it
-    receives from layers that have been adapted.
+    statistics are those of the inputs that it receives from layers already adapted.
 
     Args:
         model: as in `reestimate`, with the statistics of the source domain.
-        target: data of the target domain, as `data` in `reestimate`. With labels (x, y), a sample
-            that holds much less than all classes is warned of.
+        target: data of the target domain, as `data` in `reestimate`. If it has labels (x, y), a
+            sample with few of the classes gives a warning.
         prior: N, the number of examples that the source statistics are worth, >= 0. 0 replaces
-            them (Li et al.); with few target examples and a small shift take more. Default: 0.
+            them (Li et al.); with few target examples and a small shift, use more. Default: 0.
         samples, method, batch_size, tolerance, layers, memory, disk, folder, name, seed, progress:
             as in `reestimate`.
 
     Returns:
-        A `Report`. `restore` with a `snapshot` from before brings the source back;
+        A `Report`. To go back to the source, `restore` a `snapshot` taken before;
         `DomainStatistics` keeps several domains at hand.
 
     Warns:
@@ -1039,7 +1048,7 @@ def adapt(
             a stream.
 
     Raises:
-        ValueError, OSError: as `reestimate`, and for a negative prior. The model is as before.
+        ValueError, OSError: as `reestimate`, and for a negative prior. The model is unchanged.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -1091,7 +1100,7 @@ def _warn_of_sample(report: Report, prior: float) -> None:
 
 
 def _warn_of_classes(model: Any, target: Any) -> None:
-    """If there are labels: as many classes as the model has, or a small part of them?"""
+    """Warns if there are labels and they hold only a small part of the model's classes."""
     shape = getattr(model, "output_shape", None) if hasattr(model, "outputs") else None
     labelled = isinstance(target, tuple) and len(target) > 1 and is_array(target[1])
     if not labelled or not isinstance(shape, tuple) or len(shape) != 2 or not shape[-1]:
@@ -1114,11 +1123,11 @@ def _warn_of_classes(model: Any, target: Any) -> None:
 
 
 class RunningAdaptation:
-    """Adapts a model to a stream, batch after batch, and forgets what is long past.
+    """Adapts a model to a stream, batch after batch, and gradually forgets old batches.
 
-    Every layer's statistics are (J3) and (J4) with the moments of all updates so far, each
-    example's weight halved with every `half_life` examples of later updates. The source is never
-    forgotten, unless `prior` is 0: its weight is always that of `prior` examples.
+    Every layer's statistics are (J3) and (J4) with the moments of all updates so far, where each
+    example's weight is halved for every `half_life` examples of later updates. The source is not
+    forgotten unless `prior` is 0: its weight is always that of `prior` examples.
 
     Args:
         model: as in `reestimate`, with the statistics of the source domain.
@@ -1129,12 +1138,12 @@ class RunningAdaptation:
     State:
         weight: how many examples the stream is worth at present.
 
-    As a context manager it gives the source statistics back at its end.
+    As a context manager it puts the source statistics back when the block ends.
 
     Raises:
         ValueError: for a prior or a half-life out of range; and for a selected
-            `QuantileNormalization` with a finite half-life, because a distribution cannot forget a
-            part of what it was made of. Leave it out by `layers`, or forget nothing.
+            `QuantileNormalization` with a finite half-life, because a distribution cannot forget
+            part of what it was made of. Leave the layer out with `layers`, or forget nothing.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -1174,17 +1183,17 @@ class RunningAdaptation:
         self.weight = 0.0
 
     def update(self, x: Any, *, batch_size: int = 256) -> Report:
-        """Takes in the next examples and moves the statistics.
+        """Takes in the next examples and updates the statistics.
 
         Args:
-            x: as `data` in `reestimate`; all of it is taken.
-            batch_size: as there. Default: 256.
+            x: as `data` in `reestimate`; all of it is used.
+            batch_size: as in `reestimate`. Default: 256.
 
         Returns:
             The `Report` of this update.
 
         Raises:
-            ValueError: as `reestimate`. Model and adaptation are as before.
+            ValueError: as `reestimate`. The model and this object are then unchanged.
         """
         sources = {id(y): self._source.values(name) for name, y in self._layers.items()}
         blend = _blend(sources, self.prior)
@@ -1206,7 +1215,7 @@ class RunningAdaptation:
         return report
 
     def reset(self) -> None:
-        """Gives the source statistics back and forgets the stream."""
+        """Puts the source statistics back and forgets the stream."""
         restore(self.model, self._source)
         self._past, self.weight = {}, 0.0
 
@@ -1228,9 +1237,9 @@ def _require_scalable(layers: Mapping[str, Layer], half_life: float) -> None:
 
 
 class DomainStatistics:
-    """One model, one set of weights, the statistics of several domains.
+    """The statistics of several domains for one model with one set of weights.
 
-    The statistics that the model has at first are those of the domain "source".
+    The statistics that the model starts with are those of the domain "source".
 
     Args:
         model: as in `reestimate`.
@@ -1268,21 +1277,21 @@ class DomainStatistics:
         return self._domains[name]
 
     def store(self, name: str) -> None:
-        """Keeps the statistics that the model has now as those of a domain."""
+        """Keeps the model's present statistics as those of a domain."""
         self._domains[name] = snapshot(self.model)
 
     def adapt(self, name: str, target: Any, **options: Any) -> Report:
-        """Adapts to a domain, from "source", and keeps the result; the model is as before.
+        """Adapts from "source" to a domain and keeps its statistics; the model is left unchanged.
 
         Args:
-            name: of the domain; one of that name is replaced.
-            target, options: of `keras_norm.statistics.adapt`.
+            name: name of the domain; a domain with that name is replaced.
+            target, options: arguments of `keras_norm.statistics.adapt`.
 
         Returns:
             The `Report` of `adapt`.
 
         Raises:
-            ValueError, OSError: as `adapt`. Model and domains are as before.
+            ValueError, OSError: as `adapt`. The model and the domains are unchanged.
         """
         with self.domain("source"):
             report = adapt(self.model, target, **{"name": name, **options})
@@ -1293,13 +1302,13 @@ class DomainStatistics:
     def domain(self, name: str) -> Iterator[Any]:
         """Gives the model a domain's statistics for the length of a `with` block.
 
-        After it, also after an error, the model has the statistics from before, bit by bit.
+        After the block, even after an error, the model has its earlier statistics, bit for bit.
 
         Args:
-            name: of the domain.
+            name: name of the domain.
 
         Returns:
-            A context manager that gives the model.
+            A context manager that yields the model.
 
         Raises:
             ValueError: for an unknown name.
@@ -1326,11 +1335,11 @@ class DomainStatistics:
         return Path(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Reads what `save` wrote, in the place of all domains.
+        """Replaces all domains by those of a file that `save` wrote.
 
         Raises:
             ValueError: for a file that `save` did not write, and for the domains of another model.
-                Those of now stay.
+                The present domains are kept.
         """
         content = io.BytesIO(Path(path).read_bytes())  # NumPy leaves a damaged file open
         wrote = "Saved domains are read from a file that DomainStatistics.save wrote."
@@ -1381,46 +1390,46 @@ def diagnose(
     seed: int = 0,
     name: str | None = None,
 ) -> Diagnosis:
-    """Says why the loss differs between training and inference mode, layer by layer.
+    """Explains why the loss differs between training and inference mode, layer by layer.
 
-    The same examples, in the same batches, with the same random seeds, from inference mode to
-    training mode in steps of one layer each: exact statistics of the examples in the place of
-    the moving ones, then those of the batch, then dropout and its like. What each step takes off
-    the loss is put down to a cause:
+    With the same examples, in the same batches, and with the same random seeds, the model is taken
+    from inference mode to training mode one layer at a time: first the exact statistics of the
+    examples replace the moving ones, then those of the batch do, then dropout and similar layers
+    are switched on. What each step takes off the loss is attributed to a cause:
 
     - no training mode: the `call` of a subclassed model has no argument `training` (or, on JAX,
-      does not hand it on), without which `fit` leaves its layers in inference mode;
+      does not pass it on), without which `fit` leaves its layers in inference mode;
     - non-finite values: in the data, in a variable, or made by a layer;
-    - cold statistics: the moving ones are still a mixture of 0 and 1 and of the data's;
-    - masks: a layer gets no mask although there was one below it, and padding counts;
-    - domain shift: the moving statistics are of other data, or of weights long past;
+    - cold statistics: the moving ones are still a mixture of the initial 0 and 1 and the data's;
+    - masks: a layer gets no mask although there was one below it, so that padding counts;
+    - domain shift: the moving statistics are of other data, or of weights from long ago;
     - frozen layers: statistics that are off but used in both modes, so that both losses suffer;
     - shared layers: a normalization is called more than once; each call has its own statistics in
-      training, and in inference they are pooled;
-    - small batches: statistics of a batch, in training, are noisy;
-    - dropout: noise layers that work in training only;
-    - other layers: what else depends on the mode.
+      training, but in inference they are pooled;
+    - small batches: in training, the statistics of a batch are noisy;
+    - dropout: noise layers that are active in training only;
+    - other layers: anything else that depends on the mode.
 
-    Nothing of the model is changed.
+    The model is not changed.
 
     Args:
         model: as in `reestimate`, compiled with a loss.
         data: (x, y) or (x, y, weights) as arrays, or batches of these: a PyDataset, a
             `tf.data.Dataset`, a generator.
-        samples: how many examples, at most: of arrays a random part, of streams the first.
+        samples: the largest number of examples: a random part of arrays, the first of streams.
             Default: 1024.
-        batch_size: of arrays: as in training. Streams have theirs. Default: 32.
-        seed: int >= 0, of the random part. Default: 0.
-        name: of the data, for the table. Default: what they are.
+        batch_size: for arrays; take that of training. Streams have their own. Default: 32.
+        seed: int >= 0, for the random part. Default: 0.
+        name: name of the data, for the table. Default: a description of the data.
 
     Returns:
-        A `Diagnosis`: `causes` in the order of their importance, each with its layers, its change
-        of the loss and standard error, evidence and `remedy`; `first`, the name of the most
-        important; `plot()`; prints as a table.
+        A `Diagnosis`, which prints as a table: `causes` in the order of their importance, each
+        with its layers, its change of the loss and standard error, evidence and `remedy`;
+        `first`, the name of the most important; `plot()`.
 
     Raises:
         ValueError: for a model without a loss or without built batch normalization layers, data
-            without labels or examples, numbers out of range. The model is as before.
+            without labels or examples, or numbers out of range. The model is unchanged.
 
     Example:
         >>> from keras_norm.models import MLP
@@ -1431,7 +1440,7 @@ def diagnose(
         'cold statistics'
 
     Numerics:
-        The model runs eagerly, once over the examples for each step: 2 + 2 K + J times for K
+        The model runs eagerly over the examples, once for each step: 2 + 2 K + J times for K
         normalization and J random layers.
     """
     from keras_norm import _diagnosis

@@ -1,13 +1,13 @@
-"""Searches for hyperparameters that survive what happens over a night.
+"""Searches for hyperparameters that survive crashes and interruptions.
 
 KerasTuner is the engine: its hyperparameters, its oracles (random, Bayesian, Hyperband), its
-trials, and its chief and workers over gRPC. Around it stand
+trials, and its chief and workers over gRPC. This package adds
 
     hypermodels     nets for images with every normalization of this package, within a budget
-    the runner      each trial in a process of its own; what is killed goes on where it was
+    the runner      each trial in a process of its own; killed trials resume where they were
     the end         a report with plots, and the best nets trained again and tested once
 
-The command is `keras-norm tune`; here is the same for Python:
+The command is `keras-norm tune`; the same from Python:
 
     from keras_norm.tuning import search
 
@@ -59,10 +59,10 @@ __all__ = [
 _OF_SPACES = ("Candidate", "SmoothedCrossentropy", "Task", "images")
 
 
-if not TYPE_CHECKING:  # to a type checker a function of this name would make every name right
+if not TYPE_CHECKING:  # with this function a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
-        """What needs Keras is imported when it is asked for."""
+        """Imports names that need Keras when they are first used."""
         if name in _OF_SPACES:
             return getattr(importlib.import_module("keras_norm._search_space"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -70,7 +70,7 @@ if not TYPE_CHECKING:  # to a type checker a function of this name would make ev
 
 @dataclass(frozen=True)
 class Search:
-    """A search that has been made, as it lies in its folder; from `search` or `load`.
+    """A search as it is stored in its folder; returned by `search` and `load`.
 
     Attributes:
         out: its folder.
@@ -89,7 +89,7 @@ class Search:
             count: int >= 1, how many. Default: 1.
 
         Returns:
-            List of `TrialRecord`, shorter where fewer have finished.
+            List of `TrialRecord`, shorter if fewer have finished.
 
         Raises:
             SearchError: for another `count`.
@@ -101,10 +101,9 @@ class Search:
         """The trials that no other beats in accuracy, seconds and parameters at once.
 
         Returns:
-            List of `TrialRecord`: for each of them, every other trial has a lower validation
-            accuracy, or took more seconds, or has more parameters, or equals it in all three.
-            The most accurate first. Pruned trials, whose seconds are those of a part, are left
-            out.
+            List of `TrialRecord`, the most accurate first: for each of them, every other trial has
+            a lower validation accuracy, or took more seconds, or has more parameters, or equals
+            it in all three. Pruned trials, whose seconds are incomplete, are left out.
         """
         return pareto([t for t in self.trials if t.status == "completed"], self.settings)
 
@@ -127,7 +126,7 @@ def pareto(trials: list[TrialRecord], settings: Settings) -> list[TrialRecord]:
 
 
 def load(out: str | os.PathLike[str]) -> Search:
-    """Reads a search from its folder, also one that is running.
+    """Reads a search from its folder, even while it is running.
 
     Args:
         out: the folder.
@@ -136,7 +135,7 @@ def load(out: str | os.PathLike[str]) -> Search:
         `Search`.
 
     Raises:
-        SearchError: if there is none, or its files cannot be read.
+        SearchError: if the folder holds no search, or its files cannot be read.
     """
     folder = Path(out).expanduser()
     settings = Settings.of(read_search(folder)["settings"])
@@ -159,43 +158,43 @@ def search(
 ) -> Search:
     """Searches for the hyperparameters of a net for images.
 
-    Each trial runs in a process of its own. One that raises, diverges, dies, or goes beyond
+    Each trial runs in a process of its own. One that raises, diverges, dies, or exceeds
     `trial_timeout` or `trial_memory` is a failed trial, with its reason and its log.txt; the search
-    goes on. Without `trial_timeout`, one that hangs is waited for. Workers and a chief that are
-    killed are started again; a search that was stopped goes on with `resume`, running trials from
-    their last finished epoch.
+    continues. Without `trial_timeout`, the search waits for a trial that hangs. Workers and a chief
+    that are killed are started again; `resume` continues a search that was stopped, with running
+    trials from their last finished epoch.
 
     Args:
         out: folder of the search, new or empty.
-        resume: go on with the search in `out`. Options that are not given are those it had;
+        resume: continue the search in `out`. Options that are not given keep their values;
             `space` may be given if the file or module has moved. A warning says if its code has
             changed.
-        overwrite: throw the search in `out` away, with the folders of its trials and all that is in
-            "report", "retrained" and "tensorboard", and begin anew. Other files stay.
-        workers: int >= 1, trials at a time. Each has a GPU, where there are GPUs. Default: 1.
-        threads: int >= 1, cores that each worker may use; all that a worker starts stays on them.
-            Default: an equal share of this machine's cores, for one worker all; where there are
-            GPUs, any.
-        chief: "HOST:PORT" to listen on for workers of other machines (`workers` may be 0 then).
+        overwrite: delete the search in `out`, with the folders of its trials and everything in
+            "report", "retrained" and "tensorboard", and start again. Other files stay.
+        workers: int >= 1, trials at a time. Each gets a GPU, if there are any. Default: 1.
+        threads: int >= 1, cores that each worker may use, with all processes that it starts.
+            Default: an equal share of this machine's cores, so all for one worker; if there are
+            GPUs, any cores.
+        chief: "HOST:PORT" to listen on for workers of other machines (`workers` may then be 0).
             Default: a free port of this machine, for this machine alone.
-        join: "HOST:PORT" of a chief whose trials to run; `out` then holds logs and checkpoints, in
-            a folder of its own for each search.
-        time_limit: minutes after which no new trial begins. Default: none.
-        worker_timeout: seconds >= 10 of silence after which the trial of a worker is given to
-            another. Default: 60.
+        join: "HOST:PORT" of the chief whose trials are to be run; `out` then holds logs and
+            checkpoints, in a separate folder for each search.
+        time_limit: minutes after which no new trial starts. Default: none.
+        worker_timeout: seconds >= 10 of silence after which a worker's trial is given to another.
+            Default: 60.
         progress: whether to print a table with a progress bar. Default: True.
-        **options: what decides on the trials:
+        **options: what defines the trials:
 
             data: "cifar10", "fashion_mnist", "mnist" or "digits". Default: "cifar10".
             data_dir: folder of the data sets, as in `keras_norm.datasets.load`.
             subset: number of images to train on, drawn by class; the same ones for every seed of
                 a search. Default: all.
-            validation: fraction of all training images that is held out first. Default: 0.1.
-            space: "images", or a function of one's own, "file.py:function" or
+            validation: fraction of all training images, held out first. Default: 0.1.
+            space: "images", or a function of your own, "file.py:function" or
                 "module:function", from (`keras_tuner.HyperParameters`, `Task`) to `Candidate`.
-                A file may import what lies beside it: its folder goes in front of `sys.path`.
-            families: of "images": some of "mlp", "cnn", "fast". Default: ("mlp", "cnn").
-            fixed: hyperparameter -> value, not to be searched.
+                A file may import its neighbours: its folder is put in front of `sys.path`.
+            families: for "images": some of "mlp", "cnn", "fast". Default: ("mlp", "cnn").
+            fixed: hyperparameter -> value, for those not to be searched.
             refine, refine_top: folder of an earlier search; the space is narrowed around its best
                 `refine_top` trials (default 5).
             tuner: "random", "bayesian" or "hyperband". Default: "random".
@@ -204,36 +203,36 @@ def search(
                 entropy, without penalties and label smoothing; or
                 "accuracy_per_second", validation accuracy above chance per second of
                 training, without the compilation of the first step.
-                A trial counts by its last epoch, to which `retrain` trains too.
-            trials: number of trials (default 20); that of Hyperband follows from its epochs.
-            epochs: per trial (default 10), `factor` of Hyperband (default 3).
-            prune: stop a trial whose best value so far is below the median of the others' at the
-                same epoch: from epoch `prune_after` (default 1) on, and once `prune_least`
+                A trial is scored by its last epoch, which `retrain` trains to as well.
+            trials: number of trials (default 20); for Hyperband it follows from the epochs.
+            epochs: per trial (default 10). `factor`: of Hyperband (default 3).
+            prune: stop a trial whose best value so far is worse than the median of the others' at
+                the same epoch: from epoch `prune_after` (default 1) on, and once `prune_least`
                 (default 5) others have got there; never after its last epoch. Default: False.
             seed: int >= 0. Default: 0.
             max_parameters, max_flops: budget; proposals beyond it do not become trials.
             trial_timeout: seconds for one trial. trial_memory: GiB resident (Linux). With `resume`,
-                None takes them off.
+                None removes the limit.
             tensorboard: write logs for TensorBoard and its HParams plugin into out/tensorboard;
-                that of a trial that goes on is written anew, with its earlier epochs.
+                the log of a resumed trial is written again, with its earlier epochs.
 
     Returns:
         `Search`.
 
     Raises:
         SearchError: a `ValueError`; for options out of their range or without effect, such as
-            `prune_after` without `prune`, packages that are missing, a folder that holds something
-            else or cannot be written, a space whose defaults make no trial, an address that is in
-            use or does not answer, data that cannot be had; with `resume`, for another space, seed,
-            or other setting that would mix two searches. Then nothing has been changed. Also where
-            a disk is full: the search stops, and `resume` goes on.
-        KeyboardInterrupt: after all processes have ended; `resume` goes on.
+            `prune_after` without `prune`, missing packages, a folder that holds something else or
+            cannot be written, a space whose defaults make no trial, an address that is in use or
+            does not answer, data that cannot be loaded; with `resume`, for another space, seed, or
+            other setting that would mix two searches. In these cases nothing has been changed.
+            Also if a disk is full: then the search stops, and `resume` continues it.
+        KeyboardInterrupt: after all processes have ended; `resume` continues the search.
 
     Numerics: with one worker, equal settings and `threads` give equal trials to the last bit on one
-        machine, interrupted or not (but not where seconds decide: "accuracy_per_second"; and of the
-        callbacks of a space of one's own only the `variables` are kept: see `Candidate`).
-        With several, that holds for random search without pruning; a Bayesian search, Hyperband
-        and pruning look at whatever has ended by then.
+        machine, interrupted or not (except where seconds decide, as in "accuracy_per_second"; and
+        of the callbacks of your own space only the `variables` are kept: see `Candidate`).
+        With several workers, that holds for random search without pruning; a Bayesian search,
+        Hyperband and pruning depend on which trials have ended by then.
 
     Security: the protocol between chief and workers has neither passwords nor encryption. It stays
         on this machine unless `chief` says otherwise.
@@ -262,19 +261,19 @@ def report(
 ) -> Path:
     """Writes a page about a search: index.html, its plots, and trials.csv.
 
-    The plots: learning curves of the best, the best so far over training time, accuracy against
-    seconds and parameters, learning rate against accuracy by normalization, parallel coordinates,
-    and (from 12 trials on) the importance of each hyperparameter.
+    The plots: learning curves of the best trials, the best value so far over training time,
+    accuracy against seconds and parameters, accuracy against learning rate by normalization,
+    parallel coordinates, and (from 12 trials on) the importance of each hyperparameter.
 
     Args:
         search: a `Search`, or its folder; it may be running.
-        out: folder to write to. Default: "report" in that of the search.
+        out: folder to write to. Default: "report" in the folder of the search.
 
     Returns:
         The path of index.html.
 
     Raises:
-        SearchError: if there is no search, or no trial of it has a score, or `out` cannot be
+        SearchError: if there is no search, none of its trials has a score, `out` cannot be
             written, or matplotlib is missing.
     """
     from keras_norm._search_report import write_report
@@ -299,36 +298,36 @@ def retrain(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Trains the best of a search again, on training and validation images, and tests them once.
+    """Trains the best nets of a search again, with the validation images, and tests them once.
 
-    Each training runs in a process of its own. When it is interrupted, the same call goes on from
+    Each training runs in a process of its own. After an interruption, the same call continues from
     the last finished epoch.
 
     Args:
         search: a `Search`, or its folder.
         top: int >= 1, how many trials. Default: 1.
-        seeds: int >= 1, trainings of each, with seeds of their own. More of them may be added
-            later, to the same choice; what has been trained is kept. Default: 1.
-        epochs: of each. Default: those of the search.
-        subset: number of images to train on. Default: all, also where the search had a subset.
-        space: where the function of a space of one's own is now, if its file or module has moved.
+        seeds: int >= 1, trainings of each trial, each with its own seed. More seeds may be added
+            later for the same choice; finished trainings are kept. Default: 1.
+        epochs: of each training. Default: those of the search.
+        subset: number of images to train on. Default: all, even if the search had a subset.
+        space: where the function of your own space is now, if its file or module has moved.
             Default: where it was. If its code has changed, a warning says so.
-        out: folder to write to, new, empty, or of an earlier call. Default: "retrained" in that of
-            the search.
-        overwrite: do it again, although the test set has been used. What is there is replaced
-            when all of the new is done, not before.
-        progress: whether to show a bar. Default: True.
+        out: folder to write to: new, empty, or of an earlier call. Default: "retrained" in the
+            folder of the search.
+        overwrite: do it again, although the test set has been used. The old results are replaced
+            only when all new ones are done.
+        progress: whether to show a progress bar. Default: True.
 
     Returns:
-        The path of model_card.md; beside it are model_card.json and model.keras, the net of the
-        best trial and the first seed, and in folders those of the others.
+        The path of model_card.md; beside it are model_card.json, model.keras (the net of the best
+        trial and the first seed), and folders with the other nets.
 
     Raises:
         SearchError: for options out of their range; if there is no trial with a score; if `out`
-            holds a search, or something else; if the test set has been used for this search already
-            and another choice (also one for another `out`, also by a call that was interrupted); if
-            the data, the space or packages are not there; if a training fails, or finds a disk
-            full, where the same call goes on; if `space` is another function, or has other
+            holds a search, or something else; if the test set has already been used for this search
+            and another choice (even for another `out`, or by a call that was interrupted); if the
+            data, the space or packages are missing; if a training fails or finds a disk full, after
+            which the same call continues; if `space` is another function, or has other
             hyperparameters.
     """
     from keras_norm._search_retrain import write_retrained
