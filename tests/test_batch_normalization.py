@@ -89,7 +89,10 @@ AS_KERAS = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float64", 1e-9), pytest.param("float32", 1e-4, marks=pytest.mark.slow_on_jax)],
+)
 @pytest.mark.parametrize(
     "arguments",
     [

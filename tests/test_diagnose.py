@@ -77,6 +77,7 @@ def test_nothing_is_wrong():
     assert {"cold statistics", "frozen layers", "masks"}.isdisjoint(c.name for c in found.causes)
 
 
+@pytest.mark.slow_on_jax
 def test_losses_are_those_of_keras():
     model = network(dropout=0.8)
     x, y = examples(96)
@@ -86,6 +87,7 @@ def test_losses_are_those_of_keras():
     assert [name for name, _ in found["small batches"].layers] == ["a", "b"]
 
 
+@pytest.mark.slow_on_jax
 def test_cold_statistics():
     model = network()
     for name in ("a", "b"):

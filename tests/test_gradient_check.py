@@ -285,7 +285,7 @@ def small_network(decay):
     return keras.Sequential([*blocks[0], *blocks[1], layers.Dense(10)])
 
 
-@pytest.mark.parametrize("decay", [0, 3.125])
+@pytest.mark.parametrize("decay", [pytest.param(0, marks=pytest.mark.slow_on_jax), 3.125])
 def test_whole_network_with_a_bias_before_batch_norm(float64_policy, decay):
     network = small_network(decay)
     x, labels = np.random.randn(4, 15), np.array([3, 1, 0, 7])

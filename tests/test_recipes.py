@@ -55,6 +55,7 @@ def same_weights(a, b):
         np.testing.assert_array_equal(array(v), array(w))
 
 
+@pytest.mark.slow_on_jax
 def test_interrupted_and_resumed_it_ends_with_the_same_weights(digits, outcome, tmp_path):
     backup = tmp_path / "backup.npz"
     interrupted(SMALL, digits, backup, 2)

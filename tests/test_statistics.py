@@ -314,7 +314,10 @@ LONG_ON_JAX = dict.fromkeys([mlp9, residual], pytest.mark.slow_on_jax)
 
 @pytest.mark.parametrize(
     "build",
-    [pytest.param(f, marks=LONG_ON_JAX[mlp9] if f is mlp9 else (), id=f.__name__) for f in MODELS],
+    [
+        pytest.param(f, marks=LONG_ON_JAX[mlp9] if f in (mlp9, recurrent) else (), id=f.__name__)
+        for f in MODELS
+    ],
 )
 def test_layerwise_is_exact(build):
     shape, number = MODELS[build]
