@@ -166,7 +166,7 @@ def _head(figure: Figure, title: str) -> None:
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
-    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"A plot is a .png, .pdf or .svg file. Received: path={str(path)!r}")
     return Path(path)
 
@@ -1214,7 +1214,7 @@ def trajectories(
         >>> figure.axes[0].get_title()
         'bowl'
     """
-    if animation is not None and Path(animation).suffix != ".gif":
+    if animation is not None and Path(animation).suffix.lower() != ".gif":
         raise ValueError(f"An animation is a .gif file. Received: animation={str(animation)!r}")
     if path is not None:
         _checked(path)  # before the animation is written

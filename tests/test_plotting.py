@@ -411,6 +411,9 @@ def test_a_failed_write_leaves_the_old_plot(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg file. Received: path='x.jpg'"):
         plotting.learning_curves(study(), "loss", path="x.jpg")
     assert pyplot.get_fignums() == []
+    monkeypatch.undo()
+    plotting.learning_curves(study(), "loss", path=tmp_path / "X.PNG")
+    assert (tmp_path / "X.PNG").read_bytes()[1:4] == b"PNG"
 
 
 def test_without_a_path_the_figure_stays_open():
