@@ -787,7 +787,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="float32, mixed_bfloat16, ..., or auto: the faster of these two (default: the "
         "recipe's)",
     )
-    parser.add_argument("--out", default="results/train", help="folder of model.keras, card.json")
+    parser.add_argument(
+        "--out",
+        default="results/train",
+        help="folder of model.keras and card.json, default: results/train",
+    )
 
 
 def command(arguments: argparse.Namespace) -> int:
