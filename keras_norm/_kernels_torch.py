@@ -1,5 +1,7 @@
 """PyTorch's kernels or, where these are inexact, operations on pieces that stay in the cache."""
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +20,14 @@ Axis = int | Sequence[int]
 
 # Elements of a piece that PyTorch sums in two passes: 4 MB in float32. Fewer cost more calls.
 ELEMENTS_OF_PIECE = 2**20
+# With fewer elements, looking whether the means are near 0 takes as long as a second pass.
+FEWEST_ELEMENTS_OF_INFERENCE = 2**19
 # PyTorch's kernel, too, adds up numbers one after the other: for more rows than this, the
 # statistics of parts are merged. (With 262,144 rows at once, the variance is off by 7e-5; with
 # 16,384 by 4e-6, and a mean of 25 standard deviations by 1e-4 of them.)
 ROWS_AT_ONCE = 2**14
+# Of so many times the least number of parts, one is sought that divides the rows.
+MOST_PARTS = 8
 # PyTorch's norm also adds up squares one after the other: for this many it is off by 3e-7.
 LONGEST_NORM = 2**14
 # And the kernel of layer normalization's gradient adds up the rows for gamma: for 262,144 it is off
@@ -31,26 +37,41 @@ ROWS_OF_A_SUM = 2**10
 FEWEST_ELEMENTS_OF_RMS = 2**17
 
 
-class _Pieces:
-    """x as rows with the channels on axis 1, and cut along the rows into pieces.
+class Pieces:
+    """An array as rows with the channels on axis 1, and cut along the rows into pieces.
 
     Channels on the last axis: (N, ..., C) -> (M / f, f C), f rows side by side if there are few
     channels; else the channels are moved to axis 1, and the positions merged if an axis has size
     1: such an axis can have several layouts in memory, and for some of them PyTorch 2.13's
     backward pass gives wrong gradients.
+
+    Args:
+        shape: of the array, without an axis of size 0.
+        channel: the axis of the channels, >= 0.
     """
 
-    def __init__(self, x: Array, channel: int) -> None:
-        self.channels = x.shape[channel]
-        self.last = channel == x.ndim - 1
-        few = self.last and x.ndim > 2 and self.channels < FEWEST_CHANNELS_FUSED
-        self.folds = folds_of(x.shape, self.channels) if few else 1
+    def __init__(self, shape: Sequence[int], channel: int) -> None:
+        self.channels, ndim = shape[channel], len(shape)
+        self.last = channel == ndim - 1
+        few = self.last and ndim > 2 and self.channels < FEWEST_CHANNELS_FUSED
+        self.folds = folds_of(shape, self.channels) if few else 1
         self.channel = channel
-        others = [n for axis, n in enumerate(x.shape) if axis != channel]
+        others = [n for axis, n in enumerate(shape) if axis != channel]
         self.merged = not self.last and len(others) > 2 and 1 in others
-        self.trailing = 1 if self.merged else x.ndim - 2
+        self.trailing = 1 if self.merged else ndim - 2
         self.as_it_is = channel == 1 and not self.merged
-        self.elements = x.numel() // self.channels
+        self.elements = math.prod(others)
+        self.at_once = self.folds == 1 and 1 < self.elements <= ROWS_AT_ONCE
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """How many parts have at most `ROWS_AT_ONCE` rows and all the same; 0 if there are none.
+
+        Rows with the channels last, which lie side by side in memory as they are.
+        """
+        least = -(-self.elements // ROWS_AT_ONCE)
+        several = range(least, MOST_PARTS * least + 1) if self.last and self.folds == 1 else ()
+        return next((n for n in several if self.elements % n == 0), 0)
 
     def rows(self, x: Array) -> Array:
         if self.as_it_is:
@@ -96,12 +117,18 @@ def batch(
         y, *statistics = functional.batch_normalization(x, gamma, beta, axis=axis, epsilon=epsilon)
         mean, variance = (v.detach() for v in statistics)
         return y, mean, variance
-    pieces = _Pieces(x, channel)
-    if pieces.folds == 1 and 1 < pieces.elements <= ROWS_AT_ONCE:
+    return batch_of(Pieces(x.shape, channel), x, gamma, beta, epsilon)
+
+
+def batch_of(
+    pieces: Pieces, x: Array, gamma: Array | None, beta: Array | None, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """As `batch`, for an x with values and elements; gamma and beta have its dtype."""
+    if pieces.at_once:
         y, mean, variance, inv_std = _native_at_once(pieces.rows(x), gamma, beta, epsilon)
         if _is_near(mean, inv_std):
             return pieces.undo(y, x), mean, variance * (1 - 1 / pieces.elements)
-    return _native_in_pieces(x, gamma, beta, axis, epsilon, pieces)
+    return _native_in_pieces(x, gamma, beta, epsilon, pieces)
 
 
 def _native_at_once(
@@ -121,19 +148,20 @@ def _is_near(mean: Array, inv_std: Array) -> bool:
 
     if not mean.numel():
         return True
-    least, most = torch.aminmax(mean * inv_std)
-    return max(-least.item(), most.item()) <= FARTHEST_MEAN  # False for NaN, which both are then
+    farthest = torch.linalg.vector_norm(mean * inv_std, math.inf)
+    return bool(farthest.item() <= FARTHEST_MEAN)  # False for NaN
 
 
 def _native_in_pieces(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
-    axis: Axis,
     epsilon: float,
-    pieces: _Pieces,
+    pieces: Pieces,
 ) -> tuple[Array, Array, Array]:
     import torch
+
+    axis = pieces.channel
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
         if torch.is_grad_enabled():  # for a second derivative
@@ -167,7 +195,7 @@ def _native_in_pieces(
 
 
 def _forward_in_pieces(
-    z: Array, gamma: Array | None, beta: Array | None, epsilon: float, pieces: _Pieces
+    z: Array, gamma: Array | None, beta: Array | None, epsilon: float, pieces: Pieces
 ) -> tuple[Array, Array, Array, Array]:
     """(y, mean, variance, inv_std)."""
     import torch
@@ -183,25 +211,34 @@ def _forward_in_pieces(
     return _normalize_in_pieces(z, mean, inv_std, gamma, beta, pieces), mean, variance, inv_std
 
 
-def _moments_by_kernel(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
+def _moments_by_kernel(z: Array, pieces: Pieces) -> tuple[Array, Array]:
     """(B1) and (B2), (C,), merged from those of parts, for means that are not far from 0."""
     import torch
 
+    if pieces.parts:
+        # As many rows side by side as there are parts: one call computes the moments of all.
+        side_by_side = z.reshape(-1, pieces.parts * pieces.channels)
+        moments = torch.batch_norm_update_stats(side_by_side, None, None, 0.0)
+        means, variances = (v.view(pieces.parts, pieces.channels) for v in moments)
+        mean = means.mean(0)  # (B14)
+        rest = means - mean
+        return mean, torch.addcmul(variances, rest, rest).mean(0)  # (B15)
     rows = pieces.elements // len(z)  # of an entry of z: the positions of one image, or 1
     parts = z.split(max(1, min(ROWS_AT_ONCE, ELEMENTS_OF_PIECE // pieces.channels) // rows))
     moments = [torch.stack(torch.batch_norm_update_stats(p, None, None, 0.0)) for p in parts]
     means, variances = torch.stack(moments, dim=1)  # (parts, C)
     share = z.new_tensor([len(p) / len(z) for p in parts])[:, None]
-    mean = (share * means).sum(0)  # (B14); a product of matrices would be rounded by autocast
-    return mean, (share * (variances + (means - mean) ** 2)).sum(0)  # (B15)
+    mean = (share * means).sum(0)  # a product of matrices would be rounded by autocast
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
 
 
-def _moments_in_pieces(z: Array, pieces: _Pieces) -> tuple[Array, Array]:
+def _moments_in_pieces(z: Array, pieces: Pieces) -> tuple[Array, Array]:
     """(B1) and (B2), (C,); the second pass over a piece finds it in the cache."""
     n = pieces.elements
     first = pieces.sum(z) / n
     row = pieces.row(first)
-    rest = squares = 0
+    rest: Array = 0
+    squares: Array = 0
     for (piece,) in pieces.cut(z):
         centered = piece - row
         rest = rest + pieces.sum(centered)  # what the mean lost to rounding
@@ -216,7 +253,7 @@ def _normalize_in_pieces(
     inv_std: Array,
     gamma: Array | None,
     beta: Array | None,
-    pieces: _Pieces,
+    pieces: Pieces,
 ) -> Array:
     """(B4) and (B5); x - mean first: x scale - mean scale is inexact for means far from 0."""
     import torch
@@ -237,7 +274,7 @@ def _normalize_in_pieces(
 
 
 def _backward_in_pieces(
-    z: Array, dz: Array, mean: Array, inv_std: Array, gamma: Array | None, pieces: _Pieces
+    z: Array, dz: Array, mean: Array, inv_std: Array, gamma: Array | None, pieces: Pieces
 ) -> tuple[Array, Array, Array]:
     """(B6) to (B10) for folded rows."""
     import torch
@@ -282,9 +319,23 @@ def inference(
     (channel,) = functional.canonical_axes(axis, x.ndim)
     if x.numel() == 0:
         return x.clone()
-    pieces = _Pieces(x, channel)
+    return inference_of(Pieces(x.shape, channel), x, mean, variance, gamma, beta, epsilon)
+
+
+def inference_of(
+    pieces: Pieces,
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    epsilon: float,
+) -> Array:
+    """As `inference`, for an x with elements, while no gradients are recorded."""
+    import torch
+
     inv_std, z = torch.rsqrt(variance + epsilon), pieces.rows(x)
-    large = pieces.folds == 1 and x.numel() > ELEMENTS_OF_PIECE
+    large = pieces.folds == 1 and x.numel() >= FEWEST_ELEMENTS_OF_INFERENCE
     if large and can_be_looked_at(x) and _is_near(mean, inv_std):
         # One pass, x scale + (beta - mean scale).
         y, *_ = torch.native_batch_norm(z, gamma, beta, mean, variance, False, 0.0, epsilon)

@@ -16,6 +16,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_norm._arrays import tensor
+
 __all__ = ["can_compile", "compiled", "custom_vjp", "is_traced", "peek"]
 
 Array = Any
@@ -59,7 +61,7 @@ def custom_vjp(forward: Forward, backward: Backward, *inputs: Array | None) -> t
     """
     # All that the functions below need from the inputs: no JAX tracer may outlive its trace.
     present = [x is not None for x in inputs]
-    arrays = [ops.convert_to_tensor(x) for x in inputs if x is not None]
+    arrays = [tensor(x) for x in inputs if x is not None]
     dtypes = [x.dtype for x in arrays]
 
     def forward_of_given(*given: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:

@@ -43,18 +43,19 @@ The returned mean and variance are for moving statistics: no gradient flows thro
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_norm import _kernels_fused, _kernels_sums, _kernels_torch, _kernels_xla, functional
 from keras_norm._arrays import dtype_name, in_dtype, tensor
-from keras_norm._kernels_choice import TABLE, check_possible, implementation_for, is_forced
-from keras_norm._kernels_common import are_finite, can_be_looked_at, on_gpu
+from keras_norm._kernels_choice import TABLE, check_possible, implementation_for
+from keras_norm._kernels_common import are_finite, on_gpu
 from keras_norm._kernels_xla import training_step
+from keras_norm._shortcuts import BatchShortcut, RowsShortcut
 from keras_norm.autodiff import custom_vjp
 
 __all__ = [
-    "Shortcut",
+    "BatchShortcut",
+    "RowsShortcut",
     "are_finite",
     "batch_normalization",
     "choose",
@@ -375,78 +376,6 @@ def rms_normalization(
     if chosen == "native":
         return _kernels_torch.layer(x, gamma, None, axes, epsilon, False)
     return _ROWS[chosen](x, gamma, None, axes, epsilon, False)
-
-
-class Shortcut:
-    """A shortcut to PyTorch's kernel, for inputs like one for which it was chosen before.
-
-    The choice and the checks depend on an input's sizes and dtype alone. They are much Python
-    code, little of which stays in the processor's caches from one layer to the next.
-
-    Args:
-        function: "layer_normalization" or "rms_normalization".
-        axis: of the layer.
-
-    Example:
-        >>> shortcut, x = Shortcut("rms_normalization", -1), tensor(np.ones((2, 3), "float32"))
-        >>> shortcut.take(x, None, None, 1e-6) is None
-        True
-    """
-
-    def __init__(self, function: str, axis: Axis) -> None:
-        self._function, self._axis = function, axis
-        self._axes = len(axis) if isinstance(axis, list | tuple) else 1
-        self._centers = function == "layer_normalization"
-        self._known: dict[Any, bool] = {}
-        self._is_closed = keras.backend.backend() != "torch"
-
-    def take(self, x: Any, gamma: Any, beta: Any, epsilon: float) -> Array | None:
-        """y by the kernel; None where the full path, with its choice and checks, is needed.
-
-        After a mean that was far from 0, or not finite, it always is: others will be, too.
-
-        Args:
-            x: the layer's inputs.
-            gamma, beta: variables of the layer, or None.
-            epsilon: of the layer.
-        """
-        if not self._is_open_to(x) or not self._known.get(self._key(x)):
-            return None
-        gamma = None if gamma is None else gamma.value
-        beta = None if beta is None else beta.value
-        if any(v is not None and v.dtype is not x.dtype for v in (gamma, beta)):
-            return None  # they had the dtype of x before
-        functional.check_epsilon(epsilon)
-        sizes = x.shape[-self._axes :]
-        y = _kernels_torch.rows(x, gamma, beta, sizes, epsilon, self._centers)
-        self._is_closed = y is None
-        return y
-
-    def learn(self, x: Any, gamma: Any, beta: Any) -> None:
-        """Allows the shortcut, where possible, for inputs like x, which took the full path.
-
-        Args:
-            x, gamma, beta: as in `take`. The full path casts parameters to the dtype of x.
-        """
-        if not self._is_open_to(x) or self._key(x) in self._known:
-            return
-        alike = x.dtype, x.shape[-self._axes :]
-        given = [v.value for v in (gamma, beta) if v is not None]
-        self._known[self._key(x)] = (
-            all((v.dtype, v.shape) == alike for v in given)
-            and choose_for(self._function, x, axis=self._axis) == "native"
-        )
-
-    def _is_open_to(self, x: Any) -> bool:
-        if self._is_closed:
-            return False
-        import torch
-
-        is_plain = type(x) is torch.Tensor and x.is_cpu and can_be_looked_at(x)
-        return is_plain and not is_forced()
-
-    def _key(self, x: Any) -> Any:
-        return x.ndim, x.shape[-self._axes :], x.dtype
 
 
 def group_normalization(

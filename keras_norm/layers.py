@@ -273,6 +273,7 @@ class BatchNormalization(MovingStatistics):
         self.moving_mean: Any = None
         self.moving_variance: Any = None
         self.moving_count: Any = None
+        self._shortcut = kernels.BatchShortcut()
         self._warned = False
         self._traced = False  # whether a compiled function contains this layer
         self._chooses = False  # whether functions look up `use_batch_statistics` when they run
@@ -400,6 +401,48 @@ class BatchNormalization(MovingStatistics):
         sample_weight: Array | None = None,
     ) -> Array:
         """Normalizes; see the class."""
+        plain = mask is None and sample_weight is None and not self._chooses
+        y = self._by_shortcut(inputs, training) if plain else None
+        if y is None:
+            y = self._in_full(inputs, training, mask, sample_weight)
+            self._shortcut.learn(inputs, self.axis, self.compute_dtype, self.gamma, self.beta)
+        return y
+
+    def _by_shortcut(self, inputs: Array, training: Any) -> Array | None:
+        """`_in_full` without its choices, which were made before; on PyTorch."""
+        if not self._shortcut.is_open_to(inputs) or training not in (True, False, None):
+            return None
+        parameters = self.gamma, self.beta
+        if not (training and self.trainable):
+            if self.warn_untouched and not self._warned:
+                return None
+            moving = self.moving_mean, self.moving_variance
+            return self._shortcut.infer(inputs, *moving, *parameters, self.epsilon)
+        if self._does_more or not self.train_parameters or distributed.replicas() > 1:
+            return None
+        step = self._shortcut.step(inputs, *parameters, self.epsilon)
+        if step is None:
+            return None
+        y, mean, variance = step
+        if is_repeated():
+            return y
+        if kernels.are_finite(mean, variance) is not True:
+            self._update(_Batch(inputs, None, mean, variance), self._live.read())
+            return y
+        keep, rest = self._live["momentum"], self._live["rest"]
+        self._shortcut.move(self.moving_mean, mean, keep, rest)  # (B11)
+        self._shortcut.move(self.moving_variance, variance, keep, rest)  # (B12)
+        return y
+
+    @property
+    def _does_more(self) -> bool:
+        """Whether a training step is more than (B1) to (B12), by the constructor's arguments."""
+        more = self.renorm or self.unbiased or self.moving_count is not None
+        return more or self.virtual_batch_size is not None
+
+    def _in_full(
+        self, inputs: Array, training: Any, mask: Array | None, sample_weight: Array | None
+    ) -> Array:
         check_dense(inputs)
         x = in_dtype(inputs, self.compute_dtype)
         updates = decided(training) and self.trainable
@@ -425,11 +468,9 @@ class BatchNormalization(MovingStatistics):
 
     def _is_plain(self, x: Array, weights: Any) -> bool:
         """Whether a step is just (B1) to (B12), with a compiled kernel."""
-        special = self._chooses or self.renorm or self.unbiased or self.moving_count is not None
         return (
-            not special
+            not (self._chooses or self._does_more)
             and weights is None
-            and self.virtual_batch_size is None
             and kernels.choose_for("batch_normalization", x, axis=self.axis, training=True)
             == "compiled"
             and distributed.replicas() == 1
@@ -849,7 +890,7 @@ class _WithinExample(keras.layers.Layer):
         self.axis = axis
         self.epsilon = epsilon
         self._sizes: tuple[tuple[int, int], ...] = ()  # of the axes, where they are fixed
-        self._shortcut: kernels.Shortcut | None = None
+        self._shortcut: kernels.RowsShortcut | None = None
         self.supports_masking = True
         # Under a mixed policy, float32 inputs are normalized in float32, and the result rounded.
         self.autocast = False
@@ -1041,7 +1082,7 @@ class LayerNormalization(_Affine):
         )
         self.rms_scaling = rms_scaling
         if not rms_scaling:
-            self._shortcut = kernels.Shortcut("layer_normalization", axis)
+            self._shortcut = kernels.RowsShortcut("layer_normalization", axis)
         else:
             warnings.warn(
                 "LayerNormalization(rms_scaling=True) divides by the standard deviation, not by "
@@ -1144,7 +1185,7 @@ class RMSNormalization(_WithinExample):
         _check_axis_type(axis)
         super().__init__(axis, epsilon, **kwargs)
         self.scale = None
-        self._shortcut = kernels.Shortcut("rms_normalization", axis)
+        self._shortcut = kernels.RowsShortcut("rms_normalization", axis)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the scale, of the shape of the normalized axes."""
