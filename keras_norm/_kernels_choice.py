@@ -42,11 +42,12 @@ MANY_CHANNELS = 128
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
 # With fewer elements, the time of a step in a graph is that of its calls, and the composed one is
-# fastest. Keras's batch normalization / composed and / compiled: 1.5 and 1.2 at (128, 700), 1.1
-# and 1.3 at (384, 256); its layer normalization: 1.1 and .96 at (256, 256), 1.3 and 1.4 at
-# (768, 100) (layers_tensorflow_small_rows.csv).
+# fastest, of layer and RMS normalization `kept`. Keras's batch normalization / composed and /
+# compiled: 1.5 and 1.2 at (128, 700), 1.1 and 1.3 at (384, 256); its layer normalization / composed
+# and / compiled: 1.1 and .96 at (256, 256), 1.3 and 1.4 at (768, 100)
+# (layers_tensorflow_small_rows.csv).
 FEWEST_ELEMENTS_OF_BATCH = 3 * 2**15
-FEWEST_ELEMENTS_OF_ROWS = 9 * 2**13
+FEWEST_ELEMENTS_OF_ROWS = {"layer_normalization": 9 * 2**13, "rms_normalization": 3 * 2**15}
 # If channels are so few that a vector of the processor holds several rows, rows are slow one by
 # one: where `compiled` lays them side by side, it is faster on fewer elements, too.
 FEW_CHANNELS = 16
@@ -207,11 +208,8 @@ def _is_small_step(case: Case, fewest: int) -> bool:
     return case.likely_elements < (FEWEST_ELEMENTS_COMPILED if None in case.shape else fewest)
 
 
-def _of_rows(name: str, *needs: Need, pays: Callable[[Case], bool] = _always) -> Entry:
-    def pays_for_its_calls(case: Case) -> bool:
-        return pays(case) and not _is_small_step(case, FEWEST_ELEMENTS_OF_ROWS)
-
-    return Entry(name, needs, pays_for_its_calls)
+def _is_small_step_of_rows(case: Case) -> bool:
+    return _is_small_step(case, FEWEST_ELEMENTS_OF_ROWS[case.function])
 
 
 def _of_batch(name: str, *needs: Need, pays: Callable[[Case], bool] = _always) -> Entry:
@@ -262,9 +260,10 @@ _NORMALIZE = (
     Entry("fused", (TENSORFLOW, CHANNELS_LAST, NO_DOUBLE), _suits_inference_by_the_fused_kernel),
 )
 _LAYER = (
-    _of_rows("native", TORCH, LAST_AXES, NO_HALF),
-    _of_rows("compiled", TENSORFLOW, LAST_AXES, pays=_pays_to_compile),
-    _of_rows("products", SUMS, LAST_AXES),
+    Entry("native", (TORCH, LAST_AXES, NO_HALF), _always),
+    Entry("kept", (TENSORFLOW, LAST_AXES), _is_small_step_of_rows),
+    Entry("compiled", (TENSORFLOW, LAST_AXES), _pays_to_compile),
+    Entry("products", (SUMS, LAST_AXES), _always),
 )
 _GROUP = (
     Entry("native", (TORCH, CHANNELS_LAST, POSITIONS, NO_HALF), _always),

@@ -211,12 +211,19 @@ def products(
     axes: int,
     epsilon: float,
     centers: bool,
+    *,
+    keeps: bool = False,
 ) -> Array:
-    """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns."""
+    """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns.
+
+    With `keeps`, x_hat is kept for the backward pass instead of x: less to compute, and one array
+    more in memory where x is kept in any case.
+    """
     functional.check_epsilon(epsilon)
     sizes = tuple(x.shape[len(x.shape) - axes :])
     dtype = functional.compute_dtype(x)
-    forward, backward = _halves_of_products(len(x.shape), sizes, dtype, epsilon, centers)
+    halves = _halves_of_kept if keeps else _halves_of_products
+    forward, backward = halves(len(x.shape), sizes, dtype, epsilon, centers)
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
     return y
 
@@ -251,6 +258,36 @@ class Rows:
         return z[:, : -(-self.d // SAMPLED)]
 
 
+def _normalized_rows(rows: Rows, x: Array, epsilon: float, centers: bool) -> tuple[Any, ...]:
+    """(x_hat, inv_std, parts of the mean): (L1) to (L4), or (R1) to (R3)."""
+
+    def mean(z: Array) -> Array:
+        # On small arrays every operation counts. (On JAX and PyTorch, Keras's mean of float64 is
+        # computed in float32.)
+        if rows.d > 0 and rows.dtype == "float32":
+            return ops.mean(z, axis=1, keepdims=True)
+        return ops.sum(z, axis=1, keepdims=True) / max(z.shape[1], 1)
+
+    z = rows.of(x)
+    parts: list[Array] = []
+    if centers:
+        *parts, variance = _moments(z, mean, lambda z: mean(rows.near(z)))  # (L2)
+        for part in parts:
+            z = z - part  # (L1)
+    else:
+        variance = mean(z * z)  # (R1)
+    inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
+    return z * inv_std, inv_std, *parts  # (L4) (R3)
+
+
+def _scaled_rows(
+    rows: Rows, x: Array, x_hat: Array, gamma: Array | None, beta: Array | None
+) -> Array:
+    y = x_hat if gamma is None else x_hat * rows.parameter(gamma)  # (R4)
+    y = y if beta is None else y + rows.parameter(beta)  # (L5)
+    return rows.like(x, y)
+
+
 @functools.lru_cache(maxsize=1024)
 def _halves_of_products(
     rank: int, sizes: tuple[int, ...], dtype: str, epsilon: float, centers: bool
@@ -258,27 +295,9 @@ def _halves_of_products(
     """Forward and backward, for `custom_vjp`."""
     rows = Rows(rank, sizes, dtype)
 
-    def mean(z: Array) -> Array:
-        # On small arrays every operation counts. (On JAX and PyTorch, Keras's mean of float64 is
-        # computed in float32.)
-        if rows.d > 0 and dtype == "float32":
-            return ops.mean(z, axis=1, keepdims=True)
-        return ops.sum(z, axis=1, keepdims=True) / max(z.shape[1], 1)
-
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
-        z = rows.of(x)
-        parts: list[Array] = []
-        if centers:
-            *parts, variance = _moments(z, mean, lambda z: mean(rows.near(z)))  # (L2)
-            for part in parts:
-                z = z - part  # (L1)
-        else:
-            variance = mean(z * z)  # (R1)
-        inv_std = ops.rsqrt(variance + epsilon)  # (L3) (R2)
-        y = z * inv_std  # (L4) (R3)
-        y = y if gamma is None else y * rows.parameter(gamma)  # (R4)
-        y = y if beta is None else y + rows.parameter(beta)  # (L5)
-        return (rows.like(x, y),), (x, inv_std, gamma, *parts)
+        x_hat, inv_std, *parts = _normalized_rows(rows, x, epsilon, centers)
+        return (_scaled_rows(rows, x, x_hat, gamma, beta),), (x, inv_std, gamma, *parts)
 
     def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
         x, inv_std, gamma, *parts = residuals
@@ -292,6 +311,32 @@ def _halves_of_products(
         share = rows.share(gamma)
         along = inv_std * inv_std * (dy_z @ share)  # mean of g dy x_hat over each example
         dx = (dy if gamma is None else dy * rows.parameter(gamma)) - z * along
+        if centers:
+            dx = dx - dy @ share
+        return rows.like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)
+
+    return forward, backward
+
+
+@functools.lru_cache(maxsize=1024)
+def _halves_of_kept(
+    rank: int, sizes: tuple[int, ...], dtype: str, epsilon: float, centers: bool
+) -> tuple[Any, Any]:
+    """As `_halves_of_products`, but x_hat is kept, and the rows are added up by plain sums."""
+    rows = Rows(rank, sizes, dtype)
+
+    def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:
+        x_hat, inv_std, *_ = _normalized_rows(rows, x, epsilon, centers)
+        return (_scaled_rows(rows, x, x_hat, gamma, beta),), (x_hat, inv_std, gamma)
+
+    def backward(residuals: Any, upstream: Any) -> tuple[Array, Array, Array]:
+        x_hat, inv_std, gamma = residuals
+        dy = rows.of(upstream[0])
+        dy_x_hat, share = dy * x_hat, rows.share(gamma)
+        dbeta = ops.reshape(ops.sum(dy, axis=0), sizes)  # (L6)
+        dgamma = ops.reshape(ops.sum(dy_x_hat, axis=0), sizes)  # (L7) (R5)
+        dx = dy if gamma is None else dy * rows.parameter(gamma)  # (L8)
+        dx = dx - x_hat * (dy_x_hat @ share)
         if centers:
             dx = dx - dy @ share
         return rows.like(upstream[0], dx * inv_std), dgamma, dbeta  # (L9) (R6)

@@ -20,6 +20,8 @@
                      first sixteenth (on JAX of x itself, as above); backward, the sums over an
                      example and over the examples as products of matrices with gamma and with
                      ones; x is kept
+    kept             TensorFlow: the same, but x_hat is kept; for small steps in a graph, whose time
+                     is that of their operations
     compiled         TensorFlow without a GPU, in training, and outside of graphs: forward and
                      backward as one program each, which XLA compiles when it first meets arrays of
                      these shapes (in inference, at the tenth time); in `training_step`, the update
@@ -40,6 +42,7 @@ are off by 1e-5.
 The returned mean and variance are for moving statistics: no gradient flows through them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -283,7 +286,11 @@ def normalize(
 
 # Within each example ------------------------------------------------------------------------------
 
-_ROWS: dict[str, Any] = {"products": _kernels_sums.products, "compiled": _kernels_xla.rows}
+_ROWS: dict[str, Any] = {
+    "products": _kernels_sums.products,
+    "kept": functools.partial(_kernels_sums.products, keeps=True),
+    "compiled": _kernels_xla.rows,
+}
 
 _GROUPED: dict[str, Any] = {
     "native": _kernels_torch.group,
@@ -308,8 +315,8 @@ def layer_normalization(
     Args:
         x, gamma, beta, axis, epsilon, rms_scaling: as there. `rms_scaling` is always "composed".
         training: as in `batch_normalization`.
-        implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
-            "native" on PyTorch). Default: what `choose` names.
+        implementation: "composed", "products" or, on TensorFlow, "compiled" or "kept" ("composed"
+            or "native" on PyTorch). Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x.
@@ -352,8 +359,8 @@ def rms_normalization(
     Args:
         x, gamma, axis, epsilon: as there.
         training: as in `batch_normalization`.
-        implementation: "composed", "products" or, on TensorFlow, "compiled" ("composed" or
-            "native" on PyTorch). Default: what `choose` names.
+        implementation: "composed", "products" or, on TensorFlow, "compiled" or "kept" ("composed"
+            or "native" on PyTorch). Default: what `choose` names.
 
     Returns:
         y, of the shape and dtype of x.
