@@ -97,7 +97,7 @@ LAYER_TESTS := tests/test_kernels.py tests/test_batch_normalization.py \
 	tests/test_builtin_defects.py tests/test_statistics.py tests/test_models.py
 
 test-implementations: .venv/installed
-	@for name in composed folded fused products kept compiled by_channel; do \
+	@for name in composed folded fused products x_hat compiled by_channel; do \
 		echo "KERAS_NORM_IMPLEMENTATION=$$name"; \
 		KERAS_NORM_IMPLEMENTATION=$$name KERAS_BACKEND=tensorflow \
 			.venv/bin/python $(PYTEST) $(LAYER_TESTS) $(ARGS) || exit 1; \

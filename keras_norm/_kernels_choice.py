@@ -42,7 +42,7 @@ MANY_CHANNELS = 128
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
 # With fewer elements, the time of a step in a graph is that of its calls, and the composed one is
-# fastest, of layer and RMS normalization `kept`. Keras's batch normalization / composed and /
+# fastest, of layer and RMS normalization `x_hat`. Keras's batch normalization / composed and /
 # compiled: 1.5 and 1.2 at (128, 700), 1.1 and 1.3 at (384, 256); its layer normalization / composed
 # and / compiled: 1.1 and .96 at (256, 256), 1.3 and 1.4 at (768, 100)
 # (layers_tensorflow_small_rows.csv).
@@ -261,7 +261,7 @@ _NORMALIZE = (
 )
 _LAYER = (
     Entry("native", (TORCH, LAST_AXES, NO_HALF), _always),
-    Entry("kept", (TENSORFLOW, LAST_AXES), _is_small_step_of_rows),
+    Entry("x_hat", (TENSORFLOW, LAST_AXES), _is_small_step_of_rows),
     Entry("compiled", (TENSORFLOW, LAST_AXES), _pays_to_compile),
     Entry("products", (SUMS, LAST_AXES), _always),
 )

@@ -222,7 +222,7 @@ def products(
     functional.check_epsilon(epsilon)
     sizes = tuple(x.shape[len(x.shape) - axes :])
     dtype = functional.compute_dtype(x)
-    halves = _halves_of_kept if keeps else _halves_of_products
+    halves = _halves_of_x_hat if keeps else _halves_of_products
     forward, backward = halves(len(x.shape), sizes, dtype, epsilon, centers)
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
     return y
@@ -319,7 +319,7 @@ def _halves_of_products(
 
 
 @functools.lru_cache(maxsize=1024)
-def _halves_of_kept(
+def _halves_of_x_hat(
     rank: int, sizes: tuple[int, ...], dtype: str, epsilon: float, centers: bool
 ) -> tuple[Any, Any]:
     """As `_halves_of_products`, but x_hat is kept, and the rows are added up by plain sums."""

@@ -20,7 +20,7 @@
                      first sixteenth (on JAX of x itself, as above); backward, the sums over an
                      example and over the examples as products of matrices with gamma and with
                      ones; x is kept
-    kept             TensorFlow: the same, but x_hat is kept; for small steps in a graph, whose time
+    x_hat            TensorFlow: the same, but x_hat is kept; for small steps in a graph, whose time
                      is that of their operations
     compiled         TensorFlow without a GPU, in training, and outside of graphs: forward and
                      backward as one program each, which XLA compiles when it first meets arrays of
@@ -288,7 +288,7 @@ def normalize(
 
 _ROWS: dict[str, Any] = {
     "products": _kernels_sums.products,
-    "kept": functools.partial(_kernels_sums.products, keeps=True),
+    "x_hat": functools.partial(_kernels_sums.products, keeps=True),
     "compiled": _kernels_xla.rows,
 }
 
@@ -315,7 +315,7 @@ def layer_normalization(
     Args:
         x, gamma, beta, axis, epsilon, rms_scaling: as there. `rms_scaling` is always "composed".
         training: as in `batch_normalization`.
-        implementation: "composed", "products" or, on TensorFlow, "compiled" or "kept" ("composed"
+        implementation: "composed", "products" or, on TensorFlow, "compiled" or "x_hat" ("composed"
             or "native" on PyTorch). Default: what `choose` names.
 
     Returns:
@@ -359,7 +359,7 @@ def rms_normalization(
     Args:
         x, gamma, axis, epsilon: as there.
         training: as in `batch_normalization`.
-        implementation: "composed", "products" or, on TensorFlow, "compiled" or "kept" ("composed"
+        implementation: "composed", "products" or, on TensorFlow, "compiled" or "x_hat" ("composed"
             or "native" on PyTorch). Default: what `choose` names.
 
     Returns:
