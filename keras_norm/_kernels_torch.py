@@ -26,7 +26,7 @@ FEWEST_ELEMENTS_OF_INFERENCE = 2**19
 # statistics of parts are merged. (With 262,144 rows at once, the variance is off by 7e-5; with
 # 16,384 by 4e-6, and a mean of 25 standard deviations by 1e-4 of them.)
 ROWS_AT_ONCE = 2**14
-# Of so many times the least number of parts, one is sought that divides the rows.
+# Equal parts are sought among numbers of parts up to this many times the least one.
 MOST_PARTS = 8
 # PyTorch's norm also adds up squares one after the other: for this many it is off by 3e-7.
 LONGEST_NORM = 2**14
@@ -65,9 +65,9 @@ class Pieces:
 
     @functools.cached_property
     def parts(self) -> int:
-        """How many parts have at most `ROWS_AT_ONCE` rows and all the same; 0 if there are none.
+        """The number of parts, equal and of at most `ROWS_AT_ONCE` rows; 0 if none is found.
 
-        Rows with the channels last, which lie side by side in memory as they are.
+        Only with the channels last: such rows lie side by side in memory as they are.
         """
         least = -(-self.elements // ROWS_AT_ONCE)
         several = range(least, MOST_PARTS * least + 1) if self.last and self.folds == 1 else ()

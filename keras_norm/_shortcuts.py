@@ -118,7 +118,11 @@ class BatchShortcut(_Shortcut):
 
     Example:
         >>> from keras_norm.kernels import tensor
-        >>> BatchShortcut().step(tensor(np.ones((2, 3), "float32")), None, None, 1e-3) is None
+        >>> shortcut, x = BatchShortcut(), tensor(np.ones((2, 3), "float32"))
+        >>> shortcut.step(x, None, None, 1e-3) is None
+        True
+        >>> shortcut.learn(x, -1)
+        >>> (shortcut.step(x, None, None, 1e-3) is None) == (keras.backend.backend() != "torch")
         True
     """
 
@@ -128,7 +132,7 @@ class BatchShortcut(_Shortcut):
         """(y, mean, variance) by the statistics of x; None where the full path is needed.
 
         Args:
-            x: the layer's inputs.
+            x: the layer's inputs, to which it `is_open_to`.
             gamma, beta: variables of the layer, or None.
             epsilon: of the layer.
         """
@@ -159,22 +163,19 @@ class BatchShortcut(_Shortcut):
         """Makes a moving statistic keep * itself + rest * value, after `step`."""
         variable._value.mul_(keep).add_(value, alpha=rest)
 
-    def learn(self, x: Any, axis: Axis, dtype: str, *variables: Any) -> None:
+    def learn(self, x: Any, axis: Axis, *variables: Any) -> None:
         """Allows the shortcut, where possible, for inputs like x, which took the full path.
 
         Args:
-            x: as in `step`.
-            axis, dtype: of the layer; the dtype it computes in.
-            *variables: of the layer, or None: those with the shape of the channels.
+            x: the layer's inputs, of any type.
+            axis: of the layer.
+            *variables: gamma and beta of the layer, or None.
         """
         if not self.is_open_to(x) or (x.shape, x.dtype) in self._known or not x.numel():
             return
-        possible = in_stateless_scope is not None and dtype_name(x.dtype) == dtype
-        possible = possible and all(
-            _is_native(f, x, axis) for f in ("batch_normalization", "normalize")
-        )
         pieces = None
-        if possible:
+        native = all(_is_native(f, x, axis) for f in ("batch_normalization", "normalize"))
+        if native and in_stateless_scope is not None:
             (channel,) = functional.canonical_axes(axis, x.ndim)
             if all(v is None or v.shape == (x.shape[channel],) for v in variables):
                 pieces = _kernels_torch.Pieces(x.shape, channel)
@@ -182,7 +183,7 @@ class BatchShortcut(_Shortcut):
 
     def _find(self, x: Any, *variables: Any) -> Any:
         """What is known of x, and the variables' values; or None."""
-        pieces = self._known.get((x.shape, x.dtype)) if self.is_open_to(x) else None
+        pieces = self._known.get((x.shape, x.dtype))
         if pieces is None or in_stateless_scope():
             return None
         values = [None if v is None else v._value for v in variables]

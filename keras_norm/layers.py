@@ -405,12 +405,14 @@ class BatchNormalization(MovingStatistics):
         y = self._by_shortcut(inputs, training) if plain else None
         if y is None:
             y = self._in_full(inputs, training, mask, sample_weight)
-            self._shortcut.learn(inputs, self.axis, self.compute_dtype, self.gamma, self.beta)
+            self._shortcut.learn(inputs, self.axis, self.gamma, self.beta)
         return y
 
     def _by_shortcut(self, inputs: Array, training: Any) -> Array | None:
         """`_in_full` without its choices, which were made before; on PyTorch."""
         if not self._shortcut.is_open_to(inputs) or training not in (True, False, None):
+            return None
+        if kernels.dtype_name(inputs.dtype) != self.compute_dtype:
             return None
         parameters = self.gamma, self.beta
         if not (training and self.trainable):
