@@ -41,6 +41,24 @@ def is_integer(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
+def python_axis(axis: Any) -> Any:
+    """An axis, or several, with Python's integers in place of NumPy's, which JSON cannot hold.
+
+    Args:
+        axis: anything.
+
+    Returns:
+        axis; a list or tuple as one of the same type.
+
+    Example:
+        >>> python_axis(np.int64(1)), python_axis((np.int64(1), 2)), python_axis(1.0)
+        (1, (1, 2), 1.0)
+    """
+    if isinstance(axis, list | tuple):
+        return type(axis)([python_axis(a) for a in axis])
+    return int(axis) if is_integer(axis) else axis
+
+
 def check_dense(x: Any) -> None:
     """Refuses TensorFlow's ragged and sparse tensors, which only some operations accept.
 

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_norm import autodiff, distributed, functional
-from keras_norm._arrays import check_dense
+from keras_norm._arrays import check_dense, python_axis
 from keras_norm._moving import (
     MovingStatistics,
     check_dtype,
@@ -111,7 +111,7 @@ class NormalizationByRows(MovingStatistics):
         super().__init__(**kwargs)
         self.autocast = False  # `call` casts the inputs; weights in half precision would overflow
         check_dtype(self)
-        self.axis = axis
+        self.axis = python_axis(axis)
         self.epsilon = epsilon
         self.center = center
         self.scale = scale

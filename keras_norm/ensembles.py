@@ -226,7 +226,7 @@ def _check(
             "There must be at least one model, and an array of rows and a seed for each. Received: "
             f"{len(models)} models, {len(rows)} arrays of rows, {len(seeds)} seeds."
         )
-    if wrong := [s for s in seeds if not isinstance(s, int | np.integer) or s < 0]:
+    if wrong := [s for s in seeds if not is_integer(s) or s < 0]:
         raise ValueError(f"Seeds must be integers >= 0. Received: seeds with {wrong[0]!r}.")
     if wrong := [s for s, some in enumerate(rows) if some.ndim != 1]:
         raise ValueError(

@@ -20,7 +20,7 @@ import numpy as np
 from keras import initializers, ops
 
 from keras_norm import autodiff, distributed, functional, kernels
-from keras_norm._arrays import check_dense, in_dtype, is_real
+from keras_norm._arrays import check_dense, in_dtype, is_real, python_axis
 from keras_norm._moving import (
     MovingStatistics,
     check_dtype,
@@ -244,7 +244,7 @@ class BatchNormalization(MovingStatistics):
         check_fraction("renorm_momentum", renorm_momentum)
         _check_renorm_clipping(renorm, renorm_clipping)
         _check_virtual_batch_size(virtual_batch_size, renorm, synchronized)
-        self.axis = axis
+        self.axis = python_axis(axis)
         self.epsilon = epsilon
         self.center = center
         self.scale = scale
@@ -889,7 +889,7 @@ class _WithinExample(keras.layers.Layer):
         super().__init__(**kwargs)
         check_dtype(self)
         functional.check_epsilon(epsilon)
-        self.axis = axis
+        self.axis = python_axis(axis)
         self.epsilon = epsilon
         self._sizes: tuple[tuple[int, int], ...] = ()  # of the axes, where they are fixed
         self._shortcut: kernels.RowsShortcut | None = None
@@ -1068,6 +1068,7 @@ class LayerNormalization(_Affine):
         rms_scaling: bool = False,
         **kwargs: Any,
     ) -> None:
+        axis = python_axis(axis)
         _check_axis_type(axis)
         super().__init__(
             axis,
@@ -1184,6 +1185,7 @@ class RMSNormalization(_WithinExample):
     def __init__(
         self, axis: int | Sequence[int] = -1, epsilon: float = 1e-6, **kwargs: Any
     ) -> None:
+        axis = python_axis(axis)
         _check_axis_type(axis)
         super().__init__(axis, epsilon, **kwargs)
         self.scale = None

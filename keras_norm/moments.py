@@ -57,7 +57,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_norm._arrays import is_integer
+from keras_norm._arrays import is_integer, python_axis
 from keras_norm.functional import canonical_axes, compute_dtype
 
 __all__ = ["Covariance", "Moments", "Quantiles", "example_sums"]
@@ -121,7 +121,8 @@ class Moments:
     _format = "keras_norm.moments/1"
 
     def __init__(self, axis: Axis = -1) -> None:
-        self.axis = axis if isinstance(axis, int) else tuple(axis)
+        axis = python_axis(axis)
+        self.axis: Axis = axis if isinstance(axis, int) else tuple(axis)
         self._reset(())
 
     def _like(self) -> Self:

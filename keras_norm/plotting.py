@@ -862,7 +862,7 @@ def paired_differences(
         intervals are not adjusted.
 
     Raises:
-        ValueError: As `Results.compare`.
+        ValueError: As `Results.compare`; and without a setting besides the baseline.
 
     Example:
         >>> from keras_norm import experiments, plotting
@@ -874,6 +874,11 @@ def paired_differences(
     """
     results, names = _results(source, names)
     names = [name for name in names if name != baseline]
+    if not names:
+        raise ValueError(
+            "There must be a setting besides `baseline` to compare with it. Received: "
+            f"baseline={baseline!r} and no others. Name them in `names`."
+        )
     tests = [results.compare(name, baseline, metric) for name in names]
     adjusted = holm([test.p for test in tests])
     p_text = "p by Holm" if len(tests) > 1 else "p ="

@@ -20,8 +20,10 @@ from keras_norm.layers import (
     DecorrelatedBatchNormalization,
     Dropout,
     GroupNormalization,
+    InstanceNormalization,
     LayerNormalization,
     QuantileNormalization,
+    RMSNormalization,
     SpatialBatchNormalization,
 )
 
@@ -1078,6 +1080,29 @@ def test_initializers_regularizers_and_constraints_act():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         BatchNormalization(**arguments)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        BatchNormalization,
+        LayerNormalization,
+        RMSNormalization,
+        GroupNormalization,
+        InstanceNormalization,
+        functools.partial(DecorrelatedBatchNormalization, group_size=2),
+        functools.partial(QuantileNormalization, quantiles=2),
+    ],
+)
+def test_an_axis_of_numpy_is_kept_as_json_has_it(make):
+    assert json.loads(json.dumps(make(axis=np.int64(2)).get_config()))["axis"] == 2
+
+
+def test_axes_of_numpy_are_kept_as_json_has_them():
+    for cls in (BatchNormalization, LayerNormalization, RMSNormalization):
+        layer = cls(axis=(np.int64(1), 2))
+        assert json.loads(json.dumps(layer.get_config()))["axis"] == [1, 2]
+        assert layer(tensor(normal(2, 3, 4))).shape == (2, 3, 4)
 
 
 def test_a_size_of_numpy_is_kept_as_json_has_it():

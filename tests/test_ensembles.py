@@ -197,6 +197,7 @@ def virtual():
         (lambda: [make(0), make(1)], {"rows": [range(40), range(50)]}, r"\[40, 50\] rows"),
         (lambda: [make(0)], {"seeds": [0.5]}, r"integers >= 0.*with 0\.5"),
         (lambda: [make(0)], {"seeds": [-1]}, "integers >= 0.*with -1"),
+        (lambda: [make(0)], {"seeds": [True]}, "integers >= 0.*with True"),
         (lambda: [make(0)], {"rows": [np.zeros((9, 2), int)]}, r"rows\[0\] of shape \(9, 2\)"),
         (lambda: [make(0)], {"batch_size": 91}, "batch_size=91"),
         (lambda: [make(0)], {"batch_size": 2.5}, r"`batch_size` must be.*batch_size=2\.5"),

@@ -347,6 +347,11 @@ def test_no_covariances_of_no_data():
     assert Covariance.from_dict(Covariance(group_size=np.int64(2)).to_dict()).group_size == 2
 
 
+def test_an_axis_of_numpy_is_kept_as_json_has_it():
+    for axis, kept in ((np.int64(1), 1), ((np.int64(0), 1), [0, 1])):
+        assert json.loads(json.dumps(Moments(axis).to_dict()))["axis"] == kept
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
 def test_sizes_of_groups_that_are_none(size):
     with pytest.raises(ValueError, match=f"None for all of them. Received: group_size={size!r}"):

@@ -639,6 +639,11 @@ def test_paired_differences_show_the_test():
     assert "p adjusted for 2 differences (Holm), intervals not" in several
 
 
+def test_paired_differences_of_the_baseline_alone():
+    with pytest.raises(ValueError, match=r"besides `baseline`.*baseline='plain' and no others"):
+        plotting.paired_differences(study(), "plain", "test_accuracy", ["plain"])
+
+
 def test_paired_differences_adjust_p_for_their_number():
     results = study(("batch", "plain", "layer"))
     pairs = {name: (name, "plain") for name in ("batch", "layer")}

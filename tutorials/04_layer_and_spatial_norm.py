@@ -842,13 +842,13 @@ print(alone.table(["train_accuracy", "train_loss", "val_accuracy", "val_loss"]))
 """
 ## What this does not show
 
-The nets are small, the images few, and all the nets of a section share one learning rate: with
-rates of their own, two nets that lie close may change places. What is found about penalties, widths
-and depths holds for these nets. Layer normalization was made for sequences and large models, and
-there are none here. After convolutions, `axis` decides what layer normalization is: the default
-normalizes the channels of each position alone, which was not tried. A seed changes the images, the
-initial weights and the order together. Small batches make more steps in an epoch; over an equal
-number of steps they would look worse.
+The nets are small, the images few, and the learning rate of a net does not depend on its
+normalization: with rates of their own, two nets that lie close may change places. What is found
+about penalties, widths and depths holds for these nets. Layer normalization was made for sequences
+and large models, and there are none here. After convolutions, `axis` decides what layer
+normalization is: the default normalizes the channels of each position alone, which was not tried. A
+seed changes the images, the initial weights and the order together. Small batches make more steps
+in an epoch; over an equal number of steps they would look worse.
 
 ## Exercises
 
