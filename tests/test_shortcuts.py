@@ -1,7 +1,5 @@
 """The shortcuts of layers on PyTorch: what they take, and the same numbers as the full path."""
 
-import math
-
 import keras
 import numpy as np
 import pytest
@@ -253,7 +251,7 @@ def test_the_number_of_parts(rows, parts):
     pieces = _kernels_torch.Pieces((rows, 2), 1)
     assert pieces.parts == parts
     assert parts == 0 or (rows % parts == 0 and rows / parts <= _kernels_torch.ROWS_AT_ONCE)
-    assert math.isclose(pieces.elements, rows)
+    assert pieces.elements == rows
 
 
 @on_torch
