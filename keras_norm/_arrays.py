@@ -48,14 +48,15 @@ def python_axis(axis: Any) -> Any:
         axis: anything.
 
     Returns:
-        axis; a list or tuple as one of the same type.
+        A list for a list, a tuple for a tuple, an int for an integer; anything else as it is.
 
     Example:
         >>> python_axis(np.int64(1)), python_axis((np.int64(1), 2)), python_axis(1.0)
         (1, (1, 2), 1.0)
     """
     if isinstance(axis, list | tuple):
-        return type(axis)([python_axis(a) for a in axis])
+        axes = [python_axis(a) for a in axis]
+        return axes if isinstance(axis, list) else tuple(axes)
     return int(axis) if is_integer(axis) else axis
 
 

@@ -41,11 +41,13 @@ MANY_CHANNELS = 128
 # counts as Keras's default batch size.
 FEWEST_ELEMENTS_COMPILED = 2**14
 UNKNOWN_SIZE = 32
-# With fewer elements, the time of a step in a graph is that of its calls, and the composed one is
-# fastest, of layer and RMS normalization `x_hat`. Keras's batch normalization / composed and /
-# compiled: 1.5 and 1.2 at (128, 700), 1.1 and 1.3 at (384, 256); its layer normalization / composed
-# and / compiled: 1.1 and .96 at (256, 256), 1.3 and 1.4 at (768, 100)
-# (layers_tensorflow_small_rows.csv).
+# With fewer elements, the time of a step in a graph is that of its calls. For batch normalization
+# the composed implementation is fastest then, for layer and RMS normalization `x_hat`. Keras's
+# batch normalization / composed and / compiled: 1.5 and 1.2 at (128, 700), 1.1 and 1.3 at (384,
+# 256) (layers_tensorflow_small_rows.csv). Its layer normalization / x_hat and / compiled: 1.15 and
+# 1.07 at (256, 256), 1.41 and 1.34 at (768, 100), 1.38 and 1.45 at (128, 700); its RMS
+# normalization: .99 and .90, .99 and .96, .94 and 1.01, and 1.08 and 1.33 at (384, 256)
+# (layers_tensorflow_small_rows_avx512.csv).
 FEWEST_ELEMENTS_OF_BATCH = 3 * 2**15
 FEWEST_ELEMENTS_OF_ROWS = {"layer_normalization": 9 * 2**13, "rms_normalization": 3 * 2**15}
 # If channels are so few that a vector of the processor holds several rows, rows are slow one by

@@ -212,17 +212,17 @@ def products(
     epsilon: float,
     centers: bool,
     *,
-    keeps: bool = False,
+    keeps_x_hat: bool = False,
 ) -> Array:
     """Layer normalization (RMS without `centers`) over the last `axes` axes, rows by columns.
 
-    With `keeps`, x_hat is kept for the backward pass instead of x: less to compute, and one array
-    more in memory where x is kept in any case.
+    With `keeps_x_hat`, the backward pass gets x_hat instead of x: less to compute, and one array
+    more in memory if others keep x.
     """
     functional.check_epsilon(epsilon)
     sizes = tuple(x.shape[len(x.shape) - axes :])
     dtype = functional.compute_dtype(x)
-    halves = _halves_of_x_hat if keeps else _halves_of_products
+    halves = _halves_of_x_hat if keeps_x_hat else _halves_of_products
     forward, backward = halves(len(x.shape), sizes, dtype, epsilon, centers)
     (y,) = custom_vjp(forward, backward, x, gamma, beta)
     return y
@@ -322,7 +322,10 @@ def _halves_of_products(
 def _halves_of_x_hat(
     rank: int, sizes: tuple[int, ...], dtype: str, epsilon: float, centers: bool
 ) -> tuple[Any, Any]:
-    """As `_halves_of_products`, but x_hat is kept, and the rows are added up by plain sums."""
+    """As `_halves_of_products`, but x_hat is kept, and rows are added up by plain sums.
+
+    (Those are as fast where there are few rows, and one operation less.)
+    """
     rows = Rows(rank, sizes, dtype)
 
     def forward(x: Array, gamma: Array | None, beta: Array | None) -> tuple[Any, Any]:

@@ -228,8 +228,8 @@ def _moments_by_kernel(z: Array, pieces: Pieces) -> tuple[Array, Array]:
     moments = [torch.stack(torch.batch_norm_update_stats(p, None, None, 0.0)) for p in parts]
     means, variances = torch.stack(moments, dim=1)  # (parts, C)
     share = z.new_tensor([len(p) / len(z) for p in parts])[:, None]
-    mean = (share * means).sum(0)  # a product of matrices would be rounded by autocast
-    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
+    mean = (share * means).sum(0)  # (B14); a product of matrices would be rounded by autocast
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)  # (B15)
 
 
 def _moments_in_pieces(z: Array, pieces: Pieces) -> tuple[Array, Array]:

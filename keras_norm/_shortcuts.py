@@ -1,9 +1,9 @@
 """Shortcuts to PyTorch's kernels, for inputs like those for which they were chosen before.
 
-Which implementation is used, and whether it can be, depends on an input's sizes and dtype alone.
-Asking is much Python code, little of which stays in the processor's caches from one layer to the
-next: on small arrays it takes longer than the kernel. So a layer that has come to a kernel by the
-full path remembers the sizes and the dtype.
+For a layer whose axis stays what it was, and inputs in memory, only their shape and dtype decide
+which implementation is used and whether it can be. Asking is much Python code, little of which
+stays in the processor's caches from one layer to the next: on small arrays it takes longer than the
+kernel. So a layer that has come to a kernel by the full path remembers the shape and the dtype.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,9 @@ from keras_norm._kernels_common import can_be_looked_at
 
 try:
     from keras.src.backend.common.stateless_scope import in_stateless_scope
-except ImportError:  # then a variable's value is not surely its own
+except (
+    ImportError
+):  # then it is not known whose value to use, and batch normalization has no shortcut
     in_stateless_scope = None
 
 Array = Any
@@ -103,7 +105,7 @@ class RowsShortcut(_Shortcut):
         alike = x.dtype, x.shape[-self._axes :]
         given = [v.value for v in (gamma, beta) if v is not None]
         possible = all((v.dtype, v.shape) == alike for v in given)
-        possible = possible and _is_native(self._function, x, self._axis)
+        possible = possible and _chooses_native(self._function, x, self._axis)
         self._remember(self._key(x), possible)
 
     def _key(self, x: Any) -> Any:
@@ -113,44 +115,45 @@ class RowsShortcut(_Shortcut):
 class BatchShortcut(_Shortcut):
     """The shortcut of batch normalization.
 
-    The layer's variables are read and changed without Keras's accessors, each of which asks on
-    what device and in what scope it is: so not in a `keras.StatelessScope`.
+    The layer's variables are read, and moved in place, without Keras's accessors, each of which
+    asks on what device and in what scope it is: so not in a `keras.StatelessScope`.
 
     Example:
         >>> from keras_norm.kernels import tensor
         >>> shortcut, x = BatchShortcut(), tensor(np.ones((2, 3), "float32"))
-        >>> shortcut.step(x, None, None, 1e-3) is None
+        >>> mean, variance = (keras.Variable(np.zeros(3, "float32")) for _ in range(2))
+        >>> shortcut.step(x, mean, variance, None, None, 1e-3) is None
         True
         >>> shortcut.learn(x, -1)
-        >>> (shortcut.step(x, None, None, 1e-3) is None) == (keras.backend.backend() != "torch")
+        >>> known = shortcut.step(x, mean, variance, None, None, 1e-3) is not None
+        >>> known == (keras.backend.backend() == "torch")
         True
     """
 
     def step(
-        self, x: Any, gamma: Any, beta: Any, epsilon: float
+        self, x: Any, mean: Any, variance: Any, gamma: Any, beta: Any, epsilon: float
     ) -> tuple[Array, Array, Array] | None:
         """(y, mean, variance) by the statistics of x; None where the full path is needed.
 
         Args:
-            x: the layer's inputs, to which it `is_open_to`.
+            x: the layer's inputs, of which `is_open_to` is true.
+            mean, variance: the moving statistics, variables of the layer; they do not move.
             gamma, beta: variables of the layer, or None.
             epsilon: of the layer.
         """
-        found = self._find(x, gamma, beta)
+        found = self._find(x, mean, variance, gamma, beta)
         if found is None:
             return None
         functional.check_epsilon(epsilon)
-        pieces, gamma, beta = found
+        pieces, _, _, gamma, beta = found
         return _kernels_torch.batch_of(pieces, x, gamma, beta, epsilon)
 
     def infer(
         self, x: Any, mean: Any, variance: Any, gamma: Any, beta: Any, epsilon: float
     ) -> Array | None:
-        """y by given statistics; None where the full path is needed.
+        """y by the moving statistics; None where the full path is needed.
 
-        Args:
-            x, gamma, beta, epsilon: as in `step`.
-            mean, variance: variables of the layer.
+        Args: as in `step`.
         """
         found = None if _kernels_torch.records() else self._find(x, mean, variance, gamma, beta)
         if found is None:
@@ -159,12 +162,20 @@ class BatchShortcut(_Shortcut):
         pieces, mean, variance, gamma, beta = found
         return _kernels_torch.inference_of(pieces, x, mean, variance, gamma, beta, epsilon)
 
-    def move(self, variable: Any, value: Array, keep: float, rest: float) -> None:
-        """Makes a moving statistic keep * itself + rest * value, after `step`."""
-        variable._value.mul_(keep).add_(value, alpha=rest)
+    def move(self, variable: Any, value: Array, weight: float) -> None:
+        """Moves a statistic by `weight` towards a value of `step`, in one write.
+
+        Two writes would be seen by another thread, or left by an interruption, half done.
+        """
+        import torch
+
+        with torch.no_grad():
+            variable._value.lerp_(value, weight)
 
     def learn(self, x: Any, axis: Axis, *variables: Any) -> None:
         """Allows the shortcut, where possible, for inputs like x, which took the full path.
+
+        Where it is not possible, None is remembered, which `_find` takes like an unknown shape.
 
         Args:
             x: the layer's inputs, of any type.
@@ -174,7 +185,7 @@ class BatchShortcut(_Shortcut):
         if not self.is_open_to(x) or (x.shape, x.dtype) in self._known or not x.numel():
             return
         pieces = None
-        native = all(_is_native(f, x, axis) for f in ("batch_normalization", "normalize"))
+        native = all(_chooses_native(f, x, axis) for f in ("batch_normalization", "normalize"))
         if native and in_stateless_scope is not None:
             (channel,) = functional.canonical_axes(axis, x.ndim)
             if all(v is None or v.shape == (x.shape[channel],) for v in variables):
@@ -192,5 +203,5 @@ class BatchShortcut(_Shortcut):
         return pieces, *values
 
 
-def _is_native(function: str, x: Array, axis: Axis) -> bool:
+def _chooses_native(function: str, x: Array, axis: Axis) -> bool:
     return implementation_for(function, x.shape, dtype_name(x.dtype), axis, x=x) == "native"

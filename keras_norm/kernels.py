@@ -20,8 +20,8 @@
                      first sixteenth (on JAX of x itself, as above); backward, the sums over an
                      example and over the examples as products of matrices with gamma and with
                      ones; x is kept
-    x_hat            TensorFlow: the same, but x_hat is kept; for small steps in a graph, whose time
-                     is that of their operations
+    x_hat            TensorFlow: as `products`, but x_hat is kept; for small steps in a graph, whose
+                     time is that of their operations
     compiled         TensorFlow without a GPU, in training, and outside of graphs: forward and
                      backward as one program each, which XLA compiles when it first meets arrays of
                      these shapes (in inference, at the tenth time); in `training_step`, the update
@@ -288,7 +288,7 @@ def normalize(
 
 _ROWS: dict[str, Any] = {
     "products": _kernels_sums.products,
-    "x_hat": functools.partial(_kernels_sums.products, keeps=True),
+    "x_hat": functools.partial(_kernels_sums.products, keeps_x_hat=True),
     "compiled": _kernels_xla.rows,
 }
 

@@ -401,28 +401,27 @@ class BatchNormalization(MovingStatistics):
         sample_weight: Array | None = None,
     ) -> Array:
         """Normalizes; see the class."""
-        plain = mask is None and sample_weight is None and not self._chooses
-        y = self._by_shortcut(inputs, training) if plain else None
+        short = mask is None and sample_weight is None and not self._chooses
+        y = self._by_shortcut(inputs, training) if short else None
         if y is None:
             y = self._in_full(inputs, training, mask, sample_weight)
             self._shortcut.learn(inputs, self.axis, self.gamma, self.beta)
         return y
 
     def _by_shortcut(self, inputs: Array, training: Any) -> Array | None:
-        """`_in_full` without its choices, which were made before; on PyTorch."""
+        """As `_in_full`, for inputs whose choices were made before, on PyTorch; None for others."""
         if not self._shortcut.is_open_to(inputs) or training not in (True, False, None):
             return None
         if kernels.dtype_name(inputs.dtype) != self.compute_dtype:
             return None
-        parameters = self.gamma, self.beta
+        variables = self.moving_mean, self.moving_variance, self.gamma, self.beta
         if not (training and self.trainable):
             if self.warn_untouched and not self._warned:
                 return None
-            moving = self.moving_mean, self.moving_variance
-            return self._shortcut.infer(inputs, *moving, *parameters, self.epsilon)
+            return self._shortcut.infer(inputs, *variables, self.epsilon)
         if self._does_more or not self.train_parameters or distributed.replicas() > 1:
             return None
-        step = self._shortcut.step(inputs, *parameters, self.epsilon)
+        step = self._shortcut.step(inputs, *variables, self.epsilon)
         if step is None:
             return None
         y, mean, variance = step
@@ -431,9 +430,9 @@ class BatchNormalization(MovingStatistics):
         if kernels.are_finite(mean, variance) is not True:
             self._update(_Batch(inputs, None, mean, variance), self._live.read())
             return y
-        keep, rest = self._live["momentum"], self._live["rest"]
-        self._shortcut.move(self.moving_mean, mean, keep, rest)  # (B11)
-        self._shortcut.move(self.moving_variance, variance, keep, rest)  # (B12)
+        if rest := self._live["rest"]:  # 0 where the switch is off: nothing may be written then
+            self._shortcut.move(self.moving_mean, mean, rest)  # (B11)
+            self._shortcut.move(self.moving_variance, variance, rest)  # (B12)
         return y
 
     @property

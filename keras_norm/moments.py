@@ -121,8 +121,7 @@ class Moments:
     _format = "keras_norm.moments/1"
 
     def __init__(self, axis: Axis = -1) -> None:
-        axis = python_axis(axis)
-        self.axis: Axis = axis if isinstance(axis, int) else tuple(axis)
+        self.axis: Axis = python_axis(axis if is_integer(axis) else tuple(axis))  # type: ignore[arg-type]
         self._reset(())
 
     def _like(self) -> Self:

@@ -1,5 +1,6 @@
 """The BatchNormalization layer: against Keras and NumPy, its state, switches, masks and saving."""
 
+import collections
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ from keras_norm.layers import (
 
 pytestmark = pytest.mark.core
 
+Pair = collections.namedtuple("Pair", "first second")
 BACKEND = keras.backend.backend()
 STATISTICS = "moving_mean", "moving_variance"
 
@@ -1100,7 +1102,7 @@ def test_an_axis_of_numpy_is_kept_as_json_has_it(make):
 
 def test_axes_of_numpy_are_kept_as_json_has_them():
     for cls in (BatchNormalization, LayerNormalization, RMSNormalization):
-        layer = cls(axis=(np.int64(1), 2))
+        layer = cls(axis=Pair(np.int64(1), 2))
         assert json.loads(json.dumps(layer.get_config()))["axis"] == [1, 2]
         assert layer(tensor(normal(2, 3, 4))).shape == (2, 3, 4)
 

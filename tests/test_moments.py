@@ -348,7 +348,7 @@ def test_no_covariances_of_no_data():
 
 
 def test_an_axis_of_numpy_is_kept_as_json_has_it():
-    for axis, kept in ((np.int64(1), 1), ((np.int64(0), 1), [0, 1])):
+    for axis, kept in ((np.int64(1), 1), ((np.int64(0), 1), [0, 1]), (np.arange(2), [0, 1])):
         assert json.loads(json.dumps(Moments(axis).to_dict()))["axis"] == kept
 
 
