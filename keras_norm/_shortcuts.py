@@ -162,15 +162,18 @@ class BatchShortcut(_Shortcut):
         pieces, mean, variance, gamma, beta = found
         return _kernels_torch.inference_of(pieces, x, mean, variance, gamma, beta, epsilon)
 
-    def move(self, variable: Any, value: Array, weight: float) -> None:
-        """Moves a statistic by `weight` towards a value of `step`, in one write.
+    def move(self, variable: Any, value: Array, keep: float, rest: float) -> None:
+        """Makes a moving statistic keep * itself + rest * a value of `step`, in one write.
 
-        Two writes would be seen by another thread, or left by an interruption, half done.
+        Two writes would be seen by another thread, or left by an interruption, half done. The
+        numbers are those of the full path to the last bit (`torch.lerp` rounds differently): a
+        training does not depend on which path its steps take.
         """
         import torch
 
+        moving = variable._value
         with torch.no_grad():
-            variable._value.lerp_(value, weight)
+            moving.copy_(moving * keep + value * rest)
 
     def learn(self, x: Any, axis: Axis, *variables: Any) -> None:
         """Allows the shortcut, where possible, for inputs like x, which took the full path.

@@ -431,8 +431,9 @@ class BatchNormalization(MovingStatistics):
             self._update(_Batch(inputs, None, mean, variance), self._live.read())
             return y
         if rest := self._live["rest"]:  # 0 where the switch is off: nothing may be written then
-            self._shortcut.move(self.moving_mean, mean, rest)  # (B11)
-            self._shortcut.move(self.moving_variance, variance, rest)  # (B12)
+            keep = self._live["momentum"]
+            self._shortcut.move(self.moving_mean, mean, keep, rest)  # (B11)
+            self._shortcut.move(self.moving_variance, variance, keep, rest)  # (B12)
         return y
 
     @property

@@ -173,6 +173,19 @@ CHANGES = {
 
 
 @on_torch
+@pytest.mark.parametrize("shape", [(6, 16), (2, 4, 4, 3), (3, 80, 80, 16)], ids=str)
+def test_the_full_path_to_the_last_bit(shape):
+    """So that a training is the same whichever path its steps take."""
+    layer, other = layer_for(shape), layer_for(shape)
+    for seed in range(4):
+        x = normal(*shape, seed=seed)
+        other._shortcut._known.clear()
+        for found, expected in zip(step(layer, x), step(other, x), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert (layer.full, other.full) == (1, 4)
+
+
+@on_torch
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changed_since(name):
     """The second layer meets the shape for the first time after the change."""
