@@ -18,9 +18,7 @@ from keras_norm._kernels_common import can_be_looked_at
 
 try:
     from keras.src.backend.common.stateless_scope import in_stateless_scope
-except (
-    ImportError
-):  # then it is not known whose value to use, and batch normalization has no shortcut
+except ImportError:  # then batch normalization has no shortcut: whose value is a variable's?
     in_stateless_scope = None
 
 Array = Any
