@@ -164,7 +164,7 @@ def to_plain_settings(value: Any, where: str) -> Any:
 def to_number(value: Any, where: str) -> float:
     number = to_plain(value, where)
     if isinstance(number, (bool, int, float)):
-        return number + 0  # True -> 1
+        return int(number) if isinstance(number, bool) else number
     raise ValueError(f"{where} must be one number. Received: {value!r}. Return others as extra.")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy import special, stats
@@ -202,6 +202,7 @@ plain_values = st.recursive(
 
 
 @hypothesis_settings(max_examples=25, deadline=None)
+@example(settings={}, values=[-0.0])
 @given(
     settings=st.dictionaries(st.text("abc 0", min_size=1), plain_values, max_size=4),
     values=st.lists(st.floats(allow_nan=True, width=64) | st.none(), max_size=4),
