@@ -24,7 +24,7 @@ except ImportError:  # then batch normalization has no shortcut: whose value is 
 Array = Any
 Axis = int | Sequence[int]
 
-# A layer whose inputs have more sizes than this forgets them all, and begins again.
+# A layer that has met more shapes than this forgets them all, and begins again.
 MOST_SHAPES = 64
 
 

@@ -113,9 +113,9 @@ def test_shapes_are_learned_and_forgotten(monkeypatch):
     for n, full in ((4, 1), (5, 2), (4, 2), (5, 2), (6, 3), (4, 4), (6, 4)):
         step(layer, normal(n, 3))
         assert layer.full == full, n
-    half = torch.float64
-    layer(torch.zeros(4, 3, dtype=half), training=True)  # not the dtype in which it computes
-    assert layer(torch.zeros(4, 3, dtype=half), training=True).dtype == torch.float32
+    double = torch.float64
+    layer(torch.zeros(4, 3, dtype=double), training=True)  # not the dtype in which it computes
+    assert layer(torch.zeros(4, 3, dtype=double), training=True).dtype == torch.float32
     assert layer.full == 6
     layer = layer_for((None, 3), dtype="mixed_bfloat16")
     for full in (1, 2):
@@ -125,6 +125,19 @@ def test_shapes_are_learned_and_forgotten(monkeypatch):
         assert layer(torch.ones(0, 3), training=True).shape == (0, 3)
         assert layer.full == full
     assert layer.skipped_batches == 2
+
+
+@on_torch
+@pytest.mark.parametrize("shape", [(6, 16), (2, 4, 4, 3), (3, 80, 80, 16)], ids=str)
+def test_the_full_path_to_the_last_bit(shape):
+    """So that a training is the same whichever path its steps take."""
+    layer, other = layer_for(shape), layer_for(shape)
+    for seed in range(4):
+        x = normal(*shape, seed=seed)
+        other._shortcut._known.clear()
+        for found, expected in zip(step(layer, x), step(other, x), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert (layer.full, other.full) == (1, 4)
 
 
 @on_torch
@@ -170,19 +183,6 @@ CHANGES = {
     "ghost batches": (lambda layer: setattr(layer, "virtual_batch_size", 2), False),
     "parameters of another dtype": (lambda layer: layer.double(), False),
 }
-
-
-@on_torch
-@pytest.mark.parametrize("shape", [(6, 16), (2, 4, 4, 3), (3, 80, 80, 16)], ids=str)
-def test_the_full_path_to_the_last_bit(shape):
-    """So that a training is the same whichever path its steps take."""
-    layer, other = layer_for(shape), layer_for(shape)
-    for seed in range(4):
-        x = normal(*shape, seed=seed)
-        other._shortcut._known.clear()
-        for found, expected in zip(step(layer, x), step(other, x), strict=True):
-            np.testing.assert_array_equal(found, expected)
-    assert (layer.full, other.full) == (1, 4)
 
 
 @on_torch
